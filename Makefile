@@ -1,0 +1,49 @@
+# Every target sets up what it needs: a virtual environment and the tested versions.
+#   make run     warm start, then the main job, on the embedded default
+#   make test    every test
+#   make check   format, lint, types, import directions, fast tests
+#   make bench   the side-by-side measurements under benchmarks/
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A folder or an index with CPU builds of torch, for a CPU machine whose default index serves CUDA:
+#   make run TORCH_SOURCE="--extra-index-url https://..."
+TORCH_SOURCE ?=
+# RUN passes more settings to the main job: make run RUN="--max_steps 20 --report_to tensorboard"
+RUN ?=
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: run test check bench setup clean
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_SOURCE) torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_SOURCE) -e ".[recipes,track,test]"
+	@touch $@
+
+run: setup
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	    recipes/train.py --config recipes/arithmetic/gvm_raft.yaml $(RUN)
+
+# Tests use one thread each and no network: every model is built from its config.
+test check: export OMP_NUM_THREADS := 1
+test check: export HF_HUB_OFFLINE := 1
+test check: export WANDB_MODE := offline
+test: setup
+	$(BIN)/python -m pytest -n 2
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+bench: setup
+	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/allocation_arms.py
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache
