@@ -1,0 +1,1 @@
+"""How the policy learns: advantages, weights, losses and the trainer around them."""
