@@ -1,0 +1,250 @@
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+from rl.logprobs import _SelectedLogprob, completion_logprobs, head_inputs
+from rollouts.batch import TokenRollouts
+
+PAD = 0
+PROMPTS = ((4, 8, 6), (3,), (5, 5, 2, 9, 7))
+
+
+def qwen(dtype=torch.float64, **changes):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        **{
+            "vocab_size": 13,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "tie_word_embeddings": False,
+        }
+        | changes
+    )
+    return stirred(Qwen3ForCausalLM(config).to(dtype))
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=13,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return stirred(GPT2LMHeadModel(config).double().eval())
+
+
+def stirred(model):
+    """Weights larger than the initialisation, so that attention and positions matter."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+class Bare(nn.Module):
+    """A model that takes token ids and the attention mask, and nothing else."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def rollouts(mask=((1, 1, 1, 1), (1, 1, 0, 0), (1, 1, 1, 0), (1, 0, 0, 0)), prompt=(0, 2, 1, 0)):
+    generator = torch.Generator().manual_seed(1)
+    mask_NT = torch.tensor(mask, dtype=torch.bool)
+    return TokenRollouts(
+        prompt_N=torch.tensor(prompt),
+        mask_NT=mask_NT,
+        logprob_NT=torch.zeros(mask_NT.shape),
+        version=0,
+        token_NT=torch.randint(1, 13, mask_NT.shape, generator=generator),
+        truncated_N=torch.zeros(len(mask_NT), dtype=torch.bool),
+        seed_N=torch.arange(len(mask_NT)),
+        prompt_ids=PROMPTS,
+    )
+
+
+def by_loop(model, batch, temperature=1.0):
+    """The definition: one row at a time, no padding, nothing but token ids."""
+    logprob_NT = torch.zeros(batch.mask_NT.shape, dtype=torch.float64)
+    for n, p in enumerate(batch.prompt_N.tolist()):
+        prompt, token_T, mask_T = batch.prompt_ids[p], batch.token_NT[n], batch.mask_NT[n]
+        sequence = torch.tensor([[*prompt, *token_T.tolist()]])
+        logits = model(input_ids=sequence, attention_mask=torch.ones_like(sequence)).logits[0]
+        for t in mask_T.nonzero().flatten().tolist():
+            z = logits[len(prompt) + t - 1].double() / temperature
+            logprob_NT[n, t] = z.log_softmax(-1)[token_T[t]]
+    return logprob_NT
+
+
+@pytest.mark.parametrize("make", [qwen, gpt2])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_equals_the_unpadded_model_row_by_row(make, temperature):
+    model, batch = make(), rollouts()
+    actual = completion_logprobs(model, batch, temperature=temperature, pad_id=PAD)
+    expected = by_loop(model, batch, temperature)
+    assert expected[batch.mask_NT].std() > 0.3  # the rows differ, so a mix-up would show
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+
+
+def test_gradient_is_that_of_the_unpadded_model():
+    model, batch = qwen(), rollouts()
+    weight_NT = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    parameters = list(model.parameters())
+    actual = completion_logprobs(model, batch, temperature=0.7, pad_id=PAD)
+    grads = torch.autograd.grad((actual * weight_NT).sum(), parameters)
+    expected = torch.autograd.grad((by_loop(model, batch, 0.7) * weight_NT).sum(), parameters)
+    for one, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+
+
+def test_a_model_that_keeps_all_logits_and_makes_its_own_positions_is_served_too():
+    model, batch = qwen(), rollouts()
+    actual = completion_logprobs(Bare(model), batch, pad_id=PAD)
+    # Rotary positions are relative, so the left padding's shift does not matter to this model; but
+    # transformers computes their sines in float32, whatever the model's dtype.
+    torch.testing.assert_close(actual, by_loop(model, batch), atol=1e-6, rtol=0)
+
+
+def test_off_the_mask_is_0_and_what_stands_there_does_not_matter():
+    model, batch = qwen(), rollouts()
+    before = completion_logprobs(model, batch, pad_id=PAD)
+    assert (before[~batch.mask_NT] == 0).all()
+    token_NT = torch.where(batch.mask_NT, batch.token_NT, 12)
+    object.__setattr__(batch, "token_NT", token_NT)
+    torch.testing.assert_close(completion_logprobs(model, batch, pad_id=7), before, atol=0, rtol=0)
+
+
+def test_tool_output_inside_a_row_is_context_but_has_no_logprob():
+    model, batch = qwen(), rollouts(mask=((1, 0, 0, 1),), prompt=(0,))
+    actual = completion_logprobs(model, batch, pad_id=PAD)
+    assert actual[0, 1] == 0 and actual[0, 2] == 0 and actual[0, 3] < 0
+    torch.testing.assert_close(actual, by_loop(model, batch), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("prompt", [(0, 2, 1, 0), (1, 1, 1, 1)])
+def test_the_micro_batch_a_row_is_in_does_not_matter(prompt):
+    model, batch = qwen(), rollouts(prompt=prompt)
+    whole = completion_logprobs(model, batch, pad_id=PAD)
+    parts = [
+        completion_logprobs(model, batch.take(rows), pad_id=PAD)
+        for rows in (torch.tensor([1]), torch.tensor([3, 0, 2]))
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole[[1, 3, 0, 2]], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("mask", [((0, 0, 0, 0), (1, 1, 0, 0)), ((0, 0, 0, 0), (0, 0, 0, 0))])
+def test_a_row_without_decisions_is_0_and_still_takes_part_in_the_graph(mask):
+    model, batch = qwen(), rollouts(mask=mask, prompt=(0, 2))
+    logprob_NT = completion_logprobs(model, batch, pad_id=PAD)
+    assert logprob_NT.shape == (2, 4)
+    assert (logprob_NT[0] == 0).all()
+    logprob_NT[0].sum().backward()
+    # Every parameter gets a gradient, as DistributedDataParallel wants, and it is 0.
+    assert all((parameter.grad == 0).all() for parameter in model.parameters())
+
+
+def test_half_precision_gives_float32_logprobs_of_the_half_precision_logits():
+    model, batch = qwen(torch.bfloat16), rollouts()
+    actual = completion_logprobs(model, batch, pad_id=PAD)
+    assert actual.dtype == torch.float32
+    # Rounding in bfloat16 layers depends on the padding; a log-softmax in bfloat16 would be worse.
+    torch.testing.assert_close(actual.double(), by_loop(model, batch), atol=0.15, rtol=0)
+    logits_NTV = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)).bfloat16() * 5
+    token_NT, mask_NT = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool)
+    selected = _SelectedLogprob.apply(logits_NTV, token_NT, mask_NT, 1.0)
+    exact = logits_NTV.double().log_softmax(-1).gather(2, token_NT[..., None])[..., 0]
+    torch.testing.assert_close(selected.double(), exact, atol=2e-6, rtol=0)
+
+
+def test_selected_logprob_has_the_gradient_of_its_values():
+    generator = torch.Generator().manual_seed(0)
+    logits_NTV = torch.randn(3, 4, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    token_NT = torch.randint(0, 5, (3, 4), generator=generator)
+    mask_NT = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    assert torch.autograd.gradcheck(
+        lambda z: _SelectedLogprob.apply(z, token_NT, mask_NT, 0.6), (logits_NTV,)
+    )
+
+
+def test_nan_logits_off_the_mask_reach_neither_value_nor_gradient():
+    logits_NTV = torch.zeros(1, 3, 4, dtype=torch.float64)
+    logits_NTV[0, 2] = float("nan")
+    logits_NTV.requires_grad_()
+    token_NT, mask_NT = torch.tensor([[0, 1, 2]]), torch.tensor([[True, True, False]])
+    logprob_NT = _SelectedLogprob.apply(logits_NTV, token_NT, mask_NT, 1.0)
+    # Uniform over four tokens: log(1/4) twice, and nothing for the third.
+    expected = torch.tensor([[0.25, 0.25, 1.0]], dtype=torch.float64).log()
+    torch.testing.assert_close(logprob_NT, expected)
+    logprob_NT.sum().backward()
+    assert (logits_NTV.grad[0, 2] == 0).all() and logits_NTV.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("make", [qwen, gpt2])
+def test_head_inputs_times_the_head_are_the_logits(make):
+    model, batch = make(), rollouts(mask=((1, 0, 0, 1, 0, 0), (1, 1, 0, 0, 0, 0)), prompt=(0, 2))
+    hidden_NTC = head_inputs(model, batch, pad_id=PAD)
+    assert hidden_NTC.shape == (2, 6, 16) and not hidden_NTC.requires_grad
+    assert (hidden_NTC[~batch.mask_NT] == 0).all()
+    logits_NTV = hidden_NTC @ model.get_output_embeddings().weight.T
+    logprob_NT = logits_NTV.log_softmax(-1).gather(2, batch.token_NT[..., None])[..., 0]
+    expected = completion_logprobs(model, batch, pad_id=PAD)
+    torch.testing.assert_close(
+        logprob_NT[batch.mask_NT], expected[batch.mask_NT], atol=1e-12, rtol=0
+    )
+    # The hooks are gone: the next call has all its logits again.
+    torch.testing.assert_close(completion_logprobs(model, batch, pad_id=PAD), expected)
+
+
+def test_head_inputs_refuses_a_model_that_rescales_its_logits():
+    class Scaled(Qwen3ForCausalLM):
+        def forward(self, *args, logits_to_keep=0, **kwargs):
+            output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+            output.logits = output.logits * 0.5
+            return output
+
+    with pytest.raises(ValueError, match="changes its logits after the head"):
+        head_inputs(Scaled(qwen().config), rollouts(), pad_id=PAD)
+
+
+def test_wrapped_models_are_called_through():
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.calls = module, []
+
+        def forward(self, *args, **kwargs):
+            self.calls.append(set(kwargs))
+            return self.module(*args, **kwargs)
+
+    model, batch = qwen(), rollouts()
+    wrapper = Wrapper(model)
+    actual = completion_logprobs(wrapper, batch, pad_id=PAD)
+    torch.testing.assert_close(actual, completion_logprobs(model, batch, pad_id=PAD))
+    assert {"position_ids", "logits_to_keep"} <= wrapper.calls[0]
+
+
+def test_messages():
+    model, batch = qwen(), rollouts()
+    with pytest.raises(ValueError, match=r"temperature must be positive, got 0\.0"):
+        completion_logprobs(model, batch, temperature=0.0, pad_id=PAD)
+    with pytest.raises(ValueError, match="rollouts has no row"):
+        completion_logprobs(model, batch.take(torch.tensor([], dtype=torch.int64)), pad_id=PAD)
+    object.__setattr__(batch, "prompt_ids", ((1,), (2,), ()))
+    with pytest.raises(ValueError, match="row 1 has an empty prompt"):
+        completion_logprobs(model, batch, pad_id=PAD)
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match=r"head that is an nn\.Linear, got Sequential"):
+        head_inputs(model, rollouts(), pad_id=PAD)
