@@ -87,11 +87,14 @@ class RolloutConfig(TrainingArguments):
     """
 
     # -- where rollouts go
-    trainer: str = _setting("raft++", "Preset for advantage, loss, objective: grpo, raft or raft++.")
+    trainer: str = _setting(
+        "raft++", "Preset for advantage, loss, objective: grpo, raft or raft++."
+    )
     selector: str = _setting("uniform", "Which prompts are rolled out: uniform.")
     prompts_per_step: int = _setting(32, "Prompts of one step.")
     rollouts_per_prompt: int = _setting(
-        8, "Mean rollouts per prompt; a step generates prompts_per_step times as many, pilots included."
+        8,
+        "Mean rollouts per prompt; a step generates prompts_per_step times as many, pilots included.",
     )
     allocator: str = _setting(
         "uniform", "How many rollouts each prompt gets: uniform, neyman, leave_one_out or gvm."
@@ -129,7 +132,9 @@ class RolloutConfig(TrainingArguments):
     overlong_prompts: str = _setting(
         "error", "A longer prompt is an error, or all such are: truncate (keep the end), drop."
     )
-    id_column: str | None = _setting(None, "Column that identifies a prompt. Default: a content hash.")
+    id_column: str | None = _setting(
+        None, "Column that identifies a prompt. Default: a content hash."
+    )
     max_completion_length: int = _setting(256, "Most tokens of a completion.")
     temperature: float = _setting(1.0, "Sampling temperature of training rollouts.")
     top_p: float = _setting(1.0, "Nucleus sampling: smallest set of at least this probability.")
@@ -139,7 +144,9 @@ class RolloutConfig(TrainingArguments):
     generation_batch_size: int = _setting(256, "Most rows decoded together on one process.")
 
     # -- reward
-    reward_weights: list[float] | None = _setting(None, "One weight per reward function. Default: 1.")
+    reward_weights: list[float] | None = _setting(
+        None, "One weight per reward function. Default: 1."
+    )
     reward_timeout: float | None = _setting(60.0, "Seconds a call of a reward function may take.")
     reward_retries: int = _setting(0, "Calls repeated for reward functions marked remote.")
     max_failed_share: float = _setting(
@@ -157,11 +164,14 @@ class RolloutConfig(TrainingArguments):
         "(log, by accepted rollouts) or flat (every rollout equal). Default: the preset's.",
     )
     length_weight: str | None = _setting(
-        None, "row_mean (1/length), token_sum (1/max_completion_length) or token_mean. Default: the loss's."
+        None,
+        "row_mean (1/length), token_sum (1/max_completion_length) or token_mean. Default: the loss's.",
     )
     epsilon: float = _setting(0.2, "Lower clip range of the ratio.")
     epsilon_high: float | None = _setting(None, "Upper clip range. Default: 0.2, dapo 0.28.")
-    delta: float | None = _setting(None, "Dual clip: cap of the ratio where the advantage is negative.")
+    delta: float | None = _setting(
+        None, "Dual clip: cap of the ratio where the advantage is negative."
+    )
     updates_per_step: int = _setting(1, "Optimizer updates on one collection of rollouts.")
     log_floor: float = _setting(0.05, "Smallest pass rate the log objective divides by.")
     max_empty_steps: int = _setting(
@@ -170,7 +180,8 @@ class RolloutConfig(TrainingArguments):
 
     # -- evaluation and tracking
     eval_rollouts_per_prompt: int = _setting(
-        4, "Sampled rollouts per validation prompt at the training temperature, beside a greedy one."
+        4,
+        "Sampled rollouts per validation prompt at the training temperature, beside a greedy one.",
     )
     completions_every: int = _setting(0, "Steps between tables of completions; 0: none.")
     completions_rows: int = _setting(16, "Rows of a completions table.")
@@ -185,8 +196,12 @@ class RolloutConfig(TrainingArguments):
     lr_scheduler_type: str = _setting("constant", "The learning-rate schedule.")
     weight_decay: float = _setting(0.0, "Weight decay.")
     logging_steps: float = _setting(1, "Steps between log lines.")
-    logging_nan_inf_filter: bool = _setting(False, "A NaN loss stops the run; it is never averaged away.")
-    bf16: bool | None = _setting(None, "bf16 autocast. Default: on a GPU that has it, yes; else no.")
+    logging_nan_inf_filter: bool = _setting(
+        False, "A NaN loss stops the run; it is never averaged away."
+    )
+    bf16: bool | None = _setting(
+        None, "bf16 autocast. Default: on a GPU that has it, yes; else no."
+    )
     activation_checkpointing: bool | None = _setting(
         False, "Recompute activations in the backward pass: less memory, slower."
     )
@@ -280,7 +295,13 @@ def _validate(config: RolloutConfig) -> None:
     _budgets(config)
     if config.temperature == 0:
         raise ValueError("temperature must be positive for training rollouts, got 0")
-    for name in ("posterior_decay_chosen", "posterior_decay_rest", "top_p", "min_p", "max_failed_share"):
+    for name in (
+        "posterior_decay_chosen",
+        "posterior_decay_rest",
+        "top_p",
+        "min_p",
+        "max_failed_share",
+    ):
         if getattr(config, name) > 1:
             raise ValueError(f"{name} must be at most 1, got {getattr(config, name)}")
     if not config.top_p > 0:

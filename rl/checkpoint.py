@@ -1,0 +1,195 @@
+"""Checkpoints that are whole or absent, and hold nothing that can execute.
+
+A checkpoint is written under a temporary name, described by a manifest of sizes and checksums,
+synced and renamed. One whose manifest is missing or wrong is torn: it is named in a warning and the
+one before it is used. State is a nested dict of arrays (safetensors) and plain values (JSON).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+MANIFEST = "manifest.json"
+STAGING = ".staging"
+_ARRAYS, _PLAIN, _AT = "apportion_state.safetensors", "apportion_state.json", "__array__"
+
+
+class TornCheckpointError(ValueError):
+    """A checkpoint folder that is not what its manifest says; the message says where."""
+
+
+def save_state(folder: str | Path, state: dict[str, Any]) -> None:
+    """Write a nested dict of arrays and plain values into `folder`; `load_state` gives it back exactly.
+
+    Raises:
+        TypeError: for a value that is neither an array nor JSON, with its path.
+    """
+    arrays: dict[str, np.ndarray] = {}
+
+    def plain(value: Any, path: str) -> Any:
+        if isinstance(value, np.ndarray):
+            arrays[path] = np.ascontiguousarray(value)
+            return {_AT: path}
+        if isinstance(value, dict):
+            return {str(key): plain(item, f"{path}/{key}") for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item, f"{path}/{i}") for i, item in enumerate(value)]
+        if isinstance(value, np.generic):
+            return value.item()
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError(f"state{path} is a {type(value).__name__}; write an array or a plain value")
+
+    text = json.dumps(plain(state, ""), indent=1)
+    folder = Path(folder)
+    save_file(arrays, folder / _ARRAYS)
+    (folder / _PLAIN).write_text(text)
+
+
+def load_state(folder: str | Path) -> dict[str, Any]:
+    """What `save_state` wrote into `folder`."""
+    folder = Path(folder)
+    arrays = load_file(folder / _ARRAYS)
+
+    def rebuild(value: Any) -> Any:
+        if isinstance(value, dict):
+            if set(value) == {_AT}:
+                return arrays[value[_AT]]
+            return {key: rebuild(item) for key, item in value.items()}
+        return [rebuild(item) for item in value] if isinstance(value, list) else value
+
+    return rebuild(json.loads((folder / _PLAIN).read_text()))
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+    return {"bytes": path.stat().st_size, "blake2b": digest}
+
+
+def seal(folder: str | Path) -> None:
+    """Write the manifest of everything in `folder` and sync it all to disk."""
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    for path in files:
+        _sync(path)
+    manifest = {str(p.relative_to(folder)): _describe(p) for p in files}
+    (folder / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1))
+    _sync(folder / MANIFEST)
+    for path in {p.parent for p in files} | {folder}:
+        _sync(path)
+
+
+def verify(folder: str | Path) -> None:
+    """Check `folder` against its manifest.
+
+    Raises:
+        TornCheckpointError: naming the first file that is missing, short or changed.
+    """
+    folder = Path(folder)
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        raise TornCheckpointError(
+            f"{folder} has no {MANIFEST}: it was not written to the end"
+        ) from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise TornCheckpointError(f"{folder / MANIFEST} is damaged: {error}") from None
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise TornCheckpointError(f"{path} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise TornCheckpointError(
+                f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}"
+            )
+        if _describe(path) != expected:
+            raise TornCheckpointError(f"{path} does not have the checksum of its manifest")
+
+
+def stage(run_folder: str | Path, name: str) -> Path:
+    """An empty folder to write the checkpoint `name` into; `commit` makes it appear in the run."""
+    staging = Path(run_folder) / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    (staging / name).mkdir(parents=True)
+    return staging
+
+
+def commit(run_folder: str | Path, name: str) -> Path:
+    """Seal the staged checkpoint `name` and give it its name, in one step.
+
+    A kill before the rename leaves earlier checkpoints as they were and no trace under `name`.
+    """
+    run_folder = Path(run_folder)
+    staging, final = run_folder / STAGING, run_folder / name
+    seal(staging / name)
+    if final.exists():  # of a run that went on from an earlier step
+        os.replace(final, staging / "replaced")
+    os.replace(staging / name, final)
+    _sync(run_folder)
+    shutil.rmtree(staging, ignore_errors=True)
+    return final
+
+
+def rotate(run_folder: str | Path, *, keep: int | None, best: str | None) -> None:
+    """Delete the oldest whole checkpoints beyond `keep`, never the best one."""
+    if keep is None or keep < 1:
+        return
+    for path in checkpoints(run_folder)[keep:]:
+        if best is None or Path(best).resolve() != path.resolve():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoints(run_folder: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first, whole or not."""
+    run_folder = Path(run_folder)
+    if not run_folder.is_dir():
+        return []
+    found = [
+        (int(match[1]), path)
+        for path in run_folder.iterdir()
+        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def latest_whole(run_folder: str | Path) -> Path | None:
+    """The newest checkpoint that is whole; each torn one passed over is named in a warning.
+
+    Raises:
+        TornCheckpointError: if there are checkpoints and none of them is whole.
+    """
+    found = checkpoints(run_folder)
+    for path in found:
+        try:
+            verify(path)
+        except TornCheckpointError as error:
+            logger.warning(f"checkpoint {path.name} is torn and not used: {error}")
+            continue
+        return path
+    if found:
+        raise TornCheckpointError(
+            f"none of the {len(found)} checkpoints in {run_folder} is whole; start again in a new "
+            "output_dir"
+        )
+    return None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,64 @@
+"""Validation on a fixed, uniform, held-out set: greedy accuracy and pass rate at the training temperature.
+
+The seeds of validation rollouts depend on the prompt and slot alone, so every evaluation of every run
+draws with the same random numbers. Rollouts made here are counted as validation, never trained on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rl.roll_out import Request, roll_out
+from rollouts.prompts import Prompt
+from samplers.keys import rollout_seeds
+
+if TYPE_CHECKING:
+    from rl.line import Line
+
+
+def evaluate(line: Line, prompts: list[Prompt], *, version: int, success_above: float = 0.5) -> dict[str, float]:
+    """Validation metrics, without prefix.
+
+        greedy_accuracy   share of prompts whose greedy completion has reward > success_above
+        pass_rate         mean over prompts of the share of sampled completions that do
+        reward            mean reward of the sampled completions
+        pass_rate_se      standard error of pass_rate over prompts
+
+    Args:
+        prompts: the held-out prompts.
+        version: optimizer steps the policy has taken.
+        success_above: reward above which a completion is right; 0.5 serves 0/1 rewards.
+    """
+    slots = line.config.eval_rollouts_per_prompt
+    metrics: dict[str, float] = {}
+    for name, budget, params in (
+        ("greedy", 1, replace(line.sampling, temperature=0.0)),
+        ("sampled", slots, line.sampling),
+    ):
+        request = Request(
+            prompts=prompts,
+            budget_P=np.full(len(prompts), budget, dtype=np.int64),
+            seed_N=np.concatenate([rollout_seeds("validation", p.key, 0, np.arange(budget)) for p in prompts]),
+        )
+        scored = roll_out(line, request, params, version=version)
+        rollouts = scored.rollouts
+        assert rollouts.reward_N is not None
+        success_N = (rollouts.reward_N > success_above).double().numpy()
+        prompt_N = rollouts.prompt_N.numpy()
+        count_P = np.bincount(prompt_N, minlength=len(prompts))
+        share_P = np.bincount(prompt_N, weights=success_N, minlength=len(prompts))[count_P > 0]
+        share_P = share_P / count_P[count_P > 0]
+        if name == "greedy":
+            metrics["greedy_accuracy"] = float(share_P.mean())
+            continue
+        metrics |= {
+            "pass_rate": float(share_P.mean()),
+            "pass_rate_se": float(share_P.std() / max(len(share_P) - 1, 1) ** 0.5),
+            "reward": float(rollouts.reward_N.mean()),
+            "mean_length": float(rollouts.length_N.double().mean()),
+            "rollouts": float(len(rollouts) + len(prompts)),
+        }
+    return metrics

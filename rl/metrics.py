@@ -1,0 +1,153 @@
+"""What is logged about a step. Reward stands before and after filtering, and units are in the names.
+
+Names that users of TRL know keep their meaning: reward, reward_std, frac_reward_zero_std,
+rewards/{name}/mean, completions/mean_length, completions/clipped_ratio, clip_ratio/*.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rollouts.batch import TokenRollouts, concatenate
+from rollouts.prompts import Prompt
+
+if TYPE_CHECKING:
+    from rl.line import Batch, Line
+    from rl.roll_out import Scored
+
+
+def of_rollouts(rounds: list[Scored], kept: TokenRollouts, *, num_prompts: int) -> dict[str, float]:
+    """Metrics of everything a step generated, and of what it trains on.
+
+    Groups are the prompts of the step with at least one scored rollout; a constant group is all-pass
+    if its reward is positive, else all-fail. `reward_trained` is absent when nothing trains.
+    """
+    rollouts = concatenate([scored.rollouts for scored in rounds])
+    reward_N, prompt_N = rollouts.reward_N, rollouts.prompt_N
+    assert reward_N is not None
+    groups = [reward_N[prompt_N == p] for p in prompt_N.unique().tolist()]
+    constant = [group for group in groups if group.max() == group.min()]
+    num_groups = max(len(groups), 1)
+    length_N = rollouts.length_N.double()
+    metrics = {
+        "groups/mixed_share": 1 - len(constant) / num_groups,
+        "groups/all_pass_share": sum(bool(g[0] > 0) for g in constant) / num_groups,
+        "groups/all_fail_share": sum(bool(g[0] <= 0) for g in constant) / num_groups,
+        "frac_reward_zero_std": len(constant) / num_groups,
+        "groups/unscored_prompts": float(num_prompts - len(groups)),
+        "rows/trained_share": len(kept) / max(len(rollouts), 1),
+    }
+    if len(rollouts):
+        metrics |= {
+            "reward": reward_N.mean().item(),
+            "reward_std": float(np.mean([g.std(correction=0).item() for g in groups])),
+            "completions/mean_length": length_N.mean().item(),
+            "completions/max_length": length_N.max().item(),
+            "completions/clipped_ratio": rollouts.truncated_N.double().mean().item(),
+        }
+    if len(kept):
+        assert kept.reward_N is not None and kept.advantage_N is not None
+        metrics |= {
+            "reward_trained": kept.reward_N.mean().item(),
+            "advantage_abs_mean": kept.advantage_N.abs().mean().item(),
+            "completions/mean_length_trained": kept.length_N.double().mean().item(),
+        }
+    for name in rounds[0].reward_by_function:
+        values = [v for s in rounds for v in s.reward_by_function[name] if v is not None]
+        if values:
+            metrics[f"rewards/{name}/mean"] = float(np.mean(values))
+    return metrics
+
+
+def of_update(sums: dict[str, float]) -> dict[str, float]:
+    """Metrics of an update from the losses' sums over all decisions and ranks; empty without any."""
+    tokens = sums.get("tokens", 0.0)
+    if not tokens:
+        return {}
+    metrics = {"ratio/mean": sums["ratio"] / tokens, "kl_old": sums["kl_old"] / tokens}
+    for name in ("low", "high", "dual"):
+        if f"clipped_{name}" in sums:
+            metrics[f"clip_ratio/{name}"] = sums[f"clipped_{name}"] / tokens
+    return metrics
+
+
+def add(sums: dict[str, float], statistics: dict[str, Tensor]) -> None:
+    """Add a micro-batch's sums to those of the step, in place."""
+    for name, value in statistics.items():
+        sums[name] = sums.get(name, 0.0) + float(value)
+
+
+def require_finite(
+    loss: Tensor, logprob_NT: Tensor, rollouts: TokenRollouts, prompts: list[Prompt]
+) -> None:
+    """Stop before a NaN reaches the weights, naming the prompt.
+
+    Raises:
+        FloatingPointError: if the loss or a log-probability under the mask is NaN or infinite.
+    """
+    finite_N = (logprob_NT.detach().isfinite() | ~rollouts.mask_NT).all(dim=1)
+    if finite_N.all() and loss.detach().isfinite():
+        return
+    rows = (~finite_N).nonzero().flatten().tolist() or range(len(rollouts))
+    keys = sorted({prompts[int(rollouts.prompt_N[row])].key for row in rows})
+    raise FloatingPointError(
+        f"the loss or a log-probability is NaN or infinite, in rollouts of prompt {keys[0]}"
+        f"{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}; lower learning_rate or "
+        "max_grad_norm, and check the model's weights and dtype"
+    )
+
+
+def record_of(line: Line, batch: Batch, *, step: int) -> dict[str, Any]:
+    """A step's decisions, one JSON line of the run folder: what was chosen, given and earned."""
+    totals: dict[int, list[float]] = {}
+    for scored in batch.scored:
+        assert scored.rollouts.reward_N is not None
+        for p, reward in zip(scored.rollouts.prompt_N.tolist(), scored.rollouts.reward_N.tolist(), strict=True):
+            totals.setdefault(p, []).append(reward)
+    first = batch.proposals[0]
+    budget_P = sum(proposal.budget_P for proposal in batch.proposals)
+    mean_D = line.planner.posterior.mean()
+    return {
+        "step": step,
+        "prompts": [prompt.key for prompt in batch.prompts],
+        "draws": first.draw_P.tolist(),
+        "budgets": np.asarray(budget_P).tolist(),
+        "reward_sums": [float(sum(totals.get(p, []))) for p in range(len(batch.prompts))],
+        "pass_rates_before": [round(float(p), 6) for p in first.pass_rate_P],
+        "seed_checksum": int(np.bitwise_xor.reduce(np.concatenate([p.seed_N for p in batch.proposals]))),
+        "failures": {k: v for scored in batch.scored for k, v in scored.failures.items()},
+        "posterior_histogram": np.histogram(mean_D, bins=20, range=(0, 1))[0].tolist(),
+    }
+
+
+def completions_of(batch: Batch, *, rows: int, step: int) -> list[dict[str, Any]]:
+    """The first `rows` rollouts of a step as a table: prompt, completion, rewards, length."""
+    table = []
+    for scored in batch.scored:
+        rollouts = scored.rollouts
+        assert rollouts.reward_N is not None
+        for i in range(min(rows - len(table), len(rollouts))):
+            prompt = batch.prompts[int(rollouts.prompt_N[i])]
+            table.append(
+                {
+                    "step": step,
+                    "prompt_key": prompt.key,
+                    "prompt": prompt.prompt if isinstance(prompt.prompt, str) else str(prompt.prompt),
+                    "completion": scored.text_N[i],
+                    "reward": float(rollouts.reward_N[i]),
+                    **{f"reward/{n}": v[i] for n, v in scored.reward_by_function.items()},
+                    "tokens": int(rollouts.length_N[i]),
+                    "truncated": bool(rollouts.truncated_N[i]),
+                }
+            )
+    return table
+
+
+def mean_metrics(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the steps of one log line; a metric absent in a step is left out of it."""
+    names = {name: None for row in rows for name in row}
+    return {n: float(np.mean([row[n] for row in rows if n in row])) for n in names}

@@ -1,0 +1,125 @@
+"""A proposal becomes scored rollouts: dealt to ranks, generated, decoded, rewarded, gathered.
+
+Every rank ends with every row, in the proposal's order, so that what follows is decided identically
+everywhere. Axes: P prompts, N rollouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from rollouts.batch import TokenRollouts, concatenate
+from rollouts.prompts import Prompt
+from rollouts.rewards import RewardError
+
+if TYPE_CHECKING:
+    from rl.step import Line
+    from rollouts.engine import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Rollouts to make: `budget_P` of each prompt, one seed a row."""
+
+    prompts: list[Prompt]
+    budget_P: np.ndarray
+    seed_N: np.ndarray
+
+    @property
+    def prompt_N(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.budget_P)), self.budget_P)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Rollouts with rewards; rows whose reward failed stand apart and are in no statistic."""
+
+    rollouts: TokenRollouts
+    text_N: list[str]
+    reward_by_function: dict[str, list[float | None]]
+    failed: TokenRollouts | None
+    failures: dict[str, str]  # prompt key -> reason
+
+
+def roll_out(line: Line, request: Request, params: SamplingParams, *, version: int) -> Scored:
+    """Generate and score `request`, each rank its share.
+
+    Raises:
+        RewardError: on every rank, if more than `max_failed_share` of the rows could not be scored.
+        RuntimeError: on the other ranks, if one rank fails.
+    """
+    mine = line.ranks.share_of(request.budget_P)
+    error, share = None, None
+    try:
+        share = _generate_and_score(line, request, mine, params, version)
+    except Exception as caught:
+        error = caught
+    line.ranks.fail_together(error)
+    with line.ledger.phase("gather"):
+        shares = line.ranks.gather(share)
+    return _merge(line, request, [s for s in shares if s is not None])
+
+
+def _generate_and_score(
+    line: Line, request: Request, rows: np.ndarray, params: SamplingParams, version: int
+) -> tuple | None:
+    if not len(rows):
+        with line.policy():  # gathering sharded weights takes every rank
+            return None
+    position_Q, budget_Q = np.unique(request.prompt_N[rows], return_counts=True)
+    with line.ledger.phase("rollout"), line.policy() as policy:
+        line.engine.load_weights(policy)
+        rollouts = line.engine.generate(
+            [request.prompts[p] for p in position_Q],
+            budget_Q,
+            seeds_N=request.seed_N[rows],
+            params=params,
+            version=version,
+        )
+    with line.ledger.phase("reward"):
+        ids = [t[m].tolist() for t, m in zip(rollouts.token_NT, rollouts.mask_NT, strict=True)]
+        texts = line.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        prompts = [request.prompts[p] for p in request.prompt_N[rows]]
+        result = line.reward(prompts, texts, ids)
+    prompt_N = torch.from_numpy(position_Q)[rollouts.prompt_N]
+    everyone = tuple(prompt.token_ids for prompt in request.prompts)
+    rollouts = replace(rollouts, prompt_N=prompt_N, prompt_ids=everyone)
+    return rows, rollouts, texts, result
+
+
+def _merge(line: Line, request: Request, shares: list[tuple]) -> Scored:
+    row_N = np.concatenate([rows for rows, _, _, _ in shares])
+    order = np.argsort(row_N)
+    assert np.array_equal(row_N[order], np.arange(len(request.seed_N))), "rows lost on the way"
+    rollouts = concatenate([rollouts for _, rollouts, _, _ in shares])
+    reward_N = torch.cat([torch.as_tensor(result.reward_N) for *_, result in shares])
+    texts = [text for _, _, part, _ in shares for text in part]
+    by_function = {
+        name: [value for *_, result in shares for value in result.per_function[name]]
+        for name in shares[0][3].per_function
+    }
+    reasons: dict[int, str] = {}
+    for rows, _, _, result in shares:
+        reasons |= {int(rows[row]): reason for row, reason in result.failed.items()}
+    failures = {
+        request.prompts[request.prompt_N[row]].key: reason for row, reason in sorted(reasons.items())
+    }
+    if len(reasons) > line.config.max_failed_share * len(row_N):
+        key, reason = next(iter(failures.items()))
+        raise RewardError(
+            f"{len(reasons)} of {len(row_N)} rollouts could not be scored, more than "
+            f"max_failed_share={line.config.max_failed_share} allows; first, prompt {key}: {reason}"
+        )
+    good = torch.tensor([i for i in order.tolist() if int(row_N[i]) not in reasons], dtype=torch.long)
+    bad = torch.tensor([i for i in order.tolist() if int(row_N[i]) in reasons], dtype=torch.long)
+    return Scored(
+        rollouts=replace(rollouts.take(good), reward_N=reward_N[good]),
+        text_N=[texts[i] for i in good.tolist()],
+        reward_by_function={n: [v[i] for i in good.tolist()] for n, v in by_function.items()},
+        failed=rollouts.take(bad) if len(bad) else None,
+        failures=failures,
+    )

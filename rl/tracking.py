@@ -1,0 +1,266 @@
+"""What a run leaves behind and shows while it runs: its folder, its progress line, its tables.
+
+A run folder holds `run.json` (settings, data fingerprint), `metrics.jsonl` (every log line),
+`steps.jsonl` (every decision: prompts, draws, budgets, reward sums), `completions/*.parquet`, and the
+checkpoints. One process writes it at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from rl import checkpoint
+
+logger = logging.get_logger(__name__)
+
+METRICS, STEPS, RUN = "metrics.jsonl", "steps.jsonl", "run.json"
+
+
+class RunExistsError(ValueError):
+    """The output folder already holds a run, or another process is writing it."""
+
+
+def checkpoint_to_resume(args: Any, resume: str | bool | None) -> Path | None:
+    """The whole checkpoint a run goes on from, or None to start at step 0.
+
+    Args:
+        args: the settings; `output_dir` and `if_run_exists` are read.
+        resume: None, True (or "true") for the newest of `output_dir`, or a checkpoint folder. A torn
+            one is named in a warning and the newest whole one before it is used.
+
+    Raises:
+        RunExistsError: if `output_dir` holds a run and nothing says to resume it.
+        ValueError: if there is nothing to resume.
+    """
+    run_folder = Path(args.output_dir)
+    holds_run = (run_folder / STEPS).exists() or bool(checkpoint.checkpoints(run_folder))
+    if isinstance(resume, str) and resume.lower() in ("true", "1", "yes"):
+        resume = True
+    if resume in (None, False, "", "false"):
+        if not holds_run:
+            return None
+        if args.if_run_exists != "resume":
+            raise RunExistsError(
+                f"output_dir={run_folder} already holds a run; write resume_from_checkpoint: true to "
+                "continue it, if_run_exists: resume to do so whenever there is one, or another output_dir"
+            )
+        resume = True
+    if resume is True:
+        if not holds_run:
+            raise ValueError(f"nothing to resume: output_dir={run_folder} holds no run")
+        found = checkpoint.latest_whole(run_folder)
+        if found is None:
+            logger.warning(f"{run_folder} was stopped before its first checkpoint; starting again")
+        return found
+    path = Path(str(resume))
+    if not path.is_dir():
+        near = [p.name for p in checkpoint.checkpoints(path.parent)]
+        raise ValueError(
+            f"resume_from_checkpoint={path} is not a folder"
+            + (f"; {path.parent} has {', '.join(near)}" if near else "")
+        )
+    try:
+        checkpoint.verify(path)
+    except checkpoint.TornCheckpointError as error:
+        logger.warning(f"checkpoint {path.name} is torn and not used: {error}")
+        found = checkpoint.latest_whole(path.parent)
+        if found is None:
+            raise
+        return found
+    return path
+
+
+def require_space(folder: Path, model: torch.nn.Module, *, checkpoints: int) -> None:
+    """Refuse to start where the checkpoints will not fit.
+
+    A checkpoint is estimated as the weights, two Adam moments of the trained ones in float32, and a
+    tenth more.
+
+    Raises:
+        OSError: with the bytes free and needed.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    moments = sum(p.numel() * 8 for p in model.parameters() if p.requires_grad)
+    needed = int(1.1 * (weights + moments) * checkpoints)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"output_dir={folder} has {free / 1e9:.2f} GB free, {checkpoints} checkpoints need about "
+            f"{needed / 1e9:.2f} GB; free space, lower save_total_limit, or choose another output_dir"
+        )
+
+
+class RunFolder(TrainerCallback):
+    """The files of a run; written by the main process alone."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    @contextmanager
+    def claimed(self, args: Any, *, from_step: int, about: dict[str, Any]) -> Iterator[None]:
+        """Hold the folder for this run; on entering, lines after `from_step` are cut off.
+
+        The lock is the operating system's and ends with the process, however it ends.
+
+        Raises:
+            RunExistsError: if another process holds it.
+        """
+        if not args.should_save:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise RunExistsError(
+                    f"output_dir={self.folder} is in use by process {lock.read().strip() or '?'}; wait "
+                    "for it, stop it, or write another output_dir"
+                ) from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            for name in (METRICS, STEPS):
+                _cut(self.folder / name, from_step)
+            (self.folder / RUN).write_text(json.dumps(about, indent=1, default=str))
+            yield
+
+    def write_step(self, record: dict[str, Any]) -> None:
+        """Add a step's decisions to `steps.jsonl`."""
+        _append(self.folder / STEPS, record)
+
+    def write_completions(
+        self, table: list[dict[str, Any]], *, step: int, report_to: list[str]
+    ) -> None:
+        """Write a table of completions as parquet, and to the trackers that show tables."""
+        from datasets import Dataset
+
+        target = self.folder / "completions" / f"step-{step:06d}.parquet"
+        target.parent.mkdir(exist_ok=True)
+        Dataset.from_list(table).to_parquet(str(target))
+        columns = list(table[0]) if table else []
+        rows = [[row[c] for c in columns] for row in table]
+        if "wandb" in report_to:
+            import wandb
+
+            if wandb.run is not None:
+                wandb.log({"completions": wandb.Table(columns=columns, data=rows)}, commit=False)
+        if "trackio" in report_to:
+            import pandas
+            import trackio
+
+            trackio.log({"completions": trackio.Table(dataframe=pandas.DataFrame(table))})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            _append(self.folder / METRICS, {"step": state.global_step, **logs})
+
+
+class ProgressLine(TrainerCallback):
+    """A live line in a terminal, else one line per log: what the run earns and what it costs."""
+
+    def __init__(self, args: Any) -> None:
+        self._console = Console(stderr=True)
+        self._live = self._console.is_terminal and not args.disable_tqdm
+        self._quiet = bool(args.disable_tqdm) and not sys.stderr.isatty() and args.log_level == "error"
+        self._progress: Progress | None = None
+        self._validation = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self._live:
+            self._progress = Progress(
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("", total=state.max_steps)
+            self._progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self._quiet or not logs:
+            return
+        if "eval_pass_rate" in logs:
+            self._validation = (
+                f" | validation pass {logs['eval_pass_rate']:.1%} greedy {logs['eval_greedy_accuracy']:.1%}"
+            )
+        if "reward" not in logs and "eval_pass_rate" not in logs:
+            return
+        line = describe(logs) + self._validation
+        if self._progress is not None:
+            self._progress.update(self._task, description=line)
+        else:
+            print(f"step {state.global_step}/{state.max_steps} {line}", file=sys.stderr, flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def describe(logs: dict[str, float]) -> str:
+    """One line of a log: reward before > after filtering, mixed groups, rollouts, tokens, seconds."""
+    if "reward" not in logs:
+        return ""
+    parts = [
+        f"reward {logs['reward']:.3f}",
+        f"> trained {logs['reward_trained']:.3f}" if "reward_trained" in logs else "> none trained",
+        f"| mixed {logs['groups/mixed_share']:.0%}",
+    ]
+    drawn, trained = logs.get("ledger/rollouts_drawn"), logs.get("ledger/rollouts_trained")
+    if drawn and trained is not None:
+        parts.append(f"| rollouts {drawn:.0f} ({trained / drawn:.0%} trained)")
+    tokens, used = logs.get("ledger/tokens_drawn"), logs.get("ledger/tokens_trained")
+    if tokens and used is not None:
+        parts.append(f"tokens {tokens:.3g} ({used / tokens:.0%})")
+    seconds = {
+        name.removeprefix("ledger/seconds_"): value
+        for name, value in logs.items()
+        if name.startswith("ledger/seconds_")
+    }
+    if seconds:
+        parts.append("| s " + " ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+    return " ".join(parts)
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _cut(path: Path, from_step: int) -> None:
+    """Keep the lines up to `from_step`; a line torn by a kill goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if from_step and row["step"] <= from_step:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)

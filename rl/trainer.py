@@ -1,0 +1,267 @@
+"""RolloutTrainer: `transformers.Trainer` whose training step is collect + update.
+
+Everything around a step stays the base class's: optimizers, schedules, clipping, logging, callbacks,
+trackers, hub, LoRA, precision, DDP, DeepSpeed. GRPO and RAFT are presets of `RolloutConfig`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl.models.utils import unwrap_model_for_generation
+
+from rl import checkpoint, metrics, tracking
+from rl.arguments import ADVANTAGES, RolloutConfig, allocator_of, loss_of
+from rl.distributed import Ranks
+from rl.evaluation import evaluate
+from rl.gradient_norm import measure
+from rl.line import Batch, Line
+from rl.step import collect, update
+from rollouts.engine import Engine, SamplingParams
+from rollouts.prompts import Prompt, ensure_pad_token, make_prompts
+from rollouts.rewards import RewardFunction, load_reward, score
+from rollouts.transformers_engine import TransformersEngine
+from samplers.ledger import Ledger
+from samplers.planner import Planner
+from samplers.posterior import BetaPosterior
+from samplers.selection import UniformSelector
+
+
+class NoSignalError(RuntimeError):
+    """Too many steps in a row in which no rollout carried a gradient."""
+
+
+def make_planner(config: RolloutConfig, keys: list[str]) -> Planner:
+    """The planner that `config` describes, over the data set whose prompt keys are `keys`."""
+    if len(keys) < config.prompts_per_step:
+        raise ValueError(
+            f"prompts_per_step={config.prompts_per_step} exceeds the {len(keys)} prompts of the data "
+            f"set; write prompts_per_step: {len(keys)} or less"
+        )
+    posterior = BetaPosterior(
+        len(keys),
+        decay_chosen=config.posterior_decay_chosen,
+        decay_rest=config.posterior_decay_rest,
+    )
+    allocate, scale = allocator_of(config)
+    return Planner(
+        posterior,
+        UniformSelector(len(keys), seed=config.seed),
+        allocate,
+        keys=keys,
+        prompts_per_step=config.prompts_per_step,
+        rollouts_per_step=config.rollouts_per_step,
+        scale=scale,
+        minimum=config.budget_min,
+        maximum=config.budget_max,
+        pilot=config.pilot_rollouts,
+        estimate=config.pilot_estimate,
+        pilots=config.pilot_use,
+        run_seed=config.seed,
+        success_above=config.success_above,
+    )
+
+
+class RolloutTrainer(Trainer):
+    """Trains a causal language model on rollouts that go where they carry gradient.
+
+    Args:
+        model: a model, or a folder or hub id to load one from.
+        reward_funcs: one or several: functions of TRL's signature, names of built-in rewards, or
+            `path/to/file.py:function`.
+        args: the settings.
+        train_dataset: rows with a `prompt` (text or messages); other columns go to the rewards.
+        eval_dataset: held-out rows of the same form, or None.
+        processing_class: the tokenizer. Default: the model's.
+        peft_config: trains an adapter instead of the weights.
+        planner: `planner(keys) -> Planner` to use instead of the one `args` describes.
+        engine: an engine of your own. Default: `TransformersEngine` on the training model.
+
+    Raises:
+        ValueError: for anything wrong with settings or data, before any training.
+    """
+
+    loss_is_scaled_for_ga = True  # the denominators are ours
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        reward_funcs: RewardFunction | str | Sequence[RewardFunction | str],
+        args: RolloutConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        planner: Callable[[list[str]], Planner] | None = None,
+        engine: Engine | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(model, str):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        ensure_pad_token(processing_class)
+        self.rewards = _load_rewards(reward_funcs, args.reward_weights)
+        prepare = partial(
+            make_prompts,
+            tokenizer=processing_class,
+            max_prompt_length=args.max_prompt_length,
+            overlong=args.overlong_prompts,
+            id_column=args.id_column,
+        )
+        prompts, self.prompt_report = prepare(train_dataset)
+        self.eval_prompts: list[Prompt] = prepare(eval_dataset)[0] if eval_dataset is not None else []
+        _refuse_overlap(prompts, self.eval_prompts)
+        self.planner = (planner or partial(make_planner, args))([p.key for p in prompts])
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        for module in model.modules():  # dropout would make every ratio noise
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if args.max_steps <= 0:
+            args.max_steps = -(-int(args.num_train_epochs * len(prompts)) // args.prompts_per_step)
+        super().__init__(
+            model, args, train_dataset=[{}], processing_class=processing_class, **kwargs
+        )
+        self.ledger = Ledger()
+        self.line = Line(
+            prompts=prompts,
+            planner=self.planner,
+            engine=engine or TransformersEngine(
+                self.model, processing_class, max_batch_rows=args.generation_batch_size
+            ),
+            policy=self._policy,
+            sampling=SamplingParams(
+                max_completion_length=args.max_completion_length,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                top_k=args.top_k,
+                min_p=args.min_p,
+                stop=tuple(args.stop or ()),
+            ),
+            tokenizer=processing_class,
+            reward=partial(
+                score,
+                self.rewards,
+                weights=args.reward_weights,
+                timeout=args.reward_timeout,
+                retries=args.reward_retries,
+                max_failed_share=1.0,  # judged over all ranks, in roll_out
+            ),
+            advantage=ADVANTAGES[args.advantage],
+            loss=loss_of(args),
+            ledger=self.ledger,
+            ranks=Ranks(self.accelerator),
+            config=args,
+        )
+        self._steps_since_log: list[dict[str, float]] = []
+        self._empty_steps = 0
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.run_folder = tracking.RunFolder(args.output_dir)
+        self.add_callback(self.run_folder)
+        self.add_callback(tracking.ProgressLine(args))
+
+    def _policy(self):
+        return unwrap_model_for_generation(self.model_wrapped, self.accelerator)
+
+    # -- the step
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One ticket a step: what a step trains on is decided by the planner, not by a data loader."""
+        return DataLoader([{"ticket": step} for step in range(self.args.max_steps)], batch_size=1)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """One collection and its updates; the last optimizer step is the base class's."""
+        started = time.perf_counter()
+        batch = collect(self.line, version=self.state.global_step)
+        model.train()
+        with self.ledger.phase("update"), self.compute_loss_context_manager():
+            loss, learned = update(
+                self.line, model, batch, step_optimizer=partial(self._inner_optimizer_step, model)
+            )
+        if self.args.gvm_gradient_norm != "none":
+            with self.ledger.phase("gradient_norm"):
+                self.planner.observe_gradient_norms(*measure(self.line, self.model, batch))
+        self._close(batch, learned | {"step_time": time.perf_counter() - started})
+        return loss
+
+    def _inner_optimizer_step(self, model: torch.nn.Module) -> None:
+        if self.is_deepspeed_enabled:  # has stepped at the end of backward
+            return
+        if self.args.max_grad_norm > 0:
+            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        model.zero_grad()
+
+    def _close(self, batch: Batch, learned: dict[str, float]) -> None:
+        self.ledger.updates(self.args.updates_per_step if len(batch.rollouts) else 0)
+        self.ledger.end()
+        step = self.state.global_step + 1
+        self._steps_since_log.append(batch.metrics | learned)
+        self._empty_steps = 0 if len(batch.rollouts) else self._empty_steps + 1
+        if self.line.ranks.is_main:
+            self.run_folder.write_step(metrics.record_of(self.line, batch, step=step))
+            if self.args.completions_every and step % self.args.completions_every == 0:
+                table = metrics.completions_of(batch, rows=self.args.completions_rows, step=step)
+                self.run_folder.write_completions(table, step=step, report_to=self.args.report_to)
+        if self._empty_steps >= self.args.max_empty_steps:
+            raise NoSignalError(
+                f"no rollout carried a gradient in the last {self._empty_steps} steps (all groups "
+                f"constant; last mean reward {batch.metrics.get('reward', float('nan')):.3f}): the task is solved or "
+                "hopeless for this policy, or the reward is wrong; raise max_empty_steps to go on"
+            )
+
+    # -- logging and validation
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means over the steps since the last line, the planner's view and the ledger."""
+        if self._steps_since_log and "loss" in logs:
+            logs |= metrics.mean_metrics(self._steps_since_log)
+            logs |= self.planner.metrics() | self.ledger.metrics()
+            self._steps_since_log = []
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Greedy accuracy and pass rate on the held-out prompts; logged, and given to callbacks."""
+        prompts = self.eval_prompts
+        if eval_dataset is not None:
+            prompts = make_prompts(eval_dataset, self.processing_class)[0]
+        if not prompts:
+            raise ValueError("evaluate needs held-out prompts: pass eval_dataset to RolloutTrainer")
+        found = evaluate(self.line, prompts, version=self.state.global_step)
+        logs = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
+
+    # -- checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """`Trainer.train`, resuming from whole checkpoints only and with every decision restored."""
+        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
+        folder = tracking.checkpoint_to_resume(self.args, resume)
+        if folder is not None:
+            self._load_state(folder)
+        with self.run_folder.claimed(self.args, from_step=self._resumed_step):
+            return super().train(
+                resume_from_checkpoint=None if folder is None else str(folder), **kwargs
+            )
