@@ -1,4 +1,6 @@
-"""Batches of rollouts. Axes: N rollouts, K rows kept, T decision steps (tokens, or denoising steps).
+"""Batches of rollouts.
+
+Axes: N rollouts, K rows kept, T decision steps (tokens, or denoising steps).
 
 A batch is immutable: later stages add a column with `dataclasses.replace`. Engines put every
 tensor on the CPU; only micro-batches travel to the accelerator.
@@ -90,13 +92,16 @@ class Rollouts:
 
     def take(self, index_K: Tensor) -> Self:
         """The rows `index_K`, in that order; a row may be taken twice."""
-        rows: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v[index_K] for k, v in rows.items() if isinstance(v, Tensor)})
+        return replace(self, **{k: v[index_K] for k, v in _columns(self).items()})
 
-    def to(self: Batch, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         """The same rows with every column on `device`."""
-        rows: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in rows.items() if isinstance(v, Tensor)})
+        return replace(self, **{k: v.to(device) for k, v in _columns(self).items()})
+
+
+def _columns(batch: Rollouts) -> dict[str, Any]:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,19 +173,17 @@ def concatenate(
     if not batches:
         raise ValueError("concatenate needs at least one batch, got none")
     first = batches[0]
-    for name, values in (
-        ("class", [type(batch).__name__ for batch in batches]),
-        ("version", [batch.version for batch in batches]),
-    ):
-        if len(set(values)) > 1:
-            raise ValueError(f"batches must all have the same {name}, got {values}")
+    if len({type(batch) for batch in batches}) > 1:
+        raise ValueError(f"batches must be of one class, got {[type(b).__name__ for b in batches]}")
+    if len({batch.version for batch in batches}) > 1:
+        raise ValueError(f"batches must be of one version, got {[b.version for b in batches]}")
     if offsets is not None and len(offsets) != len(batches):
         raise ValueError(f"offsets has {len(offsets)} entries for {len(batches)} batches")
 
     columns: dict[str, Any] = {}
     num_steps = max(batch.mask_NT.shape[1] for batch in batches)
     for field in fields(first):
-        values = [getattr(batch, field.name) for batch in batches]
+        values: list[Any] = [getattr(batch, field.name) for batch in batches]
         if not any(isinstance(value, Tensor) for value in values):
             continue
         if any(value is None for value in values):

@@ -1,0 +1,535 @@
+"""An engine on any causal language model of transformers, sharing its weights with the trainer.
+
+Three things make it faster than `model.generate`: a prompt is prefilled once and its key-value
+cache shared by its rollouts, finished rollouts leave the batch, and the cache grows in
+blocks instead of being copied for every token.
+
+Axes: P prompts, N rollouts, T tokens, V vocabulary; R rollouts of one wave (what is generated
+together), K rollouts of it still in the batch, L positions, prompt included.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from rollouts.batch import TokenRollouts
+from rollouts.engine import SamplingParams, requested_rows
+from rollouts.prompts import Prompt
+
+COMPACT_BELOW = 0.875
+"""Finished rollouts leave the batch once the running ones are at most this share of it. Leaving
+copies the cache of the rest; shares of a geometric series keep all copies together below eight
+times one copy."""
+
+
+class TransformersEngine:
+    """Generates with a model of transformers, in waves of at most `max_batch_rows` rollouts.
+
+    Rollouts are drawn by inverse CDF in float64 from uniforms that are a function of (seed,
+    position in the completion), so a rollout is the same whatever is generated beside it, up to
+    the float error of the forward pass: a draw that falls within ~1e-6 of a boundary between two
+    tokens (float32; ~1e-2 in bfloat16) may go either way.
+
+    A completion ends with an end-of-sequence id of the model's generation config or of the
+    tokenizer, with a stop string, or with the length limit. Other settings of the generation config
+    (penalties, suppressed tokens, temperature) are ignored: `SamplingParams` says it all.
+
+    Models whose cache cannot be shared between rollouts (state-space models, and any whose layers
+    transformers caches in a form unknown to this file) run a full forward pass per token instead,
+    right-padded. That needs nothing from the model but causality, keeps the seeds' promise, which
+    `model.generate` would not, and costs time quadratic in length; a warning says so once.
+
+    Args:
+        model: a decoder-only model on its device, not wrapped for distribution. LoRA is fine.
+        tokenizer: for its pad and end-of-sequence ids, and to find stop strings.
+        max_batch_rows: rollouts generated together. Changes time and memory, never the rollouts.
+
+    Raises:
+        ValueError: if the model is an encoder-decoder, the tokenizer has no pad token, or
+            `max_batch_rows` is below 1.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_batch_rows: int = 256) -> None:
+        if max_batch_rows < 1:
+            raise ValueError(f"max_batch_rows must be at least 1, got {max_batch_rows}")
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                "the tokenizer has no pad token; set tokenizer.pad_token, for example to "
+                "tokenizer.eos_token"
+            )
+        self.tokenizer = tokenizer
+        self.max_batch_rows = max_batch_rows
+        self.model: Any = None
+        self.load_weights(model)
+
+    def load_weights(self, model: Any) -> None:
+        """Generate with `model` from now on. A no-op for the model the engine already runs."""
+        if model is self.model:
+            return
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(model).__name__} is an encoder-decoder; TransformersEngine runs "
+                f"decoder-only language models"
+            )
+        self.model = model
+        self.shares_prefill = _can_share_prefill(model)
+        if not self.shares_prefill:
+            warnings.warn(
+                f"{type(model).__name__} keeps no cache that rollouts can share: every token costs "
+                f"a full forward pass, which is slow for long completions",
+                stacklevel=2,
+            )
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a completion: those of the generation config and the tokenizer's own."""
+        config = getattr(self.model, "generation_config", None)
+        configured = getattr(config, "eos_token_id", None)
+        if configured is None:
+            configured = []
+        elif isinstance(configured, int):
+            configured = [configured]
+        own = self.tokenizer.eos_token_id
+        return tuple(sorted({int(i) for i in configured} | ({own} if own is not None else set())))
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        budget_P: Any,
+        *,
+        seeds_N: Any,
+        params: SamplingParams,
+        version: int = 0,
+    ) -> TokenRollouts:
+        """`budget_P[p]` rollouts of prompt p; see `Engine.generate`.
+
+        The model is in eval mode meanwhile and every module is put back as it was. T is the longest
+        completion of the batch, 0 when nothing was asked for.
+
+        Raises:
+            ValueError: if the request is malformed, or a prompt with `max_completion_length` more
+                tokens does not fit the model's positions. Nothing has been generated then.
+            FloatingPointError: if the model gives a rollout a log-probability that is not finite;
+                the prompt's key is named.
+        """
+        prompt_N, seed_N = requested_rows(prompts, budget_P, seeds_N)
+        self._check_lengths([prompts[p] for p in prompt_N.unique()], params)
+
+        # Neighbours in length share a wave, so that little of its cache is padding.
+        size_P = torch.tensor([len(prompt.token_ids) for prompt in prompts])
+        order_N = size_P[prompt_N].argsort(descending=True, stable=True)
+        token_NT = torch.full(
+            (len(seed_N), params.max_completion_length), self.tokenizer.pad_token_id
+        )
+        logprob_NT = torch.zeros(token_NT.shape)
+        length_N = torch.zeros(len(seed_N), dtype=torch.int64)
+        truncated_N = torch.zeros(len(seed_N), dtype=torch.bool)
+        with torch.no_grad(), _eval_mode(self.model):
+            for row_R in order_N.split(self.max_batch_rows):
+                if len(row_R) == 0:
+                    continue
+                wave = self._wave([prompts[p] for p in prompt_N[row_R]], seed_N[row_R], params)
+                token_NT[row_R], logprob_NT[row_R], length_N[row_R], truncated_N[row_R] = wave
+
+        num_steps = int(length_N.max()) if len(length_N) else 0
+        return TokenRollouts(
+            prompt_N=prompt_N,
+            mask_NT=torch.arange(num_steps) < length_N[:, None],
+            logprob_NT=logprob_NT[:, :num_steps].clone(),
+            version=version,
+            token_NT=token_NT[:, :num_steps].clone(),
+            truncated_N=truncated_N,
+            seed_N=seed_N,
+            prompt_ids=tuple(tuple(prompt.token_ids) for prompt in prompts),
+        )
+
+    def _check_lengths(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+        text_config = self.model.config.get_text_config(decoder=True)
+        limit = getattr(text_config, "max_position_embeddings", None)
+        if limit is None:
+            return
+        for prompt in prompts:
+            if len(prompt.token_ids) + params.max_completion_length > limit:
+                raise ValueError(
+                    f"prompt {prompt.key!r} has {len(prompt.token_ids)} tokens; with "
+                    f"max_completion_length={params.max_completion_length} it does not fit the "
+                    f"model's {limit} positions"
+                )
+
+    def _wave(
+        self, prompt_R: Sequence[Prompt], seed_R: Tensor, params: SamplingParams
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Generate these together: (R, T) tokens and log-probs, (R,) lengths and truncated."""
+        model, device = self.model, self.model.device
+        forward: _Forward
+        forward = (_SharedForward if self.shares_prefill else _PlainForward)(model, prompt_R)
+        eos = torch.tensor(self.eos_token_ids, dtype=torch.int64, device=device)
+        stops = _StopStrings(self.tokenizer, params.stop) if params.stop else None
+        key_K = mix64(seed_R.to(device))
+
+        shape = (len(prompt_R), params.max_completion_length)
+        token_RT = torch.full(shape, self.tokenizer.pad_token_id, device=device)
+        logprob_RT = torch.zeros(shape, device=device)
+        length_R = torch.zeros(shape[0], dtype=torch.int64, device=device)
+
+        row_K = torch.arange(shape[0], device=device)
+        running_K = torch.ones(shape[0], dtype=torch.bool, device=device)
+        for t in range(params.max_completion_length):
+            token_K, logprob_K = draw(forward.logits_KV, uniform(key_K, t), params)
+            # Finished rollouts that have not left yet keep their padding.
+            token_K = token_K.where(running_K, self.tokenizer.pad_token_id)
+            token_RT[row_K, t] = token_K
+            logprob_RT[row_K, t] = logprob_K.where(running_K, 0.0)
+            length_R[row_K] += running_K
+
+            running_K = running_K & ~torch.isin(token_K, eos)
+            if stops is not None:
+                running_K = running_K & ~stops.found(token_RT, row_K, running_K, t)
+            num_running = int(running_K.sum())
+            if num_running == 0 or t + 1 == params.max_completion_length:
+                break
+            if num_running <= COMPACT_BELOW * len(row_K):
+                kept_K = running_K.nonzero().flatten()
+                forward.keep(kept_K)
+                row_K, key_K, token_K = row_K[kept_K], key_K[kept_K], token_K[kept_K]
+                running_K = running_K[kept_K]
+            forward.append(token_K)
+
+        truncated_R = torch.zeros(shape[0], dtype=torch.bool, device=device)
+        truncated_R[row_K] = running_K
+        bad_R = (~logprob_RT.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        if bad_R:
+            raise FloatingPointError(
+                f"the model's log-probabilities are not finite for {len(bad_R)} of {shape[0]} "
+                f"rollouts, first for prompt {prompt_R[bad_R[0]].key!r}"
+            )
+        return token_RT.cpu(), logprob_RT.cpu(), length_R.cpu(), truncated_R.cpu()
+
+
+# Drawing a token
+
+
+def mix64(value_N: Tensor) -> Tensor:
+    """Scramble int64 numbers: the output function of SplitMix64 (Steele et al., 2014).
+
+    A bijection, so different seeds never meet. Products wrap around modulo 2^64.
+    """
+    z = value_N
+    z = (z ^ _shift_right(z, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9 as a signed number
+    z = (z ^ _shift_right(z, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    return z ^ _shift_right(z, 31)
+
+
+def uniform(key_N: Tensor, step: int) -> Tensor:
+    """The number in [0, 1) that decides token `step` of each rollout: SplitMix64, by counter.
+
+        u = mix64(key + (step + 1) * 0x9E3779B97F4A7C15) / 2^64, cut to 53 bits
+
+    Args:
+        key_N: (N,) int64, `mix64` of the rollouts' seeds. Unmixed, the streams of two seeds that
+            differ by a multiple of the constant would be one stream, shifted.
+        step: position in the completion, from 0.
+
+    Returns:
+        (N,) float64.
+    """
+    # 0x9E3779B97F4A7C15 as a signed number, and the product modulo 2^64, signed.
+    advance = ((step + 1) * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
+    return _shift_right(mix64(key_N + advance), 11).double() * 2.0**-53
+
+
+def _shift_right(value_N: Tensor, bits: int) -> Tensor:
+    """Shift in zeros; `>>` on int64 shifts in the sign."""
+    return (value_N >> bits) & (2 ** (64 - bits) - 1)
+
+
+def draw(logits_NV: Tensor, uniform_N: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """One token per row, by inverse CDF, and its log-probability.
+
+        token = min { v : sum_{w <= v} q_w > u * sum_w q_w },   q = p where kept, else 0
+        p = softmax(logits / temperature)
+
+    The CDF is summed in float64. A token of probability 0 is never drawn. The log-probability is
+    log p, in float32, before anything is filtered out. Temperature 0 takes the largest logit and
+    reports log p at temperature 1.
+
+    Returns:
+        (N,) int64 tokens and (N,) float32 log-probabilities. Where logits are NaN, so is the
+        log-probability, and the token means nothing.
+    """
+    score_NV = logits_NV.float()
+    if params.temperature > 0:
+        score_NV = score_NV / params.temperature
+    logprob_NV = score_NV.log_softmax(dim=-1)
+    best_N = score_NV.argmax(dim=-1)
+    if params.temperature == 0:
+        token_N = best_N
+    else:
+        weight_NV = truncate(logprob_NV, params).double().exp()
+        cdf_NV = weight_NV.cumsum(dim=-1)
+        total_N = cdf_NV[:, -1]
+        # Rounding may carry u * total to the total itself, beyond which there is no token.
+        target_N = torch.minimum(uniform_N * total_N, total_N.nextafter(total_N.new_zeros(())))
+        token_N = torch.searchsorted(cdf_NV, target_N[:, None], right=True).squeeze(1)
+        token_N = token_N.clamp(max=logits_NV.shape[1] - 1)
+        # A parallel sum may round so that its total rises at a token of weight 0.
+        weight_N = weight_NV.gather(1, token_N[:, None]).squeeze(1)
+        token_N = token_N.where(weight_N > 0, best_N)
+    return token_N, logprob_NV.gather(1, token_N[:, None]).squeeze(1)
+
+
+def truncate(score_NV: Tensor, params: SamplingParams) -> Tensor:
+    """Scores with -inf at the tokens that top_k, then top_p, then min_p leave out.
+
+    Each works on what the one before left, and the most likely token always stays; the definitions
+    are those of transformers' TopKLogitsWarper, TopPLogitsWarper and MinPLogitsWarper.
+    """
+    if 0 < params.top_k < score_NV.shape[1]:
+        threshold_N1 = score_NV.topk(params.top_k, dim=-1).values[:, -1:]
+        score_NV = score_NV.masked_fill(score_NV < threshold_N1, -torch.inf)
+    if params.top_p < 1:
+        rising_NV, order_NV = score_NV.sort(dim=-1)
+        dropped_NV = rising_NV.softmax(dim=-1).cumsum(dim=-1) <= 1 - params.top_p
+        dropped_NV[:, -1] = False
+        score_NV = score_NV.masked_fill(
+            torch.empty_like(dropped_NV).scatter_(1, order_NV, dropped_NV), -torch.inf
+        )
+    if params.min_p > 0:
+        probability_NV = score_NV.softmax(dim=-1)
+        floor_N1 = params.min_p * probability_NV.amax(dim=-1, keepdim=True)
+        score_NV = score_NV.masked_fill(probability_NV < floor_N1, -torch.inf)
+    return score_NV
+
+
+class _StopStrings:
+    """Finds stop strings in the text of completions, decoding only their tails."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.stop = stop
+        # A token stands for at least one byte, so a string that ends with the newest token starts
+        # at most this many back. A few more, because decoders drop a leading space and because a
+        # character may start in the token before.
+        self.num_tokens = max(len(s.encode()) for s in stop) + 4
+
+    def found(self, token_RT: Tensor, row_K: Tensor, running_K: Tensor, step: int) -> Tensor:
+        """(K,) bool: running rollouts whose newest token, at `step`, completes a stop string."""
+        found_K = torch.zeros_like(running_K)
+        position = running_K.nonzero().flatten()
+        if len(position) == 0:
+            return found_K
+        start = max(0, step + 1 - self.num_tokens)
+        tails = token_RT[row_K[position], start : step + 1].tolist()
+        texts = self.tokenizer.batch_decode(
+            tails, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        hits = [any(s in text for s in self.stop) for text in texts]
+        found_K[position] = torch.tensor(hits, device=found_K.device)
+        return found_K
+
+
+# Running the model
+
+
+class _Forward(Protocol):
+    """A batch of growing sequences: the next-token logits of each, kept up to date."""
+
+    logits_KV: Tensor
+
+    def append(self, token_K: Tensor) -> None:
+        """Add one token to every sequence."""
+
+    def keep(self, index_K: Tensor) -> None:
+        """Drop all sequences but these. `logits_KV` is out of date until the next `append`."""
+
+
+class _SharedForward:
+    """Prefills each distinct prompt once, left-padded, and gives every rollout a copy of its cache.
+
+    Within a wave, that is: a prompt whose rollouts span two waves is prefilled in both.
+    """
+
+    def __init__(self, model: Any, prompt_R: Sequence[Prompt]) -> None:
+        self.model = model
+        accepted = _forward_parameters(model)
+        self.takes_positions = "position_ids" in accepted
+        index_by_ids: dict[tuple[int, ...], int] = {}
+        prompt_index_R = torch.tensor(
+            [index_by_ids.setdefault(tuple(p.token_ids), len(index_by_ids)) for p in prompt_R],
+            device=model.device,
+        )
+        ids_PL, mask_PL = _padded(list(index_by_ids), device=model.device, left=True)
+        size_P = mask_PL.sum(dim=1)
+        self.cache = _growing_cache(model)
+        kwargs = self._positions((mask_PL.cumsum(dim=1) - 1).clamp(min=0))
+        if "logits_to_keep" in accepted:
+            kwargs["logits_to_keep"] = 1
+        self.logits_KV = self._run(ids_PL, mask_PL, kwargs)[prompt_index_R]
+        # Selects and repeats alike: any list of rows, of any length.
+        self.cache.reorder_cache(prompt_index_R)
+        self.mask_KL = mask_PL[prompt_index_R]
+        self.size_K = size_P[prompt_index_R]
+
+    def append(self, token_K: Tensor) -> None:
+        self.mask_KL = torch.cat([self.mask_KL, self.mask_KL.new_ones(len(token_K), 1)], dim=1)
+        kwargs = self._positions(self.size_K[:, None])
+        self.logits_KV = self._run(token_K[:, None], self.mask_KL, kwargs)
+        self.size_K = self.size_K + 1
+
+    def keep(self, index_K: Tensor) -> None:
+        self.cache.reorder_cache(index_K)
+        self.mask_KL, self.size_K = self.mask_KL[index_K], self.size_K[index_K]
+
+    def _positions(self, position_KL: Tensor) -> dict[str, Any]:
+        return {"position_ids": position_KL} if self.takes_positions else {}
+
+    def _run(self, ids_KL: Tensor, mask_KL: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        output = self.model(
+            input_ids=ids_KL,
+            attention_mask=mask_KL,
+            past_key_values=self.cache,
+            use_cache=True,
+            **kwargs,
+        )
+        return output.logits[:, -1]
+
+
+class _PlainForward:
+    """A full forward pass per token, for models whose cache cannot be shared.
+
+    Padding is on the right, where a causal model cannot see it, so no mask is needed.
+    """
+
+    def __init__(self, model: Any, prompt_R: Sequence[Prompt]) -> None:
+        self.model = model
+        ids = [tuple(prompt.token_ids) for prompt in prompt_R]
+        self.ids_KL, mask_KL = _padded(ids, device=model.device, left=False)
+        self.size_K = mask_KL.sum(dim=1)
+        self.logits_KV = self._run()
+
+    def append(self, token_K: Tensor) -> None:
+        if int(self.size_K.max()) == self.ids_KL.shape[1]:
+            self.ids_KL = torch.nn.functional.pad(self.ids_KL, (0, 1))
+        self.ids_KL = self.ids_KL.scatter(1, self.size_K[:, None], token_K[:, None])
+        self.size_K = self.size_K + 1
+        self.logits_KV = self._run()
+
+    def keep(self, index_K: Tensor) -> None:
+        self.size_K = self.size_K[index_K]
+        self.ids_KL = self.ids_KL[index_K, : int(self.size_K.max())]
+
+    def _run(self) -> Tensor:
+        logits_KLV = self.model(input_ids=self.ids_KL, use_cache=False).logits
+        return logits_KLV[torch.arange(len(logits_KLV), device=logits_KLV.device), self.size_K - 1]
+
+
+class _GrowingLayer(DynamicLayer):
+    """A cache layer that keeps room for tokens to come.
+
+    `DynamicLayer` copies the whole cache for each token. Here keys and values are views into
+    buffers half as long again as they were when last filled, so a token costs one column.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = [key_states[:, :, :0], value_states[:, :, :0]]
+            self.length = 0
+        end = self.length + key_states.shape[2]
+        if end > self.buffers[0].shape[2]:
+            self.buffers = [self._grown(buffer, end) for buffer in self.buffers]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.length : end] = states
+        self.length = end
+        return self._view()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.is_initialized:
+            index = beam_idx.to(self.device)
+            self.buffers = [buffer.index_select(0, index) for buffer in self.buffers]
+            self._view()
+
+    def _grown(self, buffer: Tensor, end: int) -> Tensor:
+        rows, heads, _, width = buffer.shape
+        grown = buffer.new_empty(rows, heads, end + max(32, end // 2), width)
+        grown[:, :, : self.length] = buffer[:, :, : self.length]
+        return grown
+
+    def _view(self) -> tuple[Tensor, Tensor]:
+        keys, values = (buffer[:, :, : self.length] for buffer in self.buffers)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+_SHAREABLE_LAYERS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    DummyLayer,
+)
+
+
+def _can_share_prefill(model: Any) -> bool:
+    """Whether the model takes a cache whose every layer is of a kind this file can copy by row."""
+    if not {"past_key_values", "attention_mask"} <= set(_forward_parameters(model)):
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in _SHAREABLE_LAYERS for layer in layers)
+
+
+def _growing_cache(model: Any) -> Any:
+    cache = DynamicCache(config=model.config)
+    cache.layers = [
+        _GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache
+
+
+def _forward_parameters(model: Any) -> Sequence[str]:
+    """Names of the arguments of `forward`; those of the model inside, for a PEFT wrapper."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return list(inspect.signature(inner.forward).parameters)
+
+
+def _padded(
+    sequences: Sequence[Sequence[int]], *, device: torch.device, left: bool
+) -> tuple[Tensor, Tensor]:
+    """(P, L) ids padded with 0 on one side, and the int64 mask of what is real."""
+    longest = max(len(ids) for ids in sequences)
+    ids_PL = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    mask_PL = torch.zeros_like(ids_PL)
+    for row, ids in enumerate(sequences):
+        place = slice(longest - len(ids), None) if left else slice(0, len(ids))
+        ids_PL[row, place] = torch.tensor(ids)
+        mask_PL[row, place] = 1
+    return ids_PL.to(device), mask_PL.to(device)
+
+
+@contextmanager
+def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, after which each module gets back its own mode (some may be frozen in eval)."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
