@@ -40,6 +40,14 @@ SELECTORS = ("uniform",)
 OBJECTIVES = ("mean", "log", "em", "flat")
 LENGTH_WEIGHTS = ("row_mean", "token_sum", "token_mean")
 
+DECISIVE = (
+    *("seed", "selector", "prompts_per_step", "rollouts_per_prompt", "allocator"),
+    *("budget_min", "budget_max", "gvm_alpha", "gvm_beta", "gvm_gradient_norm"),
+    *("pilot_rollouts", "pilot_estimate", "pilot_use", "success_above"),
+    *("posterior_decay_chosen", "posterior_decay_rest"),
+    *("temperature", "top_p", "top_k", "min_p", "max_completion_length"),
+)
+
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {
         "advantage": "grpo",
@@ -227,6 +235,10 @@ class RolloutConfig(TrainingArguments):
         """Rollouts generated in one step, pilots included."""
         return self.prompts_per_step * self.rollouts_per_prompt
 
+    def decisive_settings(self) -> dict[str, Any]:
+        """Settings that decide which rollouts are made; a resumed run must share them."""
+        return {name: getattr(self, name) for name in DECISIVE}
+
 
 def allocator_of(config: RolloutConfig) -> tuple[Callable, Callable]:
     """The integer solver and the scale function (a_P, b_P) -> std_P named by `config`."""
@@ -356,8 +368,7 @@ def _budgets(config: RolloutConfig) -> None:
             f"pilot_rollouts={config.pilot_rollouts} exceeds rollouts_per_prompt={total}; pilots are "
             "part of the total"
         )
-    if config.pilot_rollouts and config.budget_max is not None:
-        if config.budget_max < config.pilot_rollouts:
-            raise ValueError(
-                f"budget_max={config.budget_max} is below pilot_rollouts={config.pilot_rollouts}"
-            )
+    if config.budget_max is not None and config.budget_max < config.pilot_rollouts:
+        raise ValueError(
+            f"budget_max={config.budget_max} is below pilot_rollouts={config.pilot_rollouts}"
+        )

@@ -7,8 +7,8 @@ processes and any micro-batch size give the same update. Axes: N rollouts, R req
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -125,3 +125,13 @@ class Ranks:
         for rank, text in enumerate(texts):
             if text is not None:
                 raise RuntimeError(f"rank {rank} failed, all stop: {text}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All ranks leave this block together, or all raise."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        self.fail_together(error)

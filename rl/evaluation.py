@@ -1,7 +1,7 @@
-"""Validation on a fixed, uniform, held-out set: greedy accuracy and pass rate at the training temperature.
+"""Validation on a fixed, uniform, held-out set: greedy accuracy, and pass rate when sampling.
 
-The seeds of validation rollouts depend on the prompt and slot alone, so every evaluation of every run
-draws with the same random numbers. Rollouts made here are counted as validation, never trained on.
+The seeds of validation rollouts depend on prompt and slot alone, so every evaluation of every run draws
+with the same random numbers. Rollouts made here are counted as validation, never trained on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from rl.line import Line
 
 
-def evaluate(line: Line, prompts: list[Prompt], *, version: int, success_above: float = 0.5) -> dict[str, float]:
+def evaluate(
+    line: Line, prompts: list[Prompt], *, version: int, success_above: float = 0.5
+) -> dict[str, float]:
     """Validation metrics, without prefix.
 
         greedy_accuracy   share of prompts whose greedy completion has reward > success_above
@@ -41,7 +43,9 @@ def evaluate(line: Line, prompts: list[Prompt], *, version: int, success_above: 
         request = Request(
             prompts=prompts,
             budget_P=np.full(len(prompts), budget, dtype=np.int64),
-            seed_N=np.concatenate([rollout_seeds("validation", p.key, 0, np.arange(budget)) for p in prompts]),
+            seed_N=np.concatenate(
+                [rollout_seeds("validation", p.key, 0, np.arange(budget)) for p in prompts]
+            ),
         )
         scored = roll_out(line, request, params, version=version)
         rollouts = scored.rollouts

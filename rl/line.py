@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
+from samplers.ledger import Ledger
+from samplers.planner import Planner, Proposal
 from transformers import PreTrainedTokenizerBase
 
 from rl.arguments import RolloutConfig
@@ -14,8 +16,6 @@ from rollouts.batch import TokenRollouts
 from rollouts.engine import Engine, SamplingParams
 from rollouts.prompts import Prompt
 from rollouts.rewards import RewardResult
-from samplers.ledger import Ledger
-from samplers.planner import Planner, Proposal
 
 
 @dataclass(frozen=True, kw_only=True)

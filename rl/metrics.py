@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rollouts.batch import TokenRollouts, concatenate
@@ -106,7 +105,9 @@ def record_of(line: Line, batch: Batch, *, step: int) -> dict[str, Any]:
     totals: dict[int, list[float]] = {}
     for scored in batch.scored:
         assert scored.rollouts.reward_N is not None
-        for p, reward in zip(scored.rollouts.prompt_N.tolist(), scored.rollouts.reward_N.tolist(), strict=True):
+        for p, reward in zip(
+            scored.rollouts.prompt_N.tolist(), scored.rollouts.reward_N.tolist(), strict=True
+        ):
             totals.setdefault(p, []).append(reward)
     first = batch.proposals[0]
     budget_P = sum(proposal.budget_P for proposal in batch.proposals)
@@ -118,7 +119,9 @@ def record_of(line: Line, batch: Batch, *, step: int) -> dict[str, Any]:
         "budgets": np.asarray(budget_P).tolist(),
         "reward_sums": [float(sum(totals.get(p, []))) for p in range(len(batch.prompts))],
         "pass_rates_before": [round(float(p), 6) for p in first.pass_rate_P],
-        "seed_checksum": int(np.bitwise_xor.reduce(np.concatenate([p.seed_N for p in batch.proposals]))),
+        "seed_checksum": int(
+            np.bitwise_xor.reduce(np.concatenate([p.seed_N for p in batch.proposals]))
+        ),
         "failures": {k: v for scored in batch.scored for k, v in scored.failures.items()},
         "posterior_histogram": np.histogram(mean_D, bins=20, range=(0, 1))[0].tolist(),
     }
@@ -136,7 +139,9 @@ def completions_of(batch: Batch, *, rows: int, step: int) -> list[dict[str, Any]
                 {
                     "step": step,
                     "prompt_key": prompt.key,
-                    "prompt": prompt.prompt if isinstance(prompt.prompt, str) else str(prompt.prompt),
+                    "prompt": prompt.prompt
+                    if isinstance(prompt.prompt, str)
+                    else str(prompt.prompt),
                     "completion": scored.text_N[i],
                     "reward": float(rollouts.reward_N[i]),
                     **{f"reward/{n}": v[i] for n, v in scored.reward_by_function.items()},
@@ -148,6 +153,6 @@ def completions_of(batch: Batch, *, rows: int, step: int) -> list[dict[str, Any]
 
 
 def mean_metrics(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each metric over the steps of one log line; a metric absent in a step is left out of it."""
+    """Mean of each metric over the steps of one log line; absent values are left out."""
     names = {name: None for row in rows for name in row}
     return {n: float(np.mean([row[n] for row in rows if n in row])) for n in names}

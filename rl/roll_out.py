@@ -106,7 +106,8 @@ def _merge(line: Line, request: Request, shares: list[tuple]) -> Scored:
     for rows, _, _, result in shares:
         reasons |= {int(rows[row]): reason for row, reason in result.failed.items()}
     failures = {
-        request.prompts[request.prompt_N[row]].key: reason for row, reason in sorted(reasons.items())
+        request.prompts[request.prompt_N[row]].key: reason
+        for row, reason in sorted(reasons.items())
     }
     if len(reasons) > line.config.max_failed_share * len(row_N):
         key, reason = next(iter(failures.items()))
@@ -114,7 +115,9 @@ def _merge(line: Line, request: Request, shares: list[tuple]) -> Scored:
             f"{len(reasons)} of {len(row_N)} rollouts could not be scored, more than "
             f"max_failed_share={line.config.max_failed_share} allows; first, prompt {key}: {reason}"
         )
-    good = torch.tensor([i for i in order.tolist() if int(row_N[i]) not in reasons], dtype=torch.long)
+    good = torch.tensor(
+        [i for i in order.tolist() if int(row_N[i]) not in reasons], dtype=torch.long
+    )
     bad = torch.tensor([i for i in order.tolist() if int(row_N[i]) in reasons], dtype=torch.long)
     return Scored(
         rollouts=replace(rollouts.take(good), reward_N=reward_N[good]),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from samplers.planner import Proposal
 
 from rl import metrics, step_weights
 from rl.line import Batch, Line
@@ -17,7 +18,6 @@ from rl.logprobs import completion_logprobs
 from rl.roll_out import Request, Scored, roll_out
 from rollouts.batch import TokenRollouts, concatenate
 from rollouts.prompts import Prompt
-from samplers.planner import Proposal
 
 
 def size(rollouts: TokenRollouts) -> tuple[int, int]:
@@ -46,7 +46,9 @@ def collect(line: Line, *, version: int) -> Batch:
     return weigh(line, prompts, proposals, rounds)
 
 
-def weigh(line: Line, prompts: list[Prompt], proposals: list[Proposal], rounds: list[Scored]) -> Batch:
+def weigh(
+    line: Line, prompts: list[Prompt], proposals: list[Proposal], rounds: list[Scored]
+) -> Batch:
     """Advantages and objective weights on full groups; rows without signal leave, accounted for."""
     config = line.config
     training = rounds
@@ -116,7 +118,10 @@ def update(
             rows_of = rollouts.take(rows).to(total.device)
             with ranks.micro_batch(model, is_last=i == num_micro - 1):
                 logprob_NT = completion_logprobs(
-                    model, rows_of, temperature=config.temperature, pad_id=line.tokenizer.pad_token_id
+                    model,
+                    rows_of,
+                    temperature=config.temperature,
+                    pad_id=line.tokenizer.pad_token_id,
                 )
                 loss, statistics = line.loss(
                     logprob_NT,

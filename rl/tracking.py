@@ -56,7 +56,7 @@ def checkpoint_to_resume(args: Any, resume: str | bool | None) -> Path | None:
         if args.if_run_exists != "resume":
             raise RunExistsError(
                 f"output_dir={run_folder} already holds a run; write resume_from_checkpoint: true to "
-                "continue it, if_run_exists: resume to do so whenever there is one, or another output_dir"
+                "continue it (if_run_exists: resume always does so), or another output_dir"
             )
         resume = True
     if resume is True:
@@ -177,7 +177,9 @@ class ProgressLine(TrainerCallback):
     def __init__(self, args: Any) -> None:
         self._console = Console(stderr=True)
         self._live = self._console.is_terminal and not args.disable_tqdm
-        self._quiet = bool(args.disable_tqdm) and not sys.stderr.isatty() and args.log_level == "error"
+        self._quiet = (
+            bool(args.disable_tqdm) and not sys.stderr.isatty() and args.log_level == "error"
+        )
         self._progress: Progress | None = None
         self._validation = ""
 
@@ -203,9 +205,8 @@ class ProgressLine(TrainerCallback):
         if not state.is_world_process_zero or self._quiet or not logs:
             return
         if "eval_pass_rate" in logs:
-            self._validation = (
-                f" | validation pass {logs['eval_pass_rate']:.1%} greedy {logs['eval_greedy_accuracy']:.1%}"
-            )
+            sampled, greedy = logs["eval_pass_rate"], logs["eval_greedy_accuracy"]
+            self._validation = f" | validation pass {sampled:.1%} greedy {greedy:.1%}"
         if "reward" not in logs and "eval_pass_rate" not in logs:
             return
         line = describe(logs) + self._validation

@@ -6,6 +6,7 @@ trackers, hub, LoRA, precision, DDP, DeepSpeed. GRPO and RAFT are presets of `Ro
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,61 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from samplers.planner import Planner
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl.models.utils import unwrap_model_for_generation
 
 from rl import checkpoint, metrics, tracking
-from rl.arguments import ADVANTAGES, RolloutConfig, allocator_of, loss_of
-from rl.distributed import Ranks
+from rl.arguments import RolloutConfig
+from rl.assemble import load_rewards, make_line, make_planner, refuse_overlap
 from rl.evaluation import evaluate
 from rl.gradient_norm import measure
-from rl.line import Batch, Line
+from rl.line import Batch
 from rl.step import collect, update
-from rollouts.engine import Engine, SamplingParams
-from rollouts.prompts import Prompt, ensure_pad_token, make_prompts
-from rollouts.rewards import RewardFunction, load_reward, score
+from rollouts.engine import Engine
+from rollouts.prompts import Prompt, data_fingerprint, ensure_pad_token, make_prompts
+from rollouts.rewards import RewardFunction
 from rollouts.transformers_engine import TransformersEngine
-from samplers.ledger import Ledger
-from samplers.planner import Planner
-from samplers.posterior import BetaPosterior
-from samplers.selection import UniformSelector
 
 
 class NoSignalError(RuntimeError):
     """Too many steps in a row in which no rollout carried a gradient."""
-
-
-def make_planner(config: RolloutConfig, keys: list[str]) -> Planner:
-    """The planner that `config` describes, over the data set whose prompt keys are `keys`."""
-    if len(keys) < config.prompts_per_step:
-        raise ValueError(
-            f"prompts_per_step={config.prompts_per_step} exceeds the {len(keys)} prompts of the data "
-            f"set; write prompts_per_step: {len(keys)} or less"
-        )
-    posterior = BetaPosterior(
-        len(keys),
-        decay_chosen=config.posterior_decay_chosen,
-        decay_rest=config.posterior_decay_rest,
-    )
-    allocate, scale = allocator_of(config)
-    return Planner(
-        posterior,
-        UniformSelector(len(keys), seed=config.seed),
-        allocate,
-        keys=keys,
-        prompts_per_step=config.prompts_per_step,
-        rollouts_per_step=config.rollouts_per_step,
-        scale=scale,
-        minimum=config.budget_min,
-        maximum=config.budget_max,
-        pilot=config.pilot_rollouts,
-        estimate=config.pilot_estimate,
-        pilots=config.pilot_use,
-        run_seed=config.seed,
-        success_above=config.success_above,
-    )
 
 
 class RolloutTrainer(Trainer):
@@ -110,7 +79,7 @@ class RolloutTrainer(Trainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         ensure_pad_token(processing_class)
-        self.rewards = _load_rewards(reward_funcs, args.reward_weights)
+        rewards = load_rewards(reward_funcs, args.reward_weights)
         prepare = partial(
             make_prompts,
             tokenizer=processing_class,
@@ -119,9 +88,10 @@ class RolloutTrainer(Trainer):
             id_column=args.id_column,
         )
         prompts, self.prompt_report = prepare(train_dataset)
-        self.eval_prompts: list[Prompt] = prepare(eval_dataset)[0] if eval_dataset is not None else []
-        _refuse_overlap(prompts, self.eval_prompts)
-        self.planner = (planner or partial(make_planner, args))([p.key for p in prompts])
+        self.eval_prompts: list[Prompt] = (
+            prepare(eval_dataset)[0] if eval_dataset is not None else []
+        )
+        refuse_overlap(prompts, self.eval_prompts)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -134,37 +104,20 @@ class RolloutTrainer(Trainer):
         super().__init__(
             model, args, train_dataset=[{}], processing_class=processing_class, **kwargs
         )
-        self.ledger = Ledger()
-        self.line = Line(
+        self.line = make_line(
+            args,
             prompts=prompts,
-            planner=self.planner,
-            engine=engine or TransformersEngine(
+            planner=(planner or partial(make_planner, args))([p.key for p in prompts]),
+            engine=engine
+            or TransformersEngine(
                 self.model, processing_class, max_batch_rows=args.generation_batch_size
             ),
             policy=self._policy,
-            sampling=SamplingParams(
-                max_completion_length=args.max_completion_length,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                top_k=args.top_k,
-                min_p=args.min_p,
-                stop=tuple(args.stop or ()),
-            ),
             tokenizer=processing_class,
-            reward=partial(
-                score,
-                self.rewards,
-                weights=args.reward_weights,
-                timeout=args.reward_timeout,
-                retries=args.reward_retries,
-                max_failed_share=1.0,  # judged over all ranks, in roll_out
-            ),
-            advantage=ADVANTAGES[args.advantage],
-            loss=loss_of(args),
-            ledger=self.ledger,
-            ranks=Ranks(self.accelerator),
-            config=args,
+            rewards=rewards,
+            accelerator=self.accelerator,
         )
+        self.planner, self.ledger = self.line.planner, self.line.ledger
         self._steps_since_log: list[dict[str, float]] = []
         self._empty_steps = 0
         for callback in (PrinterCallback, ProgressCallback):
@@ -219,9 +172,10 @@ class RolloutTrainer(Trainer):
                 table = metrics.completions_of(batch, rows=self.args.completions_rows, step=step)
                 self.run_folder.write_completions(table, step=step, report_to=self.args.report_to)
         if self._empty_steps >= self.args.max_empty_steps:
+            reward = batch.metrics.get("reward", float("nan"))
             raise NoSignalError(
                 f"no rollout carried a gradient in the last {self._empty_steps} steps (all groups "
-                f"constant; last mean reward {batch.metrics.get('reward', float('nan')):.3f}): the task is solved or "
+                f"constant; last mean reward {reward:.3f}): the task is solved or "
                 "hopeless for this policy, or the reward is wrong; raise max_empty_steps to go on"
             )
 
@@ -259,9 +213,85 @@ class RolloutTrainer(Trainer):
         """`Trainer.train`, resuming from whole checkpoints only and with every decision restored."""
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
         folder = tracking.checkpoint_to_resume(self.args, resume)
+        from_step = 0
         if folder is not None:
-            self._load_state(folder)
-        with self.run_folder.claimed(self.args, from_step=self._resumed_step):
+            from_step = self._load_state(checkpoint.load_state(folder), str(folder))
+            self.args.eval_on_start = False
+        about = {
+            "settings": self.args.to_dict(),
+            "data_fingerprint": data_fingerprint([p.key for p in self.line.prompts]),
+            "prompts": len(self.line.prompts),
+            "validation_prompts": len(self.eval_prompts),
+            "prompt_report": dataclasses.asdict(self.prompt_report),
+            "processes": self.line.ranks.num,
+            "threads": torch.get_num_threads(),
+            "resumed_from_step": from_step,
+        }
+        with self.run_folder.claimed(self.args, from_step=from_step, about=about):
+            if self.args.save_strategy != "no" and self.line.ranks.is_main:
+                keep = self.args.save_total_limit or 1
+                tracking.require_space(Path(self.args.output_dir), self.model, checkpoints=keep + 1)
             return super().train(
                 resume_from_checkpoint=None if folder is None else str(folder), **kwargs
             )
+
+    def _load_state(self, state: dict[str, Any], folder: str) -> int:
+        changed = {
+            name: (state["settings"][name], value)
+            for name, value in self.args.decisive_settings().items()
+            if state["settings"].get(name) != value
+        }
+        if changed:
+            raise ValueError(
+                f"{folder} was made with other settings, so its run cannot be continued exactly: "
+                + "; ".join(f"{n} was {old!r}, is {new!r}" for n, (old, new) in changed.items())
+            )
+        self.planner.load_state_dict(state["planner"])
+        self.ledger.load_state_dict(state["ledger"])
+        self._empty_steps = state["empty_steps"]
+        return state["step"]
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
+        """The base class's checkpoint and the line's state, whole or not at all."""
+        run, name, ranks = (
+            self.args.output_dir,
+            f"checkpoint-{self.state.global_step}",
+            self.line.ranks,
+        )
+        push, self.args.push_to_hub = self.args.push_to_hub, False
+        with ranks.together():
+            staging = (
+                checkpoint.stage(run, name) if ranks.is_main else Path(run) / checkpoint.STAGING
+            )
+        try:
+            with ranks.together():
+                self.args.output_dir = str(staging)
+                super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise OSError(
+                f"{name} could not be written to {run}: {error}; earlier checkpoints are whole: free "
+                "space and write resume_from_checkpoint: true"
+            ) from error
+        finally:
+            self.args.output_dir, self.args.push_to_hub = run, push
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == staging:
+            self.state.best_model_checkpoint = str(Path(run) / Path(best).name)
+        with ranks.together():
+            if ranks.is_main:
+                self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+                checkpoint.save_state(staging / name, self._line_state())
+                final = checkpoint.commit(run, name)
+                best = self.state.best_model_checkpoint
+                checkpoint.rotate(run, keep=self.args.save_total_limit, best=best)
+                if push:
+                    self._push_from_checkpoint(str(final))
+
+    def _line_state(self) -> dict[str, Any]:
+        return {
+            "step": self.state.global_step,
+            "settings": self.args.decisive_settings(),
+            "planner": self.planner.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "empty_steps": self._empty_steps,
+        }

@@ -1,0 +1,202 @@
+"""Train a policy on rollouts that go where they carry gradient.
+
+    accelerate launch recipes/train.py --config recipes/arithmetic/gvm_raft.yaml [--learning_rate 1e-4]
+    accelerate launch recipes/train.py --config recipes/math/gvm_raft.yaml \
+        --model_name_or_path PATH_OR_HUB_ID --dataset_name prompts.jsonl --rewards math_verify
+
+Every setting is a key of the YAML file or an argument; arguments win. `--help` lists them all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `recipes` beside this file
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig, get_peft_config
+
+from recipes.config import ConfigError, parse
+from recipes.data import load_rows, split_validation
+from rl.arguments import RolloutConfig, nearest
+from rl.checkpoint import TornCheckpointError
+from rl.tracking import RunExistsError
+from rl.trainer import NoSignalError, RolloutTrainer
+from rollouts.prompts import ensure_pad_token
+from rollouts.rewards import RewardError
+
+TASKS = {"arithmetic": "recipes.arithmetic.task"}
+"""Embedded tasks: modules with `prepare(recipe, seed) -> (model folder, rows, validation, rewards)`."""
+
+EXPECTED = (ConfigError, ValueError, OSError, RewardError, NoSignalError, FloatingPointError)
+"""Errors whose message says what to do; anything else shows its traceback."""
+
+
+@dataclass
+class RecipeArguments:
+    """What a run trains on, beside the model and the settings of training."""
+
+    task: str | None = field(
+        default=None, metadata={"help": "Embedded task: arithmetic. Brings model, data and rewards."}
+    )
+    task_settings: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Settings of the embedded task, as in its README."}
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Prompts: a .jsonl, .json, .csv or .parquet file, a folder, or a hub id."},
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a hub data set."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_limit: int | None = field(default=None, metadata={"help": "Use only the first rows."})
+    validation_name: str | None = field(
+        default=None, metadata={"help": "Held-out prompts. Default: drawn from the training rows."}
+    )
+    validation_split: str = field(default="test", metadata={"help": "Split of validation_name."})
+    validation_size: int = field(
+        default=128, metadata={"help": "Held-out prompts drawn where no validation_name is given."}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompts."})
+    answer_column: str | None = field(
+        default=None, metadata={"help": "Column given to rewards as `answer`."}
+    )
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "Text with {column} fields that becomes the prompt."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "Makes prompts conversational, with this first message."}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "File with a chat template, for a tokenizer without one."}
+    )
+    pad_token: str | None = field(
+        default=None, metadata={"help": "Pad token, for a tokenizer without one."}
+    )
+    rewards: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Reward functions: built-in names or path/to/file.py:function."},
+    )
+    num_threads: int | None = field(
+        default=None, metadata={"help": "CPU threads per process. Default: cores / processes."}
+    )
+    report: bool = field(default=True, metadata={"help": "End with a table and pictures of the run."})
+
+
+def main(arguments: list[str] | None = None) -> RolloutTrainer:
+    """Parse, prepare, train, save and report; returns the trainer."""
+    recipe, config, model_config = parse((RecipeArguments, RolloutConfig, ModelConfig), arguments)
+    state = PartialState()
+    _set_threads(recipe, state)
+    rows, validation, rewards = _task_or_data(recipe, config, model_config, state)
+    tokenizer = _tokenizer(recipe, model_config)
+    trainer = RolloutTrainer(
+        _model(model_config),
+        rewards,
+        config,
+        rows,
+        eval_dataset=validation or None,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_config),
+    )
+    trainer.train()
+    final = Path(config.output_dir) / "final"
+    trainer.save_model(str(final))
+    if recipe.report and state.is_main_process:
+        from recipes.report import report
+
+        report([config.output_dir])
+        Console().print(f"model: {final}")
+    return trainer
+
+
+def _set_threads(recipe: RecipeArguments, state: PartialState) -> None:
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    threads = recipe.num_threads or max(1, (os.cpu_count() or 1) // max(local, 1))
+    torch.set_num_threads(threads)
+    if state.is_main_process:
+        print(
+            f"{state.num_processes} process(es), {threads} CPU thread(s) each, device {state.device}",
+            file=sys.stderr,
+        )
+
+
+def _task_or_data(
+    recipe: RecipeArguments, config: RolloutConfig, model_config: ModelConfig, state: PartialState
+) -> tuple[Any, Any, list[Any]]:
+    if recipe.task is not None:
+        if recipe.task not in TASKS:
+            raise ConfigError(
+                f"task must be one of {', '.join(TASKS)}, got {recipe.task!r}."
+                f"{nearest(recipe.task, TASKS)}"
+            )
+        prepare: Callable[..., tuple] = import_module(TASKS[recipe.task]).prepare
+        with state.main_process_first():
+            folder, rows, validation, rewards = prepare(recipe.task_settings or {}, seed=config.seed)
+        model_config.model_name_or_path = model_config.model_name_or_path or str(folder)
+        return rows, validation, recipe.rewards or rewards
+    if recipe.dataset_name is None:
+        raise ConfigError("nothing to train on: write task, or dataset_name with your prompts")
+    if model_config.model_name_or_path is None:
+        raise ConfigError("no model: write model_name_or_path, a folder or a hub id")
+    if not recipe.rewards:
+        raise ConfigError("no reward: write rewards, names or path/to/file.py:function")
+    columns = {
+        "prompt_column": recipe.prompt_column,
+        "answer_column": recipe.answer_column,
+        "prompt_template": recipe.prompt_template,
+        "system_prompt": recipe.system_prompt,
+    }
+    rows = load_rows(
+        recipe.dataset_name,
+        config=recipe.dataset_config,
+        split=recipe.dataset_split,
+        limit=recipe.dataset_limit,
+        **columns,
+    )
+    if recipe.validation_name is not None:
+        validation = load_rows(recipe.validation_name, split=recipe.validation_split, **columns)
+    elif recipe.validation_size:
+        rows, validation = split_validation(rows, recipe.validation_size, seed=config.seed)
+    else:
+        validation = None
+    return rows, validation, recipe.rewards
+
+
+def _tokenizer(recipe: RecipeArguments, model_config: ModelConfig) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_config.model_name_or_path, revision=model_config.model_revision
+    )
+    if recipe.chat_template is not None:
+        tokenizer.chat_template = Path(recipe.chat_template).read_text()
+    ensure_pad_token(tokenizer, recipe.pad_token)
+    return tokenizer
+
+
+def _model(model_config: ModelConfig) -> torch.nn.Module:
+    dtype = model_config.dtype
+    return AutoModelForCausalLM.from_pretrained(
+        model_config.model_name_or_path,
+        revision=model_config.model_revision,
+        dtype=dtype if dtype in (None, "auto") else getattr(torch, dtype),
+        attn_implementation=model_config.attn_implementation,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (TornCheckpointError, RunExistsError, *EXPECTED) as error:
+        if os.environ.get("APPORTION_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")

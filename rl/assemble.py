@@ -1,0 +1,123 @@
+"""From settings to the stages of a run: planner, rewards, `Line`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from samplers.ledger import Ledger
+from samplers.planner import Planner
+from transformers import PreTrainedTokenizerBase
+
+from rl.arguments import ADVANTAGES, RolloutConfig, allocator_of, loss_of
+from rl.distributed import Ranks
+from rl.line import Line
+from rollouts.engine import Engine, SamplingParams
+from rollouts.prompts import Prompt
+from rollouts.rewards import RewardFunction, load_reward, score
+from samplers.posterior import BetaPosterior
+from samplers.selection import UniformSelector
+
+
+def make_planner(config: RolloutConfig, keys: list[str]) -> Planner:
+    """The planner that `config` describes, over the data set whose prompt keys are `keys`."""
+    if len(keys) < config.prompts_per_step:
+        raise ValueError(
+            f"prompts_per_step={config.prompts_per_step} exceeds the {len(keys)} prompts of the data "
+            f"set; write prompts_per_step: {len(keys)} or less"
+        )
+    posterior = BetaPosterior(
+        len(keys),
+        decay_chosen=config.posterior_decay_chosen,
+        decay_rest=config.posterior_decay_rest,
+    )
+    allocate, scale = allocator_of(config)
+    return Planner(
+        posterior,
+        UniformSelector(len(keys), seed=config.seed),
+        allocate,
+        keys=keys,
+        prompts_per_step=config.prompts_per_step,
+        rollouts_per_step=config.rollouts_per_step,
+        scale=scale,
+        minimum=config.budget_min,
+        maximum=config.budget_max,
+        pilot=config.pilot_rollouts,
+        estimate=config.pilot_estimate,
+        pilots=config.pilot_use,
+        run_seed=config.seed,
+        success_above=config.success_above,
+    )
+
+
+def make_line(
+    config: RolloutConfig,
+    *,
+    prompts: list[Prompt],
+    planner: Planner,
+    engine: Engine,
+    policy: Callable[[], AbstractContextManager[torch.nn.Module]],
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: list[RewardFunction],
+    accelerator: Accelerator,
+) -> Line:
+    """The line of `config` over these prompts; `config` names its methods, the rest is given."""
+    return Line(
+        prompts=prompts,
+        planner=planner,
+        engine=engine,
+        policy=policy,
+        sampling=SamplingParams(
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            stop=tuple(config.stop or ()),
+        ),
+        tokenizer=tokenizer,
+        reward=partial(
+            score,
+            rewards,
+            weights=config.reward_weights,
+            timeout=config.reward_timeout,
+            retries=config.reward_retries,
+            max_failed_share=1.0,  # judged over all ranks, in roll_out
+        ),
+        advantage=ADVANTAGES[config.advantage or ""],
+        loss=loss_of(config),
+        ledger=Ledger(),
+        ranks=Ranks(accelerator),
+        config=config,
+    )
+
+
+def load_rewards(
+    rewards: RewardFunction | str | Sequence[RewardFunction | str], weights: list[float] | None
+) -> list[RewardFunction]:
+    """The reward functions behind names, paths and callables.
+
+    Raises:
+        ValueError: if there is none, or `weights` has another length.
+    """
+    rewards = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    if not rewards:
+        raise ValueError("reward_funcs is empty; name at least one reward function")
+    if weights is not None and len(weights) != len(rewards):
+        raise ValueError(
+            f"reward_weights has {len(weights)} entries for {len(rewards)} reward functions"
+        )
+    return [load_reward(reward) if isinstance(reward, str) else reward for reward in rewards]
+
+
+def refuse_overlap(prompts: list[Prompt], held_out: list[Prompt]) -> None:
+    """Raise if a prompt is trained on and validated with."""
+    shared = {prompt.key for prompt in prompts} & {prompt.key for prompt in held_out}
+    if shared:
+        raise ValueError(
+            f"{len(shared)} prompts are both in train_dataset and eval_dataset, such as key "
+            f"{min(shared)}; validation must be held out"
+        )
