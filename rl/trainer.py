@@ -26,8 +26,8 @@ from rl import checkpoint, metrics, tracking
 from rl.arguments import RolloutConfig
 from rl.assemble import load_rewards, make_line, make_planner, refuse_overlap
 from rl.evaluation import evaluate
-from rl.gradient_norm import measure
 from rl.line import Batch
+from rl.measure import gradient_norms
 from rl.step import collect, update
 from rollouts.engine import Engine
 from rollouts.prompts import Prompt, data_fingerprint, ensure_pad_token, make_prompts
@@ -141,14 +141,14 @@ class RolloutTrainer(Trainer):
         """One collection and its updates; the last optimizer step is the base class's."""
         started = time.perf_counter()
         batch = collect(self.line, version=self.state.global_step)
+        if self.args.gvm_gradient_norm != "none":
+            with self.ledger.phase("gradient_norm"):
+                self.planner.observe_gradient_norms(*gradient_norms(self.line, batch))
         model.train()
         with self.ledger.phase("update"), self.compute_loss_context_manager():
             loss, learned = update(
                 self.line, model, batch, step_optimizer=partial(self._inner_optimizer_step, model)
             )
-        if self.args.gvm_gradient_norm != "none":
-            with self.ledger.phase("gradient_norm"):
-                self.planner.observe_gradient_norms(*measure(self.line, self.model, batch))
         self._close(batch, learned | {"step_time": time.perf_counter() - started})
         return loss
 

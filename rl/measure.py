@@ -1,0 +1,55 @@
+"""Gradient norms of this step's accepted rollouts, for the allocator of the next steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from rl import gradient_norm
+from rl.advantages import raft
+from rl.logprobs import head_inputs
+from rollouts.batch import concatenate
+
+if TYPE_CHECKING:
+    from rl.line import Batch, Line
+
+
+@torch.no_grad()
+def gradient_norms(line: Line, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """G of each prompt with an accepted rollout, at the lm_head, under the policy that generated.
+
+    The rows are dealt to ranks by length and the norms gathered. One step's G is used from the next
+    step on: measured on rollouts that also train, it would bias the gradient it allocates.
+    (`methods`: GVM-RAFT, arXiv:2505.02391, Algorithm 2 or the definition, by `gvm_gradient_norm`.)
+
+    Returns:
+        (K,) int64 data-set rows and (K,) float64 norms.
+    """
+    rollouts = concatenate([scored.rollouts for scored in batch.scored])
+    reward_N, prompt_N = rollouts.reward_N, rollouts.prompt_N
+    assert reward_N is not None
+    accepted = ((raft(reward_N, prompt_N) > 0) & (rollouts.length_N > 0)).nonzero().flatten()
+    mine = accepted[line.ranks.rows_to_train(rollouts.length_N[accepted])]
+    found: list[tuple[int, float]] = []
+    with line.policy() as policy:
+        head = policy.get_output_embeddings()
+        for rows in mine.split(line.config.per_device_train_batch_size) if len(mine) else ():
+            part = rollouts.take(rows).to(head.weight.device)
+            norm_N = gradient_norm.head_gradient_norm(
+                head_inputs(policy, part, pad_id=line.tokenizer.pad_token_id),
+                part.token_NT,
+                part.mask_NT,
+                head.weight,
+                bias_V=head.bias,
+                temperature=line.config.temperature,
+            )
+            found += zip(rows.tolist(), norm_N.tolist(), strict=True)
+    row_norm = dict(pair for share in line.ranks.gather(found) for pair in share)
+    norm_N = torch.tensor([row_norm[row] for row in accepted.tolist()], dtype=torch.float64)
+    reduce = {"mean": gradient_norm.mean_norm, "rms": gradient_norm.rms_norm}
+    prompt_K, norm_K = reduce[line.config.gvm_gradient_norm](
+        norm_N, prompt_N[accepted], torch.ones(len(accepted), dtype=torch.bool)
+    )
+    return batch.proposals[0].index_P[prompt_K.numpy()], norm_K.numpy()

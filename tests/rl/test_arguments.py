@@ -1,0 +1,101 @@
+"""Settings: presets, defaults and every refusal."""
+
+import pytest
+
+from rl import losses
+from rl.arguments import RolloutConfig, allocator_of, loss_of
+from samplers import allocation
+
+
+def config(**settings):
+    return RolloutConfig(output_dir="unused", use_cpu=True, report_to="none", **settings)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        ("grpo", ("grpo", "grpo", "mean", "row_mean", 0.2)),
+        ("raft", ("raft", "raft", "em", "row_mean", 0.2)),
+        ("raft++", ("raft", "raft_pp", "em", "row_mean", 0.2)),
+    ],
+)
+def test_a_preset_fills_what_is_unset(trainer, expected):
+    found = config(trainer=trainer)
+    names = ("advantage", "loss", "objective", "length_weight", "epsilon_high")
+    assert tuple(getattr(found, name) for name in names) == expected
+
+
+def test_what_is_set_wins_over_the_preset():
+    found = config(trainer="grpo", advantage="leave_one_out", objective="log", epsilon_high=0.3)
+    assert (found.advantage, found.objective, found.epsilon_high) == ("leave_one_out", "log", 0.3)
+    assert found.loss == "grpo"
+
+
+def test_dapo_brings_its_own_clip_and_length_rule():
+    found = config(trainer="grpo", loss="dapo")
+    assert (found.length_weight, found.epsilon_high) == ("token_mean", 0.28)
+
+
+def test_leave_one_out_needs_two_rollouts_by_default():
+    assert config(allocator="leave_one_out").budget_min == 2
+    assert config(allocator="gvm").budget_min == 1
+
+
+def test_gvm_is_neyman_under_its_own_scale():
+    solve, scale = allocator_of(config(allocator="gvm", gvm_alpha=0.01, gvm_beta=3.0))
+    assert solve is allocation.neyman
+    assert scale.func is allocation.gvm
+    assert scale.keywords == {"alpha": 0.01, "beta": 3.0}
+
+
+def test_gvm_by_the_pilots_alone_uses_the_published_formula():
+    settings = {"allocator": "gvm", "pilot_rollouts": 2, "pilot_estimate": "pilot"}
+    assert allocator_of(config(**settings))[1].func is allocation.gvm_plug_in
+
+
+def test_losses_get_their_clip_ranges():
+    assert loss_of(config(trainer="raft")) is losses.raft
+    found = loss_of(config(trainer="grpo", epsilon=0.1, epsilon_high=0.3, delta=5.0))
+    assert found.func is losses.clipped_surrogate
+    assert found.keywords == {"epsilon_low": 0.1, "epsilon_high": 0.3, "dual_clip": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trainer": "gpro"}, "trainer must be one of grpo, raft, raft.*'gpro'.*'grpo'"),
+        ({"allocator": "gmv"}, "allocator must be one of .*'gmv'.*'gvm'"),
+        ({"selector": "random"}, "selector must be one of uniform"),
+        ({"advantage": "groop"}, "advantage must be one of"),
+        ({"loss": "raftpp"}, "loss must be one of.*'raft_pp'"),
+        ({"objective": "means"}, "objective must be one of.*'mean'"),
+        ({"prompts_per_step": 0}, "prompts_per_step must be at least 1, got 0"),
+        ({"rollouts_per_prompt": -3}, "rollouts_per_prompt must be at least 1, got -3"),
+        ({"budget_min": 9}, "budget_min=9 exceeds rollouts_per_prompt=8"),
+        ({"budget_max": 4}, "budget_max=4 is below rollouts_per_prompt=8"),
+        ({"budget_min": 4, "budget_max": 2}, "budget_max=2 is below budget_min=4"),
+        ({"pilot_rollouts": 9}, "pilot_rollouts=9 exceeds rollouts_per_prompt=8"),
+        ({"allocator": "leave_one_out", "budget_min": 1}, "needs budget_min >= 2, got 1"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
+        ({"top_p": 1.5}, "top_p must be at most 1, got 1.5"),
+        ({"top_p": 0.0}, "top_p must be positive"),
+        ({"posterior_decay_chosen": 1.2}, "posterior_decay_chosen must be at most 1"),
+        ({"log_floor": 0.0}, "log_floor must lie in"),
+        ({"delta": 1.1}, "delta=1.1 must exceed 1 \\+ epsilon_high = 1.2"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must stay 1, got 2"),
+        ({"gvm_gradient_norm": "mean"}, "needs allocator 'gvm', got 'uniform'"),
+        ({"trainer": "grpo", "objective": "em"}, "needs advantage 'raft', got 'grpo'"),
+        ({"reward_timeout": 0.0}, "reward_timeout must be positive"),
+        ({"overlong_prompts": "cut"}, "overlong_prompts must be one of error, truncate, drop"),
+    ],
+)
+def test_impossible_settings_are_refused_with_the_value(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+def test_every_field_has_a_help_text():
+    from dataclasses import fields
+
+    assert all(f.metadata.get("help") for f in fields(RolloutConfig) if f.init)
