@@ -1,0 +1,163 @@
+"""One success posterior per prompt, read by selection, allocation and stopping alike.
+
+Axes: D prompts of the data set, P prompts of one call.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+class BetaPosterior:
+    """What is believed about every prompt's pass rate: Beta(alpha + 1, beta + 1).
+
+    alpha and beta count successes and failures, with old counts decayed because the policy moves::
+
+        chosen       alpha <- decay_chosen alpha + successes
+                     beta  <- decay_chosen beta + trials - successes
+        not chosen   alpha <- decay_rest alpha,    beta <- decay_rest beta
+
+    The +1/+1 prior sits outside the decay, so a prompt that is ignored returns to Beta(1, 1),
+    knowing nothing, and becomes worth a visit again. Time is counted in selection rounds, not in
+    optimizer steps (project default; the paper does not say).
+
+    (VADE, arXiv:2511.18902. The paper's figure implies decays of 0.2 and 0.999; that these are
+    its training values is a guess. For chosen prompts the same update as MoPPS, arXiv:2507.04632,
+    with a0 = b0 = 1.)
+
+    Args:
+        num_prompts: D, prompts of the data set; prompt i is row i.
+        decay_chosen: in [0, 1]; 0 remembers the last group only, 1 forgets nothing.
+        decay_rest: in [0, 1]; 1 leaves prompts that were not chosen as they are.
+
+    Raises:
+        ValueError: if there is no prompt, or a decay is outside [0, 1].
+    """
+
+    alpha_D: FloatArray
+    """(D,) decayed successes, at least 0."""
+    beta_D: FloatArray
+    """(D,) decayed failures, at least 0."""
+
+    def __init__(
+        self, num_prompts: int, *, decay_chosen: float = 0.2, decay_rest: float = 0.999
+    ) -> None:
+        if num_prompts < 1:
+            raise ValueError(f"num_prompts must be at least 1, got {num_prompts}")
+        for name, decay in [("decay_chosen", decay_chosen), ("decay_rest", decay_rest)]:
+            if not 0 <= decay <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {decay}")
+        self.num_prompts = num_prompts
+        self.decay_chosen = decay_chosen
+        self.decay_rest = decay_rest
+        self.alpha_D = np.zeros(num_prompts)
+        self.beta_D = np.zeros(num_prompts)
+
+    def observe(self, index_P: ArrayLike, successes_P: ArrayLike, trials_P: ArrayLike) -> None:
+        """Take in one selection round: decay everything once, then add the counts.
+
+        Args:
+            index_P: (P,) distinct rows that were rolled out; none at all only decays.
+            successes_P: (P,) successes, 0 <= successes <= trials; fractional rewards may be summed.
+            trials_P: (P,) rollouts they were counted in.
+
+        Raises:
+            ValueError: if a row is repeated or out of range, or counts are not as above.
+        """
+        index_P, successes_P, failures_P = self._counts(index_P, successes_P, trials_P)
+        decay_D = np.full(self.num_prompts, self.decay_rest)
+        decay_D[index_P] = self.decay_chosen
+        self.alpha_D *= decay_D
+        self.beta_D *= decay_D
+        self._add(index_P, successes_P, failures_P)
+
+    def add(self, index_P: ArrayLike, successes_P: ArrayLike, trials_P: ArrayLike) -> None:
+        """Take in further rollouts of a round that was observed already: nothing decays.
+
+        Arguments and errors are those of `observe`.
+        """
+        self._add(*self._counts(index_P, successes_P, trials_P))
+
+    def parameters(self, index: ArrayLike | None = None) -> tuple[FloatArray, FloatArray]:
+        """Both parameters of the Beta, a = alpha + 1 and b = beta + 1, of `index` or of all."""
+        rows = slice(None) if index is None else np.asarray(index, dtype=np.int64)
+        return self.alpha_D[rows] + 1, self.beta_D[rows] + 1
+
+    def mean(self, index: ArrayLike | None = None) -> FloatArray:
+        """Expected pass rate, a / (a + b), of `index` or of all prompts."""
+        a, b = self.parameters(index)
+        return a / (a + b)
+
+    def std_of_reward(self, index: ArrayLike | None = None) -> FloatArray:
+        """Root of the expected variance of a 0/1 reward, E[p (1 - p)] = a b / ((a+b) (a+b+1)).
+
+        The expectation is over the posterior, so this is not the spread of the pass rate itself.
+        """
+        a, b = self.parameters(index)
+        return np.sqrt(a * b / ((a + b) * (a + b + 1)))
+
+    def draw(self, index: ArrayLike | None = None, *, generator: np.random.Generator) -> FloatArray:
+        """One pass rate per prompt of `index`, or of all, drawn from the posterior.
+
+        NumPy uses a varying number of random numbers per draw, so the counts of one prompt move
+        the draws of those after it: keep the order fixed, and claim no common random numbers.
+        """
+        return generator.beta(*self.parameters(index))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered: `alpha_D` and `beta_D`, (D,) float64 arrays. Settings are not."""
+        return {"alpha_D": self.alpha_D.copy(), "beta_D": self.beta_D.copy()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`, bit for bit.
+
+        Raises:
+            ValueError: if the state is that of another number of prompts, or counts are negative
+                or not finite.
+        """
+        loaded = {name: np.asarray(state[name], dtype=np.float64) for name in ("alpha_D", "beta_D")}
+        for name, count_D in loaded.items():
+            if count_D.shape != (self.num_prompts,):
+                raise ValueError(
+                    f"{name} has shape {count_D.shape}, expected {(self.num_prompts,)}: "
+                    f"the state belongs to another data set"
+                )
+            if not (np.isfinite(count_D) & (count_D >= 0)).all():
+                raise ValueError(f"{name} must be finite and non-negative")
+        # In place: whoever holds the arrays sees what was loaded.
+        self.alpha_D[:] = loaded["alpha_D"]
+        self.beta_D[:] = loaded["beta_D"]
+
+    def _add(self, index_P: IntArray, successes_P: FloatArray, failures_P: FloatArray) -> None:
+        self.alpha_D[index_P] += successes_P
+        self.beta_D[index_P] += failures_P
+
+    def _counts(
+        self, index_P: ArrayLike, successes_P: ArrayLike, trials_P: ArrayLike
+    ) -> tuple[IntArray, FloatArray, FloatArray]:
+        """Rows, successes and failures, checked."""
+        index_P = np.asarray(index_P, dtype=np.int64)
+        successes_P = np.asarray(successes_P, dtype=np.float64)
+        trials_P = np.asarray(trials_P, dtype=np.float64)
+        if index_P.ndim != 1 or not index_P.shape == successes_P.shape == trials_P.shape:
+            raise ValueError(
+                f"index_P, successes_P and trials_P must be 1-d and equally long, got shapes "
+                f"{index_P.shape}, {successes_P.shape} and {trials_P.shape}"
+            )
+        if len(np.unique(index_P)) != len(index_P):
+            raise ValueError(f"index_P must be distinct, got {index_P.tolist()}")
+        if ((index_P < 0) | (index_P >= self.num_prompts)).any():
+            raise ValueError(f"index_P must be in [0, {self.num_prompts}), got {index_P.tolist()}")
+        # Written so that NaN fails too.
+        valid_P = (successes_P >= 0) & (successes_P <= trials_P) & (trials_P < np.inf)
+        if not valid_P.all():
+            at = int(np.flatnonzero(~valid_P)[0])
+            raise ValueError(
+                f"successes must be in [0, trials], got {successes_P[at]} of {trials_P[at]} "
+                f"for prompt {index_P[at]}"
+            )
+        return index_P, successes_P, trials_P - successes_P
