@@ -58,17 +58,18 @@ class RewardResult:
     Example, three rollouts of which the second failed::
 
         RewardResult(
+            reward_N=torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64),
             scored=torch.tensor([True, False, True]),
-            reward_K=torch.tensor([1.0, 0.0], dtype=torch.float64),
             per_function={"exact_match": [1.0, None, 0.0]},
             failed={1: "exact_match: raised KeyError: 'x'"},
         )
     """
 
+    reward_N: Tensor
+    """(N,) float64: weighted sums of the functions that apply. A failed row has no reward; the 0
+    that stands in its place must not be read, and `reward_K` leaves it out."""
     scored: Tensor
     """(N,) bool: False where a row failed. Such a row enters no statistic and trains nothing."""
-    reward_K: Tensor
-    """(K,) float64: weighted sums of the functions that apply, of the scored rows in order."""
     per_function: dict[str, list[float | None]]
     """Function name -> N rewards before weighting; None where it did not apply, or failed."""
     failed: dict[int, str]
@@ -80,19 +81,9 @@ class RewardResult:
         return self.scored.nonzero().flatten()
 
     @property
-    def reward_N(self) -> Tensor:
-        """(N,) float64, where no row failed. A failed row has no number that could stand here.
-
-        Raises:
-            RewardError: a row failed; `rows_K` and `reward_K` are then what there is.
-        """
-        if self.failed:
-            row, reason = next(iter(self.failed.items()))
-            raise RewardError(
-                f"{len(self.failed)} of {len(self.scored)} rows have no reward (row {row}: "
-                f"{reason}); use reward_K, the rewards of the rows rows_K"
-            )
-        return self.reward_K
+    def reward_K(self) -> Tensor:
+        """(K,) float64: the rewards of the rows `rows_K`."""
+        return self.reward_N[self.scored]
 
 
 def score(
@@ -193,7 +184,7 @@ def score(
         per_function[name] = values
 
     weight_of = dict(zip(names, [1.0] * len(names) if weights is None else weights, strict=True))
-    rewards: list[float] = []
+    rewards = [0.0] * len(prompts)
     for row in range(len(prompts)):
         terms = [
             weight * value
@@ -203,11 +194,11 @@ def score(
         if not terms and row not in failures:
             failures[row] = _Failure("/".join(names), "no reward function applied")
         if row not in failures:
-            rewards.append(math.fsum(terms))
+            rewards[row] = math.fsum(terms)
     _stop_if_too_many(failures, max_failed_share, prompts, completions)
     return RewardResult(
+        reward_N=torch.tensor(rewards, dtype=torch.float64),
         scored=torch.tensor([row not in failures for row in range(len(prompts))], dtype=torch.bool),
-        reward_K=torch.tensor(rewards, dtype=torch.float64),
         per_function=per_function,
         failed={row: str(failures[row]) for row in sorted(failures)},
     )
