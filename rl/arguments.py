@@ -295,6 +295,8 @@ def _validate(config: RolloutConfig) -> None:
     _choice("length_weight", config.length_weight, LENGTH_WEIGHTS)
     _choice("gvm_gradient_norm", config.gvm_gradient_norm, ("none", "mean", "rms"))
     _choice("pilot_estimate", config.pilot_estimate, ("posterior", "pilot"))
+    if config.pilot_estimate == "pilot" and not config.pilot_rollouts:
+        raise ValueError("pilot_estimate 'pilot' needs pilot_rollouts of at least 1, got 0")
     _choice("pilot_use", config.pilot_use, ("pool", "discard"))
     _choice("overlong_prompts", config.overlong_prompts, ("error", "truncate", "drop"))
     _choice("if_run_exists", config.if_run_exists, ("error", "resume"))
@@ -363,10 +365,10 @@ def _budgets(config: RolloutConfig) -> None:
         )
     if config.allocator == "leave_one_out" and least < 2:
         raise ValueError(f"allocator 'leave_one_out' needs budget_min >= 2, got {least}")
-    if config.pilot_rollouts > total:
+    if config.pilot_rollouts >= total and config.pilot_rollouts:
         raise ValueError(
-            f"pilot_rollouts={config.pilot_rollouts} exceeds rollouts_per_prompt={total}; pilots are "
-            "part of the total"
+            f"pilot_rollouts={config.pilot_rollouts} leaves nothing of rollouts_per_prompt={total} to "
+            "allocate; pilots are part of the total"
         )
     if config.budget_max is not None and config.budget_max < config.pilot_rollouts:
         raise ValueError(

@@ -6,6 +6,7 @@ with the same random numbers. Rollouts made here are counted as validation, neve
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import numpy as np
 from rl.roll_out import Request, roll_out
 from rollouts.prompts import Prompt
 from samplers.keys import rollout_seeds
+from samplers.ledger import Ledger
 
 if TYPE_CHECKING:
     from rl.line import Line
@@ -34,6 +36,8 @@ def evaluate(
         version: optimizer steps the policy has taken.
         success_above: reward above which a completion is right; 0.5 serves 0/1 rewards.
     """
+    started = time.perf_counter()
+    training, line = line.ledger, replace(line, ledger=Ledger())  # nothing here is drawn to train
     slots = line.config.eval_rollouts_per_prompt
     metrics: dict[str, float] = {}
     for name, budget, params in (
@@ -44,7 +48,7 @@ def evaluate(
             prompts=prompts,
             budget_P=np.full(len(prompts), budget, dtype=np.int64),
             seed_N=np.concatenate(
-                [rollout_seeds("validation", p.key, 0, np.arange(budget)) for p in prompts]
+                [rollout_seeds(0, f"validation {p.key}", 0, np.arange(budget)) for p in prompts]
             ),
         )
         scored = roll_out(line, request, params, version=version)
@@ -65,4 +69,5 @@ def evaluate(
             "mean_length": float(rollouts.length_N.double().mean()),
             "rollouts": float(len(rollouts) + len(prompts)),
         }
+    training.seconds("validation", time.perf_counter() - started)
     return metrics

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from rl.metrics import timed
 from rollouts.batch import TokenRollouts, concatenate
 from rollouts.prompts import Prompt
 from rollouts.rewards import RewardError
@@ -59,7 +60,7 @@ def roll_out(line: Line, request: Request, params: SamplingParams, *, version: i
     except Exception as caught:
         error = caught
     line.ranks.fail_together(error)
-    with line.ledger.phase("gather"):
+    with timed(line.ledger, "gather"):
         shares = line.ranks.gather(share)
     return _merge(line, request, [s for s in shares if s is not None])
 
@@ -71,7 +72,7 @@ def _generate_and_score(
         with line.policy():  # gathering sharded weights takes every rank
             return None
     position_Q, budget_Q = np.unique(request.prompt_N[rows], return_counts=True)
-    with line.ledger.phase("rollout"), line.policy() as policy:
+    with timed(line.ledger, "rollout"), line.policy() as policy:
         line.engine.load_weights(policy)
         rollouts = line.engine.generate(
             [request.prompts[p] for p in position_Q],
@@ -80,7 +81,7 @@ def _generate_and_score(
             params=params,
             version=version,
         )
-    with line.ledger.phase("reward"):
+    with timed(line.ledger, "reward"):
         ids = [t[m].tolist() for t, m in zip(rollouts.token_NT, rollouts.mask_NT, strict=True)]
         texts = line.tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = [request.prompts[p] for p in request.prompt_N[rows]]

@@ -65,7 +65,7 @@ def weigh(
         reward_N,
         prompt_N,
         num_prompts=len(prompts),
-        pass_rate_P=torch.from_numpy(proposals[0].pass_rate_P),
+        pass_rate_P=torch.tensor(proposals[0].pass_rate_P),
         floor=config.log_floor,
     )
     denominator = step_weights.denominator(

@@ -229,16 +229,19 @@ def describe(logs: dict[str, float]) -> str:
         f"> trained {logs['reward_trained']:.3f}" if "reward_trained" in logs else "> none trained",
         f"| mixed {logs['groups/mixed_share']:.0%}",
     ]
-    drawn, trained = logs.get("ledger/rollouts_drawn"), logs.get("ledger/rollouts_trained")
+    drawn, trained = (
+        logs.get("ledger_total/rollouts_drawn"),
+        logs.get("ledger_total/rollouts_trained"),
+    )
     if drawn and trained is not None:
         parts.append(f"| rollouts {drawn:.0f} ({trained / drawn:.0%} trained)")
-    tokens, used = logs.get("ledger/tokens_drawn"), logs.get("ledger/tokens_trained")
+    tokens, used = logs.get("ledger_total/tokens_drawn"), logs.get("ledger_total/tokens_trained")
     if tokens and used is not None:
         parts.append(f"tokens {tokens:.3g} ({used / tokens:.0%})")
     seconds = {
-        name.removeprefix("ledger/seconds_"): value
+        name.removeprefix("ledger_total/seconds_"): value
         for name, value in logs.items()
-        if name.startswith("ledger/seconds_")
+        if name.startswith("ledger_total/seconds_")
     }
     if seconds:
         parts.append("| s " + " ".join(f"{name} {value:.0f}" for name, value in seconds.items()))

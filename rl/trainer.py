@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from samplers.planner import Planner
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -33,6 +32,7 @@ from rollouts.engine import Engine
 from rollouts.prompts import Prompt, data_fingerprint, ensure_pad_token, make_prompts
 from rollouts.rewards import RewardFunction
 from rollouts.transformers_engine import TransformersEngine
+from samplers.planner import Planner
 
 
 class NoSignalError(RuntimeError):
@@ -102,7 +102,12 @@ class RolloutTrainer(Trainer):
         if args.max_steps <= 0:
             args.max_steps = -(-int(args.num_train_epochs * len(prompts)) // args.prompts_per_step)
         super().__init__(
-            model, args, train_dataset=[{}], processing_class=processing_class, **kwargs
+            model,
+            args,
+            train_dataset=[{}],
+            eval_dataset=self.eval_prompts or None,
+            processing_class=processing_class,
+            **kwargs,
         )
         self.line = make_line(
             args,
@@ -142,10 +147,10 @@ class RolloutTrainer(Trainer):
         started = time.perf_counter()
         batch = collect(self.line, version=self.state.global_step)
         if self.args.gvm_gradient_norm != "none":
-            with self.ledger.phase("gradient_norm"):
+            with metrics.timed(self.ledger, "gradient_norm"):
                 self.planner.observe_gradient_norms(*gradient_norms(self.line, batch))
         model.train()
-        with self.ledger.phase("update"), self.compute_loss_context_manager():
+        with metrics.timed(self.ledger, "update"), self.compute_loss_context_manager():
             loss, learned = update(
                 self.line, model, batch, step_optimizer=partial(self._inner_optimizer_step, model)
             )
