@@ -60,12 +60,9 @@ def _groups(reward_N: Tensor, prompt_N: Tensor) -> _Groups:
     _, group_N = prompt_N.unique(return_inverse=True)
     size_P = group_N.bincount()
     sum_P = value_N.new_zeros(len(size_P)).index_add(0, group_N, value_N)
-    max_P = value_N.new_zeros(len(size_P)).index_reduce(
-        0, group_N, value_N, "amax", include_self=False
-    )
-    min_P = value_N.new_zeros(len(size_P)).index_reduce(
-        0, group_N, value_N, "amin", include_self=False
-    )
+    empty_P = value_N.new_zeros(len(size_P))
+    max_P = empty_P.scatter_reduce(0, group_N, value_N, "amax", include_self=False)
+    min_P = empty_P.scatter_reduce(0, group_N, value_N, "amin", include_self=False)
     return _Groups(
         reward_N=value_N,
         group_N=group_N,

@@ -150,7 +150,7 @@ def raft_pp(
 
     Args:
         logprob_NT, old_logprob_NT, weight_NT, denominator: as `clipped_surrogate`.
-        advantage_N: as `clipped_surrogate`, and >= 0.
+        advantage_N: as `clipped_surrogate`, and >= 0 wherever there is weight.
         epsilon_low, epsilon_high: >= 0.
 
     Returns:
@@ -159,10 +159,13 @@ def raft_pp(
     Raises:
         ValueError: as `clipped_surrogate`, and if an advantage is negative.
     """
-    if (advantage_N < 0).any():
+    _, _, _, advantage_NT, _ = _aligned(
+        logprob_NT, old_logprob_NT, advantage_N, weight_NT, denominator
+    )
+    if (advantage_NT < 0).any():
         raise ValueError(
             f"raft_pp has no negative signal: advantages must be at least 0, "
-            f"got {advantage_N.min().item()}"
+            f"got {advantage_NT.min().item()}"
         )
     return clipped_surrogate(
         logprob_NT,

@@ -1,0 +1,239 @@
+import math
+
+import pytest
+import torch
+
+from rl.advantages import centred, grpo, leave_one_out, raft
+
+CENTRED = [centred, leave_one_out, grpo]
+ESTIMATORS = [*CENTRED, raft]
+
+
+def ragged(seed=0):
+    """Groups of 1 to 7 rows, interleaved, with gaps in the ids and rewards of all kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [1, 2, 5, 7, 3, 4, 6]
+    prompt_N = torch.cat([torch.full((n,), 3 * p + 2) for p, n in enumerate(sizes)])
+    prompt_N = prompt_N[torch.randperm(len(prompt_N), generator=generator)]
+    reward_N = torch.randn(len(prompt_N), dtype=torch.float64, generator=generator)
+    reward_N[prompt_N == 11] = 0.7  # one group of equal rewards
+    binary_N = torch.rand(len(prompt_N), generator=generator) < 0.5
+    reward_N = torch.where(prompt_N >= 14, binary_N.double(), reward_N)
+    return reward_N, prompt_N
+
+
+def by_loop(name, reward_N, prompt_N):
+    """The definitions, one rollout at a time, in plain Python."""
+    advantage = []
+    rewards, prompts = reward_N.tolist(), prompt_N.tolist()
+    for i, (r, p) in enumerate(zip(rewards, prompts, strict=True)):
+        group = [s for s, q in zip(rewards, prompts, strict=True) if q == p]
+        others = [s for j, s in enumerate(rewards) if j != i and prompts[j] == p]
+        mean = sum(group) / len(group)
+        if name == "raft":
+            advantage.append(float(r == max(group) and r > 0))
+        elif max(group) == min(group):
+            advantage.append(0.0)
+        elif name == "centred":
+            advantage.append(r - mean)
+        elif name == "leave_one_out":
+            advantage.append(r - sum(others) / len(others))
+        else:
+            std = math.sqrt(sum((s - mean) ** 2 for s in group) / len(group))
+            advantage.append((r - mean) / (std + 1e-6))
+    return torch.tensor(advantage, dtype=torch.float64)
+
+
+def test_by_hand():
+    # Prompt 7 has rewards 1, 0, 0 and prompt 3 has 1, 1.
+    reward_N = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    prompt_N = torch.tensor([7, 3, 7, 7, 3])
+    # 1 - (0 + 0)/2,  equal,  0 - (1 + 0)/2,  0 - (1 + 0)/2,  equal
+    assert leave_one_out(reward_N, prompt_N).tolist() == [1.0, 0.0, -0.5, -0.5, 0.0]
+    # Mean 1/3.
+    expected = [2 / 3, 0, -1 / 3, -1 / 3, 0]
+    assert centred(reward_N, prompt_N).tolist() == pytest.approx(expected, abs=1e-15)
+    # Variance (4 + 1 + 1)/9/3 = 2/9: 2/3 / sqrt(2/9) = sqrt 2, and -sqrt(2)/2.
+    expected = [2**0.5, 0, -(2**0.5) / 2, -(2**0.5) / 2, 0]
+    assert grpo(reward_N, prompt_N, eps=0).tolist() == pytest.approx(expected, abs=1e-15)
+    # Accepted: the one success of prompt 7, both of prompt 3.
+    assert raft(reward_N, prompt_N).tolist() == [1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("estimate", "of_1", "of_4"),
+    [
+        (lambda r, p: grpo(r, p, eps=0), (2.645751, -0.377964), 1.0),
+        (lambda r, p: grpo(r, p, correction=1, eps=0), (2.474874, -0.353553), 0.935414),
+        (lambda r, p: grpo(r, p, correction=1, eps=1e-4), (2.474174, -0.353453), 0.935239),
+        (centred, (0.875, -0.125), 0.5),
+        (leave_one_out, (1.0, -0.142857), 0.571429),
+    ],
+    ids=["population", "unbiased", "TRL", "centred", "leave_one_out"],
+)
+def test_golden_values_of_one_and_four_successes_in_eight(estimate, of_1, of_4):
+    one = torch.tensor([1.0] + [0.0] * 7, dtype=torch.float64)
+    four = torch.tensor([1.0] * 4 + [0.0] * 4, dtype=torch.float64)
+    # Interleaved, so that a reshape to (2, 8) would mix them.
+    reward_N = torch.stack([one, four], dim=1).flatten()
+    prompt_N = torch.tensor([0, 1] * 8)
+    advantage_N = estimate(reward_N, prompt_N)
+    expected_1 = [of_1[0]] + [of_1[1]] * 7
+    assert advantage_N[::2].tolist() == pytest.approx(expected_1, abs=5e-7)
+    assert advantage_N[1::2].tolist() == pytest.approx([of_4] * 4 + [-of_4] * 4, abs=5e-7)
+
+
+@pytest.mark.parametrize("estimate", ESTIMATORS)
+@pytest.mark.parametrize("seed", range(5))
+def test_matches_the_definition_on_ragged_interleaved_groups(estimate, seed):
+    reward_N, prompt_N = ragged(seed)
+    expected_N = by_loop(estimate.__name__, reward_N, prompt_N)
+    torch.testing.assert_close(estimate(reward_N, prompt_N), expected_N, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+@pytest.mark.parametrize("eps", [0.0, 1e-4])
+def test_grpo_is_torchs_std_group_by_group(correction, eps):
+    reward_N, prompt_N = ragged()
+    advantage_N = grpo(reward_N, prompt_N, correction=correction, eps=eps)
+    for prompt in prompt_N.unique():
+        r = reward_N[prompt_N == prompt]
+        expected = torch.zeros_like(r)
+        if r.max() > r.min():
+            expected = (r - r.mean()) / (r.std(correction=correction) + eps)
+        torch.testing.assert_close(advantage_N[prompt_N == prompt], expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("estimate", CENTRED)
+def test_a_prompts_own_shift_changes_nothing(estimate):
+    reward_N, prompt_N = ragged()
+    shifted_N = reward_N + 0.25 * prompt_N
+    torch.testing.assert_close(
+        estimate(shifted_N, prompt_N), estimate(reward_N, prompt_N), atol=1e-12, rtol=0
+    )
+
+
+@pytest.mark.parametrize(("estimate", "power"), [(centred, 1), (leave_one_out, 1), (grpo, 0)])
+def test_scale(estimate, power):
+    reward_N, prompt_N = ragged()
+    settings = {"eps": 0} if estimate is grpo else {}
+    actual = estimate(3 * reward_N, prompt_N, **settings)
+    expected = 3**power * estimate(reward_N, prompt_N, **settings)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("estimate", CENTRED)
+def test_advantages_of_a_prompt_sum_to_0(estimate):
+    reward_N, prompt_N = ragged()
+    sums = torch.zeros(30).double().index_add(0, prompt_N, estimate(reward_N, prompt_N))
+    torch.testing.assert_close(sums, torch.zeros(30).double(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("estimate", ESTIMATORS)
+def test_rows_may_come_in_any_order(estimate):
+    reward_N, prompt_N = ragged()
+    order = torch.randperm(len(reward_N), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(
+        estimate(reward_N[order], prompt_N[order]),
+        estimate(reward_N, prompt_N)[order],
+        atol=1e-14,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("estimate", ESTIMATORS)
+def test_two_prompts_together_are_two_calls(estimate):
+    reward_N, prompt_N = ragged()
+    whole = estimate(reward_N, prompt_N)
+    for prompt in prompt_N.unique():
+        rows = prompt_N == prompt
+        torch.testing.assert_close(
+            estimate(reward_N[rows], prompt_N[rows]), whole[rows], atol=1e-14, rtol=0
+        )
+
+
+@pytest.mark.parametrize("estimate", CENTRED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rewards", [[0.7] * 8, [1.0], [0.0], [-3.1] * 3, [1e30] * 3])
+def test_equal_rewards_and_lone_rows_get_exactly_0(estimate, dtype, rewards):
+    reward_N = torch.tensor(rewards, dtype=dtype)
+    advantage_N = estimate(reward_N, torch.zeros(len(rewards), dtype=torch.int64))
+    assert advantage_N.tolist() == [0.0] * len(rewards)
+    assert advantage_N.dtype == dtype
+
+
+def test_the_max_min_test_is_needed():
+    # The float32 std of eight rewards of 0.7 is 6e-8, not 0; eps = 1e-6 would make that 0.056.
+    reward_N = torch.tensor([0.7] * 8)
+    mean = reward_N.sum() / 8
+    std = (reward_N - mean).square().mean().sqrt()
+    assert ((reward_N - mean) / (std + 1e-6)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("estimate", CENTRED)
+def test_rewards_that_differ_in_the_last_bit_are_not_equal(estimate):
+    reward_N = torch.tensor([1.0, 1.0 + 1e-15], dtype=torch.float64)
+    advantage_N = estimate(reward_N, torch.zeros(2, dtype=torch.int64))
+    assert advantage_N[0] < 0 < advantage_N[1]
+
+
+def test_raft_accepts_the_best_and_nothing_where_all_fail():
+    reward_N = torch.tensor([0.0, 0.0, 0.2, 0.9, 0.9, -2.0, -1.0, 1.0], dtype=torch.float64)
+    prompt_N = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3])
+    # All fail; the two best of prompt 1; the best of prompt 2 is still negative; a lone success.
+    assert raft(reward_N, prompt_N).tolist() == [0, 0, 0, 1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("estimate", ESTIMATORS)
+def test_no_rows_give_no_advantages(estimate):
+    assert estimate(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).tolist() == []
+
+
+@pytest.mark.parametrize("estimate", ESTIMATORS)
+def test_no_gradient_flows_through_an_advantage(estimate):
+    reward_N, prompt_N = ragged()
+    assert not estimate(reward_N.requires_grad_(), prompt_N).requires_grad
+
+
+@pytest.mark.parametrize("estimate", ESTIMATORS)
+def test_float32_rewards_are_averaged_in_float64(estimate):
+    reward_N, prompt_N = ragged()
+    reward_N = reward_N.float() + 1000  # float32 sums of these would lose four digits
+    actual = estimate(reward_N, prompt_N)
+    expected = by_loop(estimate.__name__, reward_N.double(), prompt_N)
+    torch.testing.assert_close(actual, expected.float(), atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("estimate", "factor"), [(leave_one_out, 1.0), (centred, 3 / 4)])
+def test_gradient_is_unbiased_where_the_group_mean_shrinks_it(estimate, factor):
+    # Bernoulli policy, reward = the action itself: d E[r] / d theta = p (1 - p) = 0.21.
+    generator = torch.Generator().manual_seed(0)
+    p, n, trials = 0.3, 4, 200_000
+    reward_N = torch.bernoulli(torch.full((trials * n,), p).double(), generator=generator)
+    prompt_N = torch.arange(trials).repeat_interleave(n)
+    score_N = reward_N - p  # d log pi / d theta of a logit-parametrised Bernoulli
+    mean = (estimate(reward_N, prompt_N) * score_N).mean().item()
+    # The per-trial estimate has std 0.126, so this is 4 standard errors, 0.0011.
+    assert abs(mean - factor * p * (1 - p)) < 4 * 0.126 / trials**0.5
+
+
+@pytest.mark.parametrize("estimate", ESTIMATORS)
+def test_estimators_say_what_is_wrong(estimate):
+    prompt_N = torch.tensor([4, 4])
+    with pytest.raises(ValueError, match=r"equally long, got \(2,\) and \(3,\)"):
+        estimate(torch.zeros(2), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"1-d and equally long, got \(1, 2\) and \(1, 2\)"):
+        estimate(torch.zeros(1, 2), prompt_N[None])
+    with pytest.raises(ValueError, match=r"floating point, got torch\.int64"):
+        estimate(torch.zeros(2, dtype=torch.int64), prompt_N)
+    with pytest.raises(ValueError, match="finite, got nan in row 1 of prompt 4"):
+        estimate(torch.tensor([0.0, math.nan]), prompt_N)
+    with pytest.raises(ValueError, match="finite, got inf in row 0 of prompt 4"):
+        estimate(torch.tensor([math.inf, 0.0]), prompt_N)
+
+
+def test_grpo_says_what_is_wrong():
+    with pytest.raises(ValueError, match="correction must be 0 or 1, got 2"):
+        grpo(torch.zeros(2), torch.zeros(2).long(), correction=2)
+    with pytest.raises(ValueError, match=r"eps must be at least 0, got -0\.1"):
+        grpo(torch.zeros(2), torch.zeros(2).long(), eps=-0.1)
