@@ -8,6 +8,9 @@ Names of the counts say their unit first: `rollouts_drawn`, `rollouts_filtered_a
 
 import math
 import operator
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 FATES = ("trained", "filtered", "surplus", "failed")
@@ -83,6 +86,13 @@ class Ledger:
         if not 0 <= seconds < math.inf:
             raise ValueError(f"seconds of {phase} must be finite and non-negative, got {seconds}")
         self._add(f"seconds_{phase}", seconds)
+
+    @contextmanager
+    def phase(self, phase: str) -> Iterator[None]:
+        """Time a block of code and add it to a phase; a block that raises is not counted."""
+        start = time.perf_counter()
+        yield
+        self.seconds(phase, time.perf_counter() - start)
 
     def updates(self, count: int) -> None:
         """Count optimizer updates.

@@ -16,57 +16,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from samplers.allocation import Allocator, Scale, posterior_std
-from samplers.keys import fingerprint, rollout_seeds, step_generator
+from samplers.keys import fingerprint, rollout_seeds, stable_hash, step_generator
 from samplers.posterior import BetaPosterior
+from samplers.proposal import Decision, Proposal, Reason, checked_rewards
 from samplers.selection import Selector
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-Reason = Literal["mixed", "all_pass", "all_fail", "lone"]
-
-
-@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
-class Proposal:
-    """One round of rollouts to be made. Its arrays are read-only.
-
-    Example, two prompts of a one-round step, three rollouts::
-
-        Proposal(step=4, round=0, is_last=True,
-                 index_P=[17, 3], budget_P=[1, 2], draw_P=[0, 2], first_slot_P=[0, 0],
-                 pass_rate_P=[0.5, 0.2], seed_N=[...three...])      # prompt_N is [0, 1, 1]
-    """
-
-    step: int
-    """Counts from 0."""
-    round: int
-    """0, or 1 for the rollouts that follow the pilots."""
-    is_last: bool
-    """Whether the step ends when this round is observed."""
-    index_P: IntArray
-    """(P,) rows of the data set, distinct, in the selector's order."""
-    budget_P: IntArray
-    """(P,) rollouts of this round; 0 is possible."""
-    draw_P: IntArray
-    """(P,) how often each prompt had been drawn before; with the key it names the group."""
-    first_slot_P: IntArray
-    """(P,) rollouts of earlier rounds of this step; this round's slots follow them."""
-    pass_rate_P: FloatArray
-    """(P,) posterior mean before any rollout of this step."""
-    seed_N: IntArray
-    """(N,) rollout seeds in [0, 2**63), ordered by prompt, then slot; N = budget_P.sum()."""
-
-    @property
-    def prompt_N(self) -> IntArray:
-        """(N,) each row's place in `index_P`."""
-        return np.repeat(np.arange(len(self.index_P)), self.budget_P)
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Whether a group carries gradient, and why."""
-
-    kept: bool
-    reason: Reason
 
 
 @dataclass(eq=False, slots=True)
@@ -151,7 +107,7 @@ class Planner:
             raise ValueError(f"pilots must be 'pool' or 'discard', got {pilots!r}")
         if pilot < 0 or (pilot == 0 and estimate == "pilot"):
             raise ValueError(f"pilot must be at least {int(estimate == 'pilot')}, got {pilot}")
-        if 0 < rollouts_per_step <= pilot * prompts_per_step:
+        if pilot and rollouts_per_step <= pilot * prompts_per_step:
             raise ValueError(
                 f"rollouts_per_step={rollouts_per_step} leaves nothing to allocate after {pilot} "
                 f"pilots of {prompts_per_step} prompts; it must exceed {pilot * prompts_per_step}"
@@ -214,12 +170,12 @@ class Planner:
                 `success_above`, not in [0, 1], or a prompt has more rewards than rollouts.
         """
         self._check_in_flight(proposal)
-        reward_N, prompt_N = self._check_rewards(proposal, reward_N, prompt_N)
+        threshold = self._success_above
+        reward_N, prompt_N = checked_rewards(
+            proposal, reward_N, prompt_N, keys=self.keys, in_unit_interval=threshold is None
+        )
+        success_N = reward_N if threshold is None else (reward_N > threshold).astype(np.float64)
         assert self._last is not None
-        if self._success_above is None:
-            success_N = reward_N
-        else:
-            success_N = (reward_N > self._success_above).astype(np.float64)
         num_prompts = len(proposal.index_P)
         trials_P = np.bincount(prompt_N, minlength=num_prompts)
         order_N = np.argsort(prompt_N, kind="stable")
@@ -365,7 +321,7 @@ class Planner:
         budget_P = last.drawn_P if in_flight is None else last.drawn_P + in_flight.budget_P
         metrics |= {
             "planner/step": float(last.step),
-            "planner/pass_rate": float(last.pass_rate_P.mean()),
+            "planner/posterior_mean_chosen": float(last.pass_rate_P.mean()),
             "planner/budget_min": float(budget_P.min()),
             "planner/budget_mean": float(budget_P.mean()),
             "planner/budget_max": float(budget_P.max()),
@@ -416,14 +372,26 @@ class Planner:
         """(P,) rollouts of the round that comes now."""
         if self._pilot and self._round == 0:
             return np.full(len(last.index_P), self._pilot, dtype=np.int64)
-        if self._estimate == "pilot":
-            std_P = np.zeros(len(last.index_P))
-            scored_K = np.flatnonzero(last.trials_P)
-            successes_K = last.successes_P[scored_K]
-            std_P[scored_K] = self._scale(successes_K, last.trials_P[scored_K] - successes_K)
-        else:
-            std_P = np.asarray(self._scale(*self.posterior.parameters(last.index_P)))
-        return self._spend(std_P * self._norms(last.index_P)) - self._pooled
+        # Ties, and what does not divide, go by a hash of step and key: a prompt's budget depends
+        # neither on its row nor on its place in the step, and no prompt is favoured for good.
+        keys = [self.keys[index] for index in last.index_P]
+        order_P = np.argsort([stable_hash(self._run_seed, "ties", last.step, key) for key in keys])
+        std_P = self._scales(last, order_P) * self._norms(last.index_P[order_P])
+        budget_P = np.empty(len(order_P), dtype=np.int64)
+        budget_P[order_P] = self._spend(std_P) - self._pooled
+        return budget_P
+
+    def _scales(self, last: _Step, order_P: IntArray) -> FloatArray:
+        """(P,) scales of the step's prompts taken in `order_P`."""
+        if self._estimate == "posterior":
+            return np.asarray(self._scale(*self.posterior.parameters(last.index_P[order_P])))
+        trials_P, successes_P = last.trials_P[order_P], last.successes_P[order_P]
+        scored_P = trials_P > 0
+        std_P = np.zeros(len(order_P))
+        std_P[scored_P] = self._scale(
+            successes_P[scored_P], trials_P[scored_P] - successes_P[scored_P]
+        )
+        return std_P
 
     def _norms(self, index_P: IntArray) -> FloatArray:
         """(P,) gradient norms of the prompts, filled in where not measured."""
@@ -442,10 +410,11 @@ class Planner:
             or budget_P.dtype.kind not in "iu"
             or budget_P.sum() != self._total
             or budget_P.min() < self._minimum
+            or (self._maximum is not None and budget_P.max() > self._maximum)
         ):
             raise ValueError(
-                f"the allocator must give {len(std_P)} integers of at least {self._minimum} that "
-                f"sum to {self._total}, got {budget_P.tolist()}"
+                f"the allocator must give {len(std_P)} integers of at least {self._minimum}, at "
+                f"most {self._maximum}, that sum to {self._total}, got {budget_P.tolist()}"
             )
         return budget_P.astype(np.int64)
 
@@ -497,42 +466,6 @@ class Planner:
                 f"the proposal of step {proposal.step}, round {proposal.round} is not in flight "
                 f"({waiting}): each proposal is observed once"
             )
-
-    def _check_rewards(
-        self, proposal: Proposal, reward_N: ArrayLike, prompt_N: ArrayLike
-    ) -> tuple[FloatArray, IntArray]:
-        reward_N, prompt_N = np.asarray(reward_N, dtype=np.float64), np.asarray(prompt_N)
-        if len(prompt_N) == 0:
-            prompt_N = prompt_N.astype(np.int64)
-        if reward_N.shape != prompt_N.shape or reward_N.ndim != 1:
-            raise ValueError(
-                f"reward_N and prompt_N must be 1-d and equally long, "
-                f"got {reward_N.shape} and {prompt_N.shape}"
-            )
-        num_prompts = len(proposal.index_P)
-        if prompt_N.dtype.kind not in "iu" or ((prompt_N < 0) | (prompt_N >= num_prompts)).any():
-            raise ValueError(
-                f"prompt_N must be integer places in index_P, in [0, {num_prompts}), "
-                f"got {np.unique(prompt_N).tolist()}"
-            )
-        valid_N, required = np.isfinite(reward_N), "finite"
-        if self._success_above is None:
-            valid_N &= (reward_N >= 0) & (reward_N <= 1)
-            required = "in [0, 1], or success_above must say what a success is"
-        if not valid_N.all():
-            row = int(np.flatnonzero(~valid_N)[0])
-            key = self.keys[proposal.index_P[prompt_N[row]]]
-            raise ValueError(
-                f"rewards must be {required}; got {reward_N[row]} for prompt {key} (row {row})"
-            )
-        trials_P = np.bincount(prompt_N, minlength=num_prompts)
-        if (trials_P > proposal.budget_P).any():
-            place = int(np.flatnonzero(trials_P > proposal.budget_P)[0])
-            raise ValueError(
-                f"prompt {self.keys[proposal.index_P[place]]} has {trials_P[place]} rewards for "
-                f"{proposal.budget_P[place]} rollouts"
-            )
-        return reward_N, prompt_N.astype(np.int64)
 
 
 def _check_keys(keys: Sequence[str], num_prompts: int) -> None:

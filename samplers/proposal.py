@@ -1,0 +1,114 @@
+"""What passes between the planner and whoever makes the rollouts.
+
+Axes: D prompts of the data set, P prompts of the step, N rollouts of the round.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+Reason = Literal["mixed", "all_pass", "all_fail", "lone"]
+
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class Proposal:
+    """One round of rollouts to be made. Its arrays are read-only.
+
+    Example, two prompts of a one-round step, three rollouts::
+
+        Proposal(step=4, round=0, is_last=True,
+                 index_P=[17, 3], budget_P=[1, 2], draw_P=[0, 2], first_slot_P=[0, 0],
+                 pass_rate_P=[0.5, 0.2], seed_N=[...three...])      # prompt_N is [0, 1, 1]
+    """
+
+    step: int
+    """Counts from 0."""
+    round: int
+    """0, or 1 for the rollouts that follow the pilots."""
+    is_last: bool
+    """Whether the step ends when this round is observed."""
+    index_P: IntArray
+    """(P,) rows of the data set, distinct, in the selector's order."""
+    budget_P: IntArray
+    """(P,) rollouts of this round; 0 is possible."""
+    draw_P: IntArray
+    """(P,) how often each prompt had been drawn before; with the key it names the group."""
+    first_slot_P: IntArray
+    """(P,) rollouts of earlier rounds of this step; this round's slots follow them."""
+    pass_rate_P: FloatArray
+    """(P,) posterior mean before any rollout of this step."""
+    seed_N: IntArray
+    """(N,) rollout seeds in [0, 2**63), ordered by prompt, then slot; N = budget_P.sum()."""
+
+    @property
+    def prompt_N(self) -> IntArray:
+        """(N,) each row's place in `index_P`."""
+        return np.repeat(np.arange(len(self.index_P)), self.budget_P)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether a group carries gradient, and why."""
+
+    kept: bool
+    reason: Reason
+
+
+def checked_rewards(
+    proposal: Proposal,
+    reward_N: ArrayLike,
+    prompt_N: ArrayLike,
+    *,
+    keys: Sequence[str],
+    in_unit_interval: bool,
+) -> tuple[FloatArray, IntArray]:
+    """Rewards and places as float64 and int64, if they can be those of the proposal's rollouts.
+
+    Args:
+        proposal: the round they were made for.
+        reward_N: (N,) finite rewards, one per scored rollout, in any order.
+        prompt_N: (N,) integers, each row's place in `proposal.index_P`.
+        keys: (D,) prompt keys, for the messages.
+        in_unit_interval: whether rewards outside [0, 1] are refused.
+
+    Raises:
+        ValueError: if shapes, places or rewards are not as above, or a prompt has more rewards
+            than rollouts; rewards are named by prompt key.
+    """
+    reward_N, prompt_N = np.asarray(reward_N, dtype=np.float64), np.asarray(prompt_N)
+    if len(prompt_N) == 0:
+        prompt_N = prompt_N.astype(np.int64)
+    if reward_N.shape != prompt_N.shape or reward_N.ndim != 1:
+        raise ValueError(
+            f"reward_N and prompt_N must be 1-d and equally long, "
+            f"got {reward_N.shape} and {prompt_N.shape}"
+        )
+    num_prompts = len(proposal.index_P)
+    if prompt_N.dtype.kind not in "iu" or ((prompt_N < 0) | (prompt_N >= num_prompts)).any():
+        raise ValueError(
+            f"prompt_N must be integer places in index_P, in [0, {num_prompts}), "
+            f"got {np.unique(prompt_N).tolist()}"
+        )
+    valid_N, required = np.isfinite(reward_N), "finite"
+    if in_unit_interval and valid_N.all():
+        valid_N = (reward_N >= 0) & (reward_N <= 1)
+        required = "in [0, 1] unless success_above says what a success is"
+    if not valid_N.all():
+        row = int(np.flatnonzero(~valid_N)[0])
+        key = keys[proposal.index_P[prompt_N[row]]]
+        raise ValueError(
+            f"rewards must be {required}; got {reward_N[row]} for prompt {key} (row {row})"
+        )
+    trials_P = np.bincount(prompt_N, minlength=num_prompts)
+    if (trials_P > proposal.budget_P).any():
+        place = int(np.flatnonzero(trials_P > proposal.budget_P)[0])
+        raise ValueError(
+            f"prompt {keys[proposal.index_P[place]]} has {trials_P[place]} rewards for "
+            f"{proposal.budget_P[place]} rollouts"
+        )
+    return reward_N, prompt_N.astype(np.int64)
