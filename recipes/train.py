@@ -46,14 +46,17 @@ class RecipeArguments:
     """What a run trains on, beside the model and the settings of training."""
 
     task: str | None = field(
-        default=None, metadata={"help": "Embedded task: arithmetic. Brings model, data and rewards."}
+        default=None,
+        metadata={"help": "Embedded task: arithmetic. Brings model, data and rewards."},
     )
     task_settings: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Settings of the embedded task, as in its README."}
     )
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Prompts: a .jsonl, .json, .csv or .parquet file, a folder, or a hub id."},
+        metadata={
+            "help": "Prompts: a .jsonl, .json, .csv or .parquet file, a folder, or a hub id."
+        },
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of a hub data set."}
@@ -77,6 +80,9 @@ class RecipeArguments:
     system_prompt: str | None = field(
         default=None, metadata={"help": "Makes prompts conversational, with this first message."}
     )
+    conversational: bool = field(
+        default=False, metadata={"help": "Turn text prompts into a message of role user."}
+    )
     chat_template: str | None = field(
         default=None, metadata={"help": "File with a chat template, for a tokenizer without one."}
     )
@@ -90,7 +96,9 @@ class RecipeArguments:
     num_threads: int | None = field(
         default=None, metadata={"help": "CPU threads per process. Default: cores / processes."}
     )
-    report: bool = field(default=True, metadata={"help": "End with a table and pictures of the run."})
+    report: bool = field(
+        default=True, metadata={"help": "End with a table and pictures of the run."}
+    )
 
 
 def main(arguments: list[str] | None = None) -> RolloutTrainer:
@@ -98,15 +106,14 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
     recipe, config, model_config = parse((RecipeArguments, RolloutConfig, ModelConfig), arguments)
     state = PartialState()
     _set_threads(recipe, state)
-    rows, validation, rewards = _task_or_data(recipe, config, model_config, state)
-    tokenizer = _tokenizer(recipe, model_config)
+    rows, validation, rewards = task_or_data(recipe, config, model_config)
     trainer = RolloutTrainer(
-        _model(model_config),
+        load_model(model_config),
         rewards,
         config,
         rows,
         eval_dataset=validation or None,
-        processing_class=tokenizer,
+        processing_class=load_tokenizer(recipe, model_config),
         peft_config=get_peft_config(model_config),
     )
     trainer.train()
@@ -131,9 +138,14 @@ def _set_threads(recipe: RecipeArguments, state: PartialState) -> None:
         )
 
 
-def _task_or_data(
-    recipe: RecipeArguments, config: RolloutConfig, model_config: ModelConfig, state: PartialState
+def task_or_data(
+    recipe: RecipeArguments, config: RolloutConfig, model_config: ModelConfig
 ) -> tuple[Any, Any, list[Any]]:
+    """Training rows, validation rows and rewards; an embedded task also names its model.
+
+    Raises:
+        ConfigError: if task, data, model or reward is missing.
+    """
     if recipe.task is not None:
         if recipe.task not in TASKS:
             raise ConfigError(
@@ -141,8 +153,10 @@ def _task_or_data(
                 f"{nearest(recipe.task, TASKS)}"
             )
         prepare: Callable[..., tuple] = import_module(TASKS[recipe.task]).prepare
-        with state.main_process_first():
-            folder, rows, validation, rewards = prepare(recipe.task_settings or {}, seed=config.seed)
+        with PartialState().main_process_first():
+            folder, rows, validation, rewards = prepare(
+                recipe.task_settings or {}, seed=config.seed
+            )
         model_config.model_name_or_path = model_config.model_name_or_path or str(folder)
         return rows, validation, recipe.rewards or rewards
     if recipe.dataset_name is None:
@@ -156,6 +170,7 @@ def _task_or_data(
         "answer_column": recipe.answer_column,
         "prompt_template": recipe.prompt_template,
         "system_prompt": recipe.system_prompt,
+        "conversational": recipe.conversational,
     }
     rows = load_rows(
         recipe.dataset_name,
@@ -173,7 +188,8 @@ def _task_or_data(
     return rows, validation, recipe.rewards
 
 
-def _tokenizer(recipe: RecipeArguments, model_config: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(recipe: RecipeArguments, model_config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the chat template and pad token the settings name."""
     tokenizer = AutoTokenizer.from_pretrained(
         model_config.model_name_or_path, revision=model_config.model_revision
     )
@@ -183,7 +199,8 @@ def _tokenizer(recipe: RecipeArguments, model_config: ModelConfig) -> PreTrained
     return tokenizer
 
 
-def _model(model_config: ModelConfig) -> torch.nn.Module:
+def load_model(model_config: ModelConfig) -> torch.nn.Module:
+    """The model the settings name, by TRL's conventions."""
     dtype = model_config.dtype
     return AutoModelForCausalLM.from_pretrained(
         model_config.model_name_or_path,

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
+from samplers.allocation import Allocator, Scale
 from samplers.ledger import Ledger
 from samplers.planner import Planner
 from transformers import PreTrainedTokenizerBase
@@ -22,8 +23,23 @@ from samplers.posterior import BetaPosterior
 from samplers.selection import UniformSelector
 
 
-def make_planner(config: RolloutConfig, keys: list[str]) -> Planner:
-    """The planner that `config` describes, over the data set whose prompt keys are `keys`."""
+def make_planner(
+    config: RolloutConfig,
+    keys: list[str],
+    *,
+    allocate: Allocator | None = None,
+    scale: Scale | None = None,
+) -> Planner:
+    """The planner that `config` describes, over the data set whose prompt keys are `keys`.
+
+    Args:
+        config: the settings.
+        keys: one key per data-set row.
+        allocate, scale: an integer solver and a scale of your own, instead of those `config` names.
+
+    Raises:
+        ValueError: if a step has more prompts than the data set.
+    """
     if len(keys) < config.prompts_per_step:
         raise ValueError(
             f"prompts_per_step={config.prompts_per_step} exceeds the {len(keys)} prompts of the data "
@@ -34,15 +50,15 @@ def make_planner(config: RolloutConfig, keys: list[str]) -> Planner:
         decay_chosen=config.posterior_decay_chosen,
         decay_rest=config.posterior_decay_rest,
     )
-    allocate, scale = allocator_of(config)
+    named, named_scale = allocator_of(config)
     return Planner(
         posterior,
         UniformSelector(len(keys), seed=config.seed),
-        allocate,
+        allocate or named,
         keys=keys,
         prompts_per_step=config.prompts_per_step,
         rollouts_per_step=config.rollouts_per_step,
-        scale=scale,
+        scale=scale or named_scale,
         minimum=config.budget_min,
         maximum=config.budget_max,
         pilot=config.pilot_rollouts,
