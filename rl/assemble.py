@@ -8,9 +8,6 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from samplers.allocation import Allocator, Scale
-from samplers.ledger import Ledger
-from samplers.planner import Planner
 from transformers import PreTrainedTokenizerBase
 
 from rl.arguments import ADVANTAGES, RolloutConfig, allocator_of, loss_of
@@ -19,6 +16,9 @@ from rl.line import Line
 from rollouts.engine import Engine, SamplingParams
 from rollouts.prompts import Prompt
 from rollouts.rewards import RewardFunction, load_reward, score
+from samplers.allocation import Allocator, Scale
+from samplers.ledger import Ledger
+from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
 from samplers.selection import UniformSelector
 
