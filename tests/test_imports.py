@@ -1,0 +1,57 @@
+"""The packages' import arrows point one way."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = ("samplers", "rollouts", "rl", "recipes")
+MAY_IMPORT = {
+    "samplers": {"samplers"},
+    "rollouts": {"rollouts"},
+    "rl": {"samplers", "rollouts", "rl"},
+    "recipes": set(OURS),
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names a file imports, those inside functions included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").split(".")[0])
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
+    return names
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_packages_import_only_what_is_upstream(package):
+    assert files(package)
+    for path in files(package):
+        wrong = (imported(path) & set(OURS)) - MAY_IMPORT[package]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_samplers_need_numpy_and_the_standard_library_only():
+    allowed = {"numpy", "samplers"} | sys.stdlib_module_names
+    for path in files("samplers"):
+        assert imported(path) <= allowed, path
+
+
+def test_the_check_sees_an_import_inside_a_function(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text("def f():\n    from rl.step import collect\n    import torch.nn\n")
+    assert imported(path) == {"rl", "torch"}
+
+
+@pytest.mark.parametrize(("file", "most"), [("rl/step.py", 150), ("rl/trainer.py", 300)])
+def test_the_map_stays_on_one_screen(file, most):
+    assert len((ROOT / file).read_text().splitlines()) <= most
