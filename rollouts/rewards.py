@@ -359,7 +359,7 @@ def _stop_if_too_many(
     prompts: Sequence[Prompt],
     completions: Sequence[str],
 ) -> None:
-    # The small number: 0.1 * 30 must allow 3 failures although it is 3.0000000000000004 or less.
+    # The small number: 0.29 * 100 is 28.999999999999996 and must allow 29 failures.
     if len(failures) <= max_failed_share * len(prompts) + 1e-9:
         return
     row = min(failures)
@@ -367,7 +367,7 @@ def _stop_if_too_many(
     raise RewardError(
         f"at least {len(failures)} of {len(prompts)} rewards failed, more than "
         f"max_failed_share={max_failed_share:g} allows. The first: prompt {prompts[row].key}, "
-        f"reward function {failure.function} {failure.reason}; the completion begins "
+        f"reward function {failure}; the completion begins "
         f"{_start(completions[row])}"
     ) from failure.error
 
