@@ -188,7 +188,11 @@ def _accepted_mean(value_N: Tensor, prompt_N: Tensor, accepted_N: Tensor) -> tup
 
 @dataclass(frozen=True)
 class _Head:
-    """Checked inputs in one dtype; hidden states are 0 off the mask, a bias is one more column."""
+    """Checked inputs in one dtype; a bias is one more column of the weight, met by ones in H.
+
+    Hidden states, that column included, are 0 off the mask, so such positions fall out of every
+    product with H.
+    """
 
     hidden_NTC: Tensor
     token_NT: Tensor
@@ -199,7 +203,7 @@ class _Head:
     block: int
 
     def residuals(self) -> Iterator[Tensor]:
-        """Delta, one vocabulary block (N, T, B) after the other; 0 off the mask.
+        """Delta, one vocabulary block (N, T, B) after the other; off the mask it means nothing.
 
         The sampled token's entry 1 - pi is not formed by subtraction: with confident tokens nothing
         would be left of it in float32. It is the other tokens' share, summed in the first pass.
@@ -218,7 +222,7 @@ class _Head:
             delta_NTB = -(logit_NTB - normaliser_NT1).exp()
             value_NT1 = torch.where(inside_NT1, missed_NT1, delta_NTB.gather(-1, column_NT1))
             delta_NTB = delta_NTB.scatter(-1, column_NT1, value_NT1)
-            yield torch.where(self.mask_NT[..., None], delta_NTB / self.temperature, 0.0)
+            yield delta_NTB / self.temperature
 
     def _logits(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Logits of a block, whether it holds the sampled token, and the token's column in it."""

@@ -206,9 +206,9 @@ def test_of_a_tied_head_it_is_the_heads_part_and_not_the_shared_matrix_gradient(
 
 
 def test_per_prompt_norms_by_hand_use_accepted_rows_only():
-    norm_N = torch.tensor([3.0, 7.0, 4.0, 5.0, 100.0, float("nan")])
-    prompt_N = torch.tensor([2, 0, 2, 0, 0, 1])
-    accepted_N = torch.tensor([True, True, True, True, False, False])
+    norm_N = torch.tensor([100.0, 3.0, float("nan"), 7.0, 4.0, 5.0])
+    prompt_N = torch.tensor([0, 2, 1, 0, 2, 0])
+    accepted_N = torch.tensor([False, True, False, True, True, True])
     # Prompt 0: (7 + 5)/2 and sqrt((49 + 25)/2). Prompt 2: (3 + 4)/2 and sqrt((9 + 16)/2).
     prompt_K, mean_K = mean_norm(norm_N, prompt_N, accepted_N)
     assert prompt_K.tolist() == [0, 2] and mean_K.tolist() == [6.0, 3.5]
