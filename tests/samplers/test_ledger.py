@@ -151,9 +151,9 @@ def test_it_says_what_is_wrong():
     assert ledger.totals["rollouts_drawn"] == 0
     with pytest.raises(ValueError, match="seconds of reward must be finite and non-negative"):
         ledger.seconds("reward", float("nan"))
+    state = ledger.state_dict()
+    del state["step_counts"]["rollouts_drawn"]
     with pytest.raises(ValueError, match="step_counts lacks rollouts_drawn"):
-        state = ledger.state_dict()
-        del state["step_counts"]["rollouts_drawn"]
         Ledger().load_state_dict(state)
     with pytest.raises(TypeError):
         ledger.updates(0.5)
