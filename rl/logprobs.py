@@ -13,12 +13,16 @@ V vocabulary, C width of the head's input.
 """
 
 import inspect
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rollouts.batch import TokenRollouts
+
+CHUNK = 2**23
+"""Logits that are worked on in float32 at a time: 32 MiB."""
 
 
 def completion_logprobs(
@@ -28,8 +32,8 @@ def completion_logprobs(
 
         logprob_nt = z_nt[token_nt] - logsumexp_v z_nt[v],    z = logits / temperature
 
-    The logits stay in the model's dtype; float32 copies are made one row at a time, forwards and
-    backwards, so the (N, T, V) tensor never exists in float32 beside a bfloat16 one.
+    The logits stay in the model's dtype; float32 copies are made of a few positions at a time,
+    forwards and backwards, so no (N, T, V) tensor in float32 ever stands beside one in bfloat16.
 
     Args:
         model: gradients flow to its parameters unless they are switched off around the call.
@@ -175,9 +179,9 @@ def _innermost(model: Any) -> Any:
 
 
 class _SelectedLogprob(torch.autograd.Function):
-    """log softmax(logits / temperature) at the tokens of the mask, one row in float32 at a time.
+    """log softmax(logits / temperature) at the tokens of the mask, a chunk of positions at a time.
 
-    Autograd of log_softmax would keep a float32 copy of every row until the backward pass. Here
+    Autograd of log_softmax would keep a float32 copy of all logits until the backward pass. Here
     only the logits are kept, and the gradient is written in their dtype:
 
         d logprob_t / d logits_tv = (1[v = token_t] - softmax_tv) / temperature
@@ -190,11 +194,10 @@ class _SelectedLogprob(torch.autograd.Function):
         dtype = torch.promote_types(logits_NTV.dtype, torch.float32)
         logprob_NT = torch.zeros(mask_NT.shape, dtype=dtype, device=logits_NTV.device)
         normaliser_NT = torch.zeros_like(logprob_NT)
-        for n, mask_T in enumerate(mask_NT):
-            z_LV = logits_NTV[n, mask_T].to(dtype) / temperature
-            normaliser_NT[n, mask_T] = z_LV.logsumexp(-1)
-            chosen_L = z_LV.gather(1, token_NT[n, mask_T, None])[:, 0]
-            logprob_NT[n, mask_T] = chosen_L - normaliser_NT[n, mask_T]
+        for at in _chunks(mask_NT, logits_NTV.shape[-1]):
+            z_LV = logits_NTV[at].to(dtype) / temperature
+            normaliser_NT[at] = z_LV.logsumexp(-1)
+            logprob_NT[at] = z_LV.gather(1, token_NT[at][:, None])[:, 0] - normaliser_NT[at]
         ctx.save_for_backward(logits_NTV, token_NT, mask_NT, normaliser_NT)
         ctx.temperature = temperature
         return logprob_NT
@@ -204,11 +207,18 @@ class _SelectedLogprob(torch.autograd.Function):
         logits_NTV, token_NT, mask_NT, normaliser_NT = ctx.saved_tensors
         (grad_NT,) = grads
         grad_NTV = torch.zeros_like(logits_NTV)
-        for n, mask_T in enumerate(mask_NT):
-            z_LV = logits_NTV[n, mask_T].to(grad_NT.dtype) / ctx.temperature
-            grad_LV = -(z_LV - normaliser_NT[n, mask_T, None]).exp()
-            token_L1 = token_NT[n, mask_T, None]
+        for at in _chunks(mask_NT, logits_NTV.shape[-1]):
+            z_LV = logits_NTV[at].to(grad_NT.dtype) / ctx.temperature
+            grad_LV = -(z_LV - normaliser_NT[at][:, None]).exp()
+            token_L1 = token_NT[at][:, None]
             grad_LV.scatter_add_(1, token_L1, torch.ones_like(token_L1, dtype=grad_LV.dtype))
-            grad_LV *= grad_NT[n, mask_T, None] / ctx.temperature
-            grad_NTV[n, mask_T] = grad_LV.to(grad_NTV.dtype)
+            grad_LV *= grad_NT[at][:, None] / ctx.temperature
+            grad_NTV[at] = grad_LV.to(grad_NTV.dtype)
         return grad_NTV, None, None, None
+
+
+def _chunks(mask_NT: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The positions of the mask, as many at a time as fit CHUNK logits: rows and columns (L,)."""
+    row_M, step_M = mask_NT.nonzero(as_tuple=True)
+    size = max(1, CHUNK // vocabulary)
+    yield from zip(row_M.split(size), step_M.split(size), strict=True)

@@ -179,6 +179,21 @@ def test_selected_logprob_has_the_gradient_of_its_values():
     )
 
 
+@pytest.mark.parametrize("chunk", [1, 13, 40])
+def test_the_chunks_in_which_it_is_computed_do_not_matter(monkeypatch, chunk):
+    model, batch = qwen(), rollouts()
+
+    def result():
+        logprob_NT = completion_logprobs(model, batch, temperature=0.7, pad_id=PAD)
+        return logprob_NT, torch.autograd.grad(logprob_NT.sum(), model.lm_head.weight)[0]
+
+    whole = result()
+    # 13 tokens of vocabulary: chunks of one position, one and three.
+    monkeypatch.setattr("rl.logprobs.CHUNK", chunk)
+    for one, other in zip(result(), whole, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-14, rtol=0)
+
+
 def test_nan_logits_off_the_mask_reach_neither_value_nor_gradient():
     logits_NTV = torch.zeros(1, 3, 4, dtype=torch.float64)
     logits_NTV[0, 2] = float("nan")
@@ -234,6 +249,27 @@ def test_wrapped_models_are_called_through():
     actual = completion_logprobs(wrapper, batch, pad_id=PAD)
     torch.testing.assert_close(actual, completion_logprobs(model, batch, pad_id=PAD))
     assert {"position_ids", "logits_to_keep"} <= wrapper.calls[0]
+
+
+def test_an_adapter_is_part_of_the_model():
+    from peft import LoraConfig, get_peft_model
+
+    batch = rollouts()
+    before = completion_logprobs(qwen(), batch, pad_id=PAD)
+    adapted = get_peft_model(qwen(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    torch.testing.assert_close(completion_logprobs(adapted, batch, pad_id=PAD), before)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.5)
+    after = completion_logprobs(adapted, batch, pad_id=PAD)
+    torch.testing.assert_close(after, by_loop(adapted, batch), atol=1e-12, rtol=0)
+    assert (after - before).abs().max() > 1e-3
+    # The frozen head keeps its norm, taken at the adapted model's hidden states.
+    hidden_NTC = head_inputs(adapted, batch, pad_id=PAD)
+    logits_NTV = hidden_NTC @ adapted.get_base_model().lm_head.weight.T
+    logprob_NT = logits_NTV.log_softmax(-1).gather(2, batch.token_NT[..., None])[..., 0]
+    torch.testing.assert_close(logprob_NT[batch.mask_NT], after[batch.mask_NT], atol=1e-12, rtol=0)
 
 
 def test_messages():
