@@ -113,7 +113,10 @@ def _serve(seconds: float) -> None:
     # It warns that its own timeouts are off; the timer below replaces them.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     # A huge number becomes a MemoryError here, hence "not equal", before it troubles the machine.
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft = 4 << 30 if hard == resource.RLIM_INFINITY else min(4 << 30, hard)
+    with contextlib.suppress(ValueError):  # macOS knows the limit but does not let it be set
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     # The default action ends the process even where no Python code gets a turn.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     replies = sys.stdout
