@@ -512,8 +512,8 @@ def test_a_comparison_that_takes_too_long_is_told_from_a_process_that_broke():
 
 def test_the_comparing_process_ends_with_its_parent():
     code = (
-        "from rollouts import rewards; rewards.math_verify(['1'], answer=['1']);"
-        "print(rewards._math_worker._process.pid)"
+        "from rollouts.math_worker import MathWorker; worker = MathWorker(seconds=5);"
+        "worker.compare(['1'], ['1']); print(worker._process.pid)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for _ in range(100):
