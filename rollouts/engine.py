@@ -93,6 +93,9 @@ class Engine(Protocol):
         ...
 
 
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+
 def requested_rows(prompts: Sequence[Prompt], budget_P: Any, seeds_N: Any) -> tuple[Tensor, Tensor]:
     """The rows a call asks for, checked: which prompt each belongs to, and its seed.
 
@@ -114,7 +117,8 @@ def requested_rows(prompts: Sequence[Prompt], budget_P: Any, seeds_N: Any) -> tu
     for name, values in (("budget_P", budget_P), ("seeds_N", seeds_N)):
         column = torch.as_tensor(values).cpu()
         # An empty list has no integers to show its type by.
-        if column.ndim != 1 or (len(column) and column.is_floating_point()):
+        integers = column.numel() == 0 or column.dtype in _INTEGERS
+        if column.ndim != 1 or not integers:
             raise ValueError(
                 f"{name} must be 1-d integers, got {column.dtype} of shape {tuple(column.shape)}"
             )
