@@ -52,7 +52,8 @@ def parse(classes: Sequence[type], arguments: Sequence[str] | None = None) -> tu
         name = argument[2:].split("=")[0].replace("-", "_").removeprefix("no_")
         if name not in hints:
             raise ConfigError(f"unknown argument {argument}.{nearest(name, hints)}")
-    return TrlParser(list(classes)).parse_args_and_config(arguments)
+    parser = TrlParser(list(classes))  # type: ignore[arg-type]
+    return parser.parse_args_and_config(arguments)
 
 
 def _check_file(path: Path, hints: dict[str, Any]) -> None:
@@ -126,6 +127,8 @@ class _NoRepeats(yaml.SafeLoader):
         for key, _ in node.value:
             name = self.construct_object(key, deep=deep)
             if name in seen:
-                raise ConfigError(f"key {name!r} stands twice ({key.start_mark})".replace("\n", " "))
+                raise ConfigError(
+                    f"key {name!r} stands twice ({key.start_mark})".replace("\n", " ")
+                )
             seen.add(name)
         return super().construct_mapping(node, deep=deep)

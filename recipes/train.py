@@ -22,7 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `recipes` beside
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl import ModelConfig, get_peft_config
 
 from recipes.config import ConfigError, parse
@@ -165,7 +170,7 @@ def task_or_data(
         raise ConfigError("no model: write model_name_or_path, a folder or a hub id")
     if not recipe.rewards:
         raise ConfigError("no reward: write rewards, names or path/to/file.py:function")
-    columns = {
+    columns: dict[str, Any] = {
         "prompt_column": recipe.prompt_column,
         "answer_column": recipe.answer_column,
         "prompt_template": recipe.prompt_template,
@@ -182,7 +187,7 @@ def task_or_data(
     if recipe.validation_name is not None:
         validation = load_rows(recipe.validation_name, split=recipe.validation_split, **columns)
     elif recipe.validation_size:
-        rows, validation = split_validation(rows, recipe.validation_size, seed=config.seed)
+    XX
     else:
         validation = None
     return rows, validation, recipe.rewards
@@ -199,8 +204,9 @@ def load_tokenizer(recipe: RecipeArguments, model_config: ModelConfig) -> PreTra
     return tokenizer
 
 
-def load_model(model_config: ModelConfig) -> torch.nn.Module:
+def load_model(model_config: ModelConfig) -> PreTrainedModel:
     """The model the settings name, by TRL's conventions."""
+    assert model_config.model_name_or_path is not None
     dtype = model_config.dtype
     return AutoModelForCausalLM.from_pretrained(
         model_config.model_name_or_path,
