@@ -8,14 +8,21 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rl.arguments import ADVANTAGES, RolloutConfig, allocator_of, loss_of
 from rl.distributed import Ranks
 from rl.line import Line
 from rollouts.engine import Engine, SamplingParams
-from rollouts.prompts import Prompt
-from rollouts.rewards import RewardFunction, load_reward, score
+from rollouts.prompts import Prompt, ensure_pad_token
+from rollouts.reward_functions import load_reward
+from rollouts.rewards import RewardFunction, score
+from rollouts.transformers_engine import TransformersEngine
 from samplers.allocation import Allocator, Scale
 from samplers.ledger import Ledger
 from samplers.planner import Planner
@@ -74,13 +81,20 @@ def make_line(
     *,
     prompts: list[Prompt],
     planner: Planner,
-    engine: Engine,
+    engine: Engine | None,
+    model: PreTrainedModel,
     policy: Callable[[], AbstractContextManager[torch.nn.Module]],
     tokenizer: PreTrainedTokenizerBase,
     rewards: list[RewardFunction],
     accelerator: Accelerator,
 ) -> Line:
-    """The line of `config` over these prompts; `config` names its methods, the rest is given."""
+    """The line of `config` over these prompts; `config` names its methods, the rest is given.
+
+    Without an engine, the `TransformersEngine` on the training model.
+    """
+    if engine is None:
+        rows = config.generation_batch_size
+        engine = TransformersEngine(model, tokenizer, max_batch_rows=rows)
     return Line(
         prompts=prompts,
         planner=planner,
@@ -101,7 +115,6 @@ def make_line(
             weights=config.reward_weights,
             timeout=config.reward_timeout,
             retries=config.reward_retries,
-            max_failed_share=1.0,  # judged over all ranks, in roll_out
         ),
         advantage=ADVANTAGES[config.advantage or ""],
         loss=loss_of(config),
@@ -109,6 +122,24 @@ def make_line(
         ranks=Ranks(accelerator),
         config=config,
     )
+
+
+def load_policy(
+    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, loaded in float32 if it is a folder or hub id, and its tokenizer if none is given.
+
+    Raises:
+        ValueError: if the tokenizer has no pad token, or the model does not say where its own is.
+    """
+    source = model if isinstance(model, str) else model.config._name_or_path
+    if tokenizer is None:
+        if not source:
+            raise ValueError("this model was not loaded from anywhere; give its tokenizer too")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return model, ensure_pad_token(tokenizer)
 
 
 def load_rewards(
@@ -127,6 +158,15 @@ def load_rewards(
             f"reward_weights has {len(weights)} entries for {len(rewards)} reward functions"
         )
     return [load_reward(reward) if isinstance(reward, str) else reward for reward in rewards]
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """Turn dropout off, LoRA's included, in place: it would make every probability ratio noise."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
 
 
 def refuse_overlap(prompts: list[Prompt], held_out: list[Prompt]) -> None:

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from rollouts import rewards
+from rollouts import reward_functions, rewards
 from rollouts.math_worker import MathWorker
 from rollouts.prompts import Prompt
-from rollouts.rewards import (
+from rollouts.reward_functions import (
     BUILT_IN,
-    RewardError,
     exact_match,
     f1,
     final_answer,
@@ -25,8 +24,8 @@ from rollouts.rewards import (
     load_reward,
     math_verify,
     reasoning_gym,
-    score,
 )
+from rollouts.rewards import RewardError, score
 
 
 def prompt(i, **columns):
@@ -486,13 +485,13 @@ def test_math_verify_needs_a_reference():
 
 def test_a_number_too_large_to_compute_fails_its_row_alone(monkeypatch):
     worker = MathWorker(seconds=0.5)
-    monkeypatch.setattr(rewards, "_math_worker", worker)
+    monkeypatch.setattr(reward_functions, "_math_worker", worker)
     texts = ["#### 72", r"\boxed{10^{1000000000}}", "72"]
     prompts = [prompt(i, answer="72") for i in range(3)]
     result = score([math_verify], prompts, texts, [[1]] * 3, max_failed_share=0.5, timeout=60.0)
     assert result.failed == {1: "math_verify: returned nan"}
     assert result.reward_K.tolist() == [1.0, 1.0]
-    assert rewards.MATH_SECONDS == 5.0
+    assert reward_functions.MATH_SECONDS == 5.0
 
 
 def test_a_comparison_that_takes_too_long_is_told_from_a_process_that_broke():
@@ -562,14 +561,14 @@ def test_reasoning_gym_names_a_task_it_does_not_have():
 def test_a_missing_library_is_named(function, package, monkeypatch):
     module = package.replace("-", "_")
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(reward_functions.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RewardError, match=f"pip install {package}"):
         function(["1"], answer=["1"], task=["1"], entry=["1"])
 
 
 def test_optional_libraries_are_not_imported_with_the_module():
     code = (
-        "import sys, rollouts.rewards;"
+        "import sys, rollouts.reward_functions;"
         "assert not {'math_verify', 'reasoning_gym'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
