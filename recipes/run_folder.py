@@ -1,0 +1,196 @@
+"""Run folders as numbers: what `rl.tracking` wrote, as far as it can be read.
+
+Read are `run.json`, `metrics.jsonl`, `steps.jsonl` and the newest of `completions/*.parquet`. A run
+that is unfinished, or was killed while it wrote a line, is read as far as it got, with a note.
+Axes: S steps, R runs of one curve.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+TOTAL = "ledger_total/"
+SEED = re.compile(r"(.+?)[-_.](?:seed|s)[-_=]?\d+", re.IGNORECASE)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What a run folder holds; lists are sorted by step, one entry a step."""
+
+    folder: Path
+    name: str
+    about: Row = field(default_factory=dict)  # run.json
+    log: list[Row] = field(default_factory=list)  # training lines of metrics.jsonl
+    validation: list[Row] = field(default_factory=list)  # validation lines of metrics.jsonl
+    steps: list[Row] = field(default_factory=list)  # steps.jsonl
+    completions: list[Row] = field(default_factory=list)  # the newest table
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def last_step(self) -> int:
+        return max((rows[-1]["step"] for rows in (self.steps, self.log) if rows), default=0)
+
+    def note(self, text: str) -> None:
+        self.notes.append(f"{self.folder}: {text}")
+
+
+Groups = dict[str, list[Run]]
+"""Label of a curve -> its runs: one, or several seeds whose mean it shows."""
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """A run as far as its files can be read; what is missing or torn is in `notes`."""
+    run = Run(folder=folder, name=name)
+    try:
+        run.about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        state = "torn" if isinstance(error, ValueError) else "missing"
+        run.note(f"run.json is {state}; settings are not shown")
+    lines = _lines(run, "metrics.jsonl")
+    run.log = _by_step(row for row in lines if "loss" in row)
+    run.validation = _by_step(row for row in lines if "eval_pass_rate" in row)
+    run.steps = _by_step(row for row in _lines(run, "steps.jsonl") if "budgets" in row)
+    for path in sorted(folder.glob("completions/*.parquet"), reverse=True):
+        from pyarrow import ArrowInvalid, parquet
+
+        try:
+            run.completions = parquet.read_table(path).to_pylist()
+            break
+        except (ArrowInvalid, OSError) as error:
+            run.note(f"{path.name} cannot be read: {error}")
+    last, logged = run.last_step, run.log[-1]["step"] if run.log else 0
+    planned = run.about.get("settings", {}).get("max_steps", last)
+    if not last:
+        run.note("no step is finished yet; what is there is shown")
+    elif last < planned:
+        run.note(f"ends at step {last} of {planned}: still running, or stopped")
+    if logged < last:
+        run.note(
+            f"tokens, updates and seconds are those of its last log line, step {logged} of {last}"
+        )
+    if last and not run.validation:
+        run.note("metrics.jsonl has no validation line")
+    elif last and run.validation[0]["step"] > 0:
+        run.note(f"first validated at step {run.validation[0]['step']}: differences start there")
+    return run
+
+
+def _lines(run: Run, name: str) -> list[Row]:
+    path, rows = run.folder / name, []
+    if not path.is_file():
+        run.note(f"{name} is missing")
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append(row | {"step": int(row["step"])})
+        except (ValueError, TypeError, KeyError):
+            which = "the last line" if number == len(lines) else f"line {number}"
+            run.note(f"{which} of {name} is torn and left out (killed while writing?)")
+    return rows
+
+
+def _by_step(rows: Iterable[Row]) -> list[Row]:
+    """Sorted by step; of two lines of one step, the later."""
+    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+
+
+def named(folders: Sequence[str | Path]) -> list[tuple[Path, str]]:
+    """Checked folders and names: the last part, with as many parents as tells them apart."""
+    paths = [Path(folder) for folder in folders]
+    if not paths:
+        raise ValueError("nothing to report: name at least one run folder")
+    for i, path in enumerate(paths):
+        if not path.is_dir():
+            near = ", ".join(p.parent.name for p in sorted(path.parent.glob("*/run.json")))
+            raise ValueError(f"{path} is not a folder; {path.parent} has {near or 'no runs'}")
+        if not any((path / n).is_file() for n in ("run.json", "metrics.jsonl", "steps.jsonl")):
+            raise ValueError(f"{path} holds no run: run.json, metrics.jsonl, steps.jsonl missing")
+        if path.resolve() in [p.resolve() for p in paths[:i]]:
+            raise ValueError(f"{path} is given twice")
+    parts, depth = [path.resolve().parts for path in paths], 1
+    while len({part[-depth:] for part in parts}) < len(parts):
+        depth += 1
+    return [(path, "/".join(part[-depth:])) for path, part in zip(paths, parts, strict=True)]
+
+
+def grouped(runs: list[Run], *, group_seeds: bool) -> Groups:
+    """The runs that have something to draw, under the label of their curve."""
+    groups: Groups = {}
+    for run in (run for run in runs if run.log or run.steps or run.validation):
+        match = SEED.fullmatch(run.name) if group_seeds else None
+        groups.setdefault(match[1] if match else run.name, []).append(run)
+    return {
+        f"{label} (mean of {len(members)})" if len(members) > 1 else members[0].name: members
+        for label, members in groups.items()
+    }
+
+
+def values_of(runs: list[Run], source: str, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps that all runs have with `name`, and its values (R, S, ...); None without any.
+
+    `source` is the list of `Run` to look in: "log", "validation" or "steps".
+    """
+    found = [
+        {row["step"]: row[name] for row in getattr(run, source) if row.get(name) is not None}
+        for run in runs
+    ]
+    steps = sorted(set.intersection(*map(set, found)))
+    if not steps:
+        return None
+    return np.array(steps), np.array([[values[s] for s in steps] for values in found], dtype=float)
+
+
+def rollouts_until(run: Run, step_S: np.ndarray) -> np.ndarray:
+    """Rollouts generated up to and including each step: from the budgets, else from the ledger."""
+    if run.steps:
+        at_S = [row["step"] for row in run.steps]
+        total_S = np.cumsum([0.0] + [sum(row["budgets"]) for row in run.steps])
+        return total_S[np.searchsorted(at_S, step_S, side="right")]
+    name = f"{TOTAL}rollouts_drawn"
+    drawn = [(0, 0.0), *((row["step"], row[name]) for row in run.log if name in row)]
+    return np.interp(step_S, *np.array(drawn).T)
+
+
+def smooth(value_S: np.ndarray, window: int) -> np.ndarray:
+    """Centred running mean over `window` entries, an odd number; at the ends, over those there are."""
+    half, ones = window // 2, np.ones(window)
+    total_S = np.convolve(value_S, ones)[half : half + len(value_S)]
+    return total_S / np.convolve(np.ones(len(value_S)), ones)[half : half + len(value_S)]
+
+
+def window_of(num_entries: int) -> int:
+    """The running mean that makes a curve of so many noisy entries readable; 1 for a short one."""
+    return max(1, num_entries // 25) | 1
+
+
+def change(run: Run, source: str, name: str) -> tuple[float, float, float] | None:
+    """First value, last value, standard error of their difference (NaN: unknown); None without any.
+
+    Training values are noisy: their ends are means over the first and last tenth of the log lines. The
+    error of a validation difference is sqrt(se_first^2 + se_last^2) over prompts, which is on the safe
+    side, as both validate the same prompts. For greedy accuracy p of n prompts, se^2 = p(1-p)/(n-1).
+    """
+    rows = [row for row in getattr(run, source) if row.get(name) is not None]
+    if not rows:
+        return None
+    ends = rows[0], rows[-1]
+    if source == "log":
+        value_S, tenth = [float(row[name]) for row in rows], max(1, len(rows) // 10)
+        return float(np.mean(value_S[:tenth])), float(np.mean(value_S[-tenth:])), math.nan
+    if name == "eval_greedy_accuracy":
+        freedom = (run.about.get("validation_prompts") or 0) - 1
+        variances = [r[name] * (1 - r[name]) / freedom if freedom > 0 else math.nan for r in ends]
+    else:
+        variances = [float(row.get(f"{name}_se", math.nan)) ** 2 for row in ends]
+    return ends[0][name], ends[1][name], math.sqrt(sum(variances))
