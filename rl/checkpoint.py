@@ -12,12 +12,18 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from rl.distributed import Ranks
 
 logger = logging.get_logger(__name__)
 
@@ -130,10 +136,13 @@ def stage(run_folder: str | Path, name: str) -> Path:
 def commit(run_folder: str | Path, name: str) -> Path:
     """Seal the staged checkpoint `name` and give it its name, in one step.
 
-    A kill before the rename leaves earlier checkpoints as they were and no trace under `name`.
+    A kill before the rename leaves earlier checkpoints as they were and no trace under `name`. The
+    run's logs are synced first, so that no checkpoint stands without the lines that lead to it.
     """
     run_folder = Path(run_folder)
     staging, final = run_folder / STAGING, run_folder / name
+    for path in run_folder.glob("*.jsonl"):
+        _sync(path)
     seal(staging / name)
     if final.exists():  # of a run that went on from an earlier step
         os.replace(final, staging / "replaced")
@@ -141,6 +150,44 @@ def commit(run_folder: str | Path, name: str) -> Path:
     _sync(run_folder)
     shutil.rmtree(staging, ignore_errors=True)
     return final
+
+
+@contextmanager
+def writing(run_folder: str | Path, name: str, ranks: Ranks) -> Iterator[Path]:
+    """Give the staging folder to write `name` into; committed when the block ends, on all ranks.
+
+    Raises:
+        OSError: if it cannot be written. What was staged is removed; earlier checkpoints are whole.
+    """
+    try:
+        with ranks.together():
+            staging = stage(run_folder, name) if ranks.is_main else Path(run_folder) / STAGING
+        with ranks.together():
+            yield staging
+        with ranks.together():
+            if ranks.is_main:
+                commit(run_folder, name)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap OSError
+        if ranks.is_main:
+            shutil.rmtree(Path(run_folder) / STAGING, ignore_errors=True)
+        raise OSError(
+            f"{name} could not be written to {run_folder}: {error}; earlier checkpoints are whole: "
+            "free space and write resume_from_checkpoint: true"
+        ) from error
+
+
+def set_aside(run_folder: str | Path, *, after: int) -> None:
+    """Rename the checkpoints of steps later than `after` to `superseded-...`, each with a warning.
+
+    A run that goes on from an earlier step, because later ones are torn or by request, makes its own;
+    the old ones must neither be resumed from nor count when the oldest is deleted.
+    """
+    for path in checkpoints(run_folder):
+        if _step_of(path) > after:
+            aside = path.with_name(f"superseded-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+            logger.warning(f"{path.name} is not of this run any more, renamed to {aside.name}")
 
 
 def rotate(run_folder: str | Path, *, keep: int | None, best: str | None) -> None:
@@ -158,11 +205,11 @@ def checkpoints(run_folder: str | Path) -> list[Path]:
     if not run_folder.is_dir():
         return []
     found = [
-        (int(match[1]), path)
+        path
         for path in run_folder.iterdir()
-        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)
     ]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def latest_whole(run_folder: str | Path) -> Path | None:
@@ -185,6 +232,10 @@ def latest_whole(run_folder: str | Path) -> Path | None:
             "output_dir"
         )
     return None
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def _sync(path: Path) -> None:

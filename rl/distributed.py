@@ -7,14 +7,16 @@ processes and any micro-batch size give the same update. Axes: N rollouts, R req
 from __future__ import annotations
 
 import heapq
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from trl.models.utils import unwrap_model_for_generation
 
 
 def deal(cost_R: Sequence[float], num_ranks: int) -> np.ndarray:
@@ -116,6 +118,26 @@ class Ranks:
         if is_last or deepspeed or self.num == 1:
             return nullcontext()
         return self._accelerator.no_sync(model)
+
+    @contextmanager
+    def unwrapped(
+        self, model: torch.nn.Module, *, checkpointing: dict[str, Any] | None = None
+    ) -> Iterator[torch.nn.Module]:
+        """The model to generate with: no wrapper, sharded weights gathered, activations not saved.
+
+        Args:
+            model: as it is trained.
+            checkpointing: settings of activation checkpointing to go back to, if it is on.
+        """
+        with ExitStack() as stack:
+            with warnings.catch_warnings():  # TRL 1.16 asks transformers 5 by the old name
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                policy = stack.enter_context(
+                    unwrap_model_for_generation(
+                        model, self._accelerator, gradient_checkpointing_kwargs=checkpointing
+                    )
+                )
+            yield policy
 
     def fail_together(self, error: BaseException | None) -> None:
         """Raise `error` here and its text everywhere, so that no rank waits for a failed one."""

@@ -5,8 +5,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
-from samplers.ledger import Ledger
-from samplers.planner import Planner, Proposal
 from transformers import PreTrainedTokenizerBase
 
 from rl.arguments import RolloutConfig
@@ -16,6 +14,8 @@ from rollouts.batch import TokenRollouts
 from rollouts.engine import Engine, SamplingParams
 from rollouts.prompts import Prompt
 from rollouts.rewards import RewardResult
+from samplers.ledger import Ledger
+from samplers.planner import Planner, Proposal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Line:
     policy: Callable[[], AbstractContextManager[torch.nn.Module]]  # the weights to generate with
     sampling: SamplingParams
     tokenizer: PreTrainedTokenizerBase
-    reward: Callable[[list[Prompt], list[str], list[list[int]]], RewardResult]
+    reward: Callable[..., RewardResult]  # (prompts, texts, token ids, *, max_failed_share)
     advantage: Callable[..., torch.Tensor]
     loss: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
     ledger: Ledger

@@ -134,7 +134,7 @@ def record_of(line: Line, batch: Batch, *, step: int) -> dict[str, Any]:
         "seed_checksum": int(
             np.bitwise_xor.reduce(np.concatenate([p.seed_N for p in batch.proposals]))
         ),
-        "failures": {k: v for scored in batch.scored for k, v in scored.failures.items()},
+        "failures": [failure for scored in batch.scored for failure in scored.failures],
         "posterior_histogram": np.histogram(mean_D, bins=20, range=(0, 1))[0].tolist(),
     }
 

@@ -18,7 +18,7 @@ from rollouts.prompts import Prompt
 from rollouts.rewards import RewardError
 
 if TYPE_CHECKING:
-    from rl.step import Line
+    from rl.line import Line
     from rollouts.engine import SamplingParams
 
 
@@ -43,14 +43,15 @@ class Scored:
     text_N: list[str]
     reward_by_function: dict[str, list[float | None]]
     failed: TokenRollouts | None
-    failures: dict[str, str]  # prompt key -> reason
+    failures: list[dict[str, str]]  # prompt key and reason of each failed row
 
 
 def roll_out(line: Line, request: Request, params: SamplingParams, *, version: int) -> Scored:
     """Generate and score `request`, each rank its share.
 
     Raises:
-        RewardError: on every rank, if more than `max_failed_share` of the rows could not be scored.
+        RewardError: if more than `max_failed_share` of all rows could not be scored. A rank that
+            sees so many by itself stops scoring at once, and the others get a RuntimeError.
         RuntimeError: on the other ranks, if one rank fails.
     """
     mine = line.ranks.share_of(request.budget_P)
@@ -85,7 +86,8 @@ def _generate_and_score(
         ids = [t[m].tolist() for t, m in zip(rollouts.token_NT, rollouts.mask_NT, strict=True)]
         texts = line.tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = [request.prompts[p] for p in request.prompt_N[rows]]
-        result = line.reward(prompts, texts, ids)
+        allowed = line.config.max_failed_share * len(request.seed_N) / len(rows)
+        result = line.reward(prompts, texts, ids, max_failed_share=min(allowed, 1.0))
     prompt_N = torch.from_numpy(position_Q)[rollouts.prompt_N]
     everyone = tuple(prompt.token_ids for prompt in request.prompts)
     rollouts = replace(rollouts, prompt_N=prompt_N, prompt_ids=everyone)
@@ -106,15 +108,15 @@ def _merge(line: Line, request: Request, shares: list[tuple]) -> Scored:
     reasons: dict[int, str] = {}
     for rows, _, _, result in shares:
         reasons |= {int(rows[row]): reason for row, reason in result.failed.items()}
-    failures = {
-        request.prompts[request.prompt_N[row]].key: reason
+    failures = [
+        {"prompt": request.prompts[request.prompt_N[row]].key, "reason": reason}
         for row, reason in sorted(reasons.items())
-    }
-    if len(reasons) > line.config.max_failed_share * len(row_N):
-        key, reason = next(iter(failures.items()))
+    ]
+    if len(failures) > line.config.max_failed_share * len(row_N) + 1e-9:
         raise RewardError(
-            f"{len(reasons)} of {len(row_N)} rollouts could not be scored, more than "
-            f"max_failed_share={line.config.max_failed_share} allows; first, prompt {key}: {reason}"
+            f"{len(failures)} of {len(row_N)} rollouts could not be scored, more than "
+            f"max_failed_share={line.config.max_failed_share} allows; first, prompt "
+            f"{failures[0]['prompt']}: {failures[0]['reason']}"
         )
     good = torch.tensor(
         [i for i in order.tolist() if int(row_N[i]) not in reasons], dtype=torch.long

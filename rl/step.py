@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from samplers.planner import Proposal
 
 from rl import metrics, step_weights
 from rl.line import Batch, Line
@@ -18,6 +17,7 @@ from rl.logprobs import completion_logprobs
 from rl.roll_out import Request, Scored, roll_out
 from rollouts.batch import TokenRollouts, concatenate
 from rollouts.prompts import Prompt
+from samplers.planner import Proposal
 
 
 def size(rollouts: TokenRollouts) -> tuple[int, int]:
@@ -68,14 +68,16 @@ def weigh(
         pass_rate_P=torch.tensor(proposals[0].pass_rate_P),
         floor=config.log_floor,
     )
-    denominator = step_weights.denominator(
-        config.objective,
-        config.length_weight,
-        num_prompts=len(prompts),
-        num_rollouts=len(rollouts),
-        row_weight_N=weight_N,
-        length_N=length_N,
-    )
+    denominator = 1.0  # of an empty sum, where every reward failed
+    if len(rollouts):
+        denominator = step_weights.denominator(
+            config.objective,
+            config.length_weight,
+            num_prompts=len(prompts),
+            num_rollouts=len(rollouts),
+            row_weight_N=weight_N,
+            length_N=length_N,
+        )
     signal_N = (advantage_N * weight_N != 0) & (length_N > 0)
     for p in prompt_N[~signal_N].unique().tolist():
         reason = line.planner.admit(reward_N[prompt_N == p].numpy()).reason

@@ -43,7 +43,8 @@ def checkpoint_to_resume(args: Any, resume: str | bool | None) -> Path | None:
             one is named in a warning and the newest whole one before it is used.
 
     Raises:
-        RunExistsError: if `output_dir` holds a run and nothing says to resume it.
+        RunExistsError: if `output_dir` holds a run and nothing says to resume it, or the
+            checkpoint named is of another run.
         ValueError: if there is nothing to resume.
     """
     run_folder = Path(args.output_dir)
@@ -60,13 +61,21 @@ def checkpoint_to_resume(args: Any, resume: str | bool | None) -> Path | None:
             )
         resume = True
     if resume is True:
-        if not holds_run:
-            raise ValueError(f"nothing to resume: output_dir={run_folder} holds no run")
+        if not holds_run and not (run_folder / RUN).exists():
+            raise ValueError(
+                f"nothing to resume: output_dir={run_folder} holds no run; leave "
+                "resume_from_checkpoint out to start one (if_run_exists: resume does either)"
+            )
         found = checkpoint.latest_whole(run_folder)
         if found is None:
             logger.warning(f"{run_folder} was stopped before its first checkpoint; starting again")
         return found
     path = Path(str(resume))
+    if holds_run and path.resolve().parent != run_folder.resolve():
+        raise RunExistsError(
+            f"output_dir={run_folder} already holds a run, and resume_from_checkpoint={path} is of "
+            "another; write another output_dir"
+        )
     if not path.is_dir():
         near = [p.name for p in checkpoint.checkpoints(path.parent)]
         raise ValueError(
@@ -112,7 +121,8 @@ class RunFolder(TrainerCallback):
 
     @contextmanager
     def claimed(self, args: Any, *, from_step: int, about: dict[str, Any]) -> Iterator[None]:
-        """Hold the folder for this run; on entering, lines after `from_step` are cut off.
+        """Hold the folder for this run; on entering, what lies after `from_step` is cleared: lines
+        are cut off, checkpoints are renamed.
 
         The lock is the operating system's and ends with the process, however it ends.
 
@@ -137,6 +147,7 @@ class RunFolder(TrainerCallback):
             lock.flush()
             for name in (METRICS, STEPS):
                 _cut(self.folder / name, from_step)
+            checkpoint.set_aside(self.folder, after=from_step)
             (self.folder / RUN).write_text(json.dumps(about, indent=1, default=str))
             yield
 
@@ -150,10 +161,13 @@ class RunFolder(TrainerCallback):
         """Write a table of completions as parquet, and to the trackers that show tables."""
         from datasets import Dataset
 
+        if not table:
+            return
         target = self.folder / "completions" / f"step-{step:06d}.parquet"
         target.parent.mkdir(exist_ok=True)
-        Dataset.from_list(table).to_parquet(str(target))
-        columns = list(table[0]) if table else []
+        with no_progress_bars():
+            Dataset.from_list(table).to_parquet(str(target))
+        columns = list(table[0])
         rows = [[row[c] for c in columns] for row in table]
         if "wandb" in report_to:
             import wandb
@@ -215,9 +229,37 @@ class ProgressLine(TrainerCallback):
         else:
             print(f"step {state.global_step}/{state.max_steps} {line}", file=sys.stderr, flush=True)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
+        """Give the terminal back, however the run ended."""
         if self._progress is not None:
             self._progress.stop()
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Switch the progress bars of transformers and datasets off, and back as they were."""
+    import datasets
+
+    bars = (
+        (
+            logging.is_progress_bar_enabled(),
+            logging.disable_progress_bar,
+            logging.enable_progress_bar,
+        ),
+        (
+            not datasets.are_progress_bars_disabled(),
+            datasets.disable_progress_bars,
+            datasets.enable_progress_bars,
+        ),
+    )
+    shown = [(switch_off, switch_on) for enabled, switch_off, switch_on in bars if enabled]
+    for switch_off, _ in shown:
+        switch_off()
+    try:
+        yield
+    finally:
+        for _, switch_on in shown:
+            switch_on()
 
 
 def describe(logs: dict[str, float]) -> str:

@@ -9,29 +9,34 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl.models.utils import unwrap_model_for_generation
 
 from rl import checkpoint, metrics, tracking
 from rl.arguments import RolloutConfig
-from rl.assemble import load_rewards, make_line, make_planner, refuse_overlap
+from rl.assemble import (
+    load_policy,
+    load_rewards,
+    make_line,
+    make_planner,
+    refuse_overlap,
+    without_dropout,
+)
 from rl.evaluation import evaluate
 from rl.line import Batch
 from rl.measure import gradient_norms
 from rl.step import collect, update
 from rollouts.engine import Engine
-from rollouts.prompts import Prompt, data_fingerprint, ensure_pad_token, make_prompts
+from rollouts.prompts import Prompt, data_fingerprint, make_prompts
 from rollouts.rewards import RewardFunction
-from rollouts.transformers_engine import TransformersEngine
 from samplers.planner import Planner
 
 
@@ -58,6 +63,7 @@ class RolloutTrainer(Trainer):
         ValueError: for anything wrong with settings or data, before any training.
     """
 
+    args: RolloutConfig
     loss_is_scaled_for_ga = True  # the denominators are ours
 
     def __init__(
@@ -73,32 +79,25 @@ class RolloutTrainer(Trainer):
         engine: Engine | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        ensure_pad_token(processing_class)
+        model, processing_class = load_policy(model, processing_class)
         rewards = load_rewards(reward_funcs, args.reward_weights)
-        prepare = partial(
+        self._make_prompts = partial(
             make_prompts,
             tokenizer=processing_class,
             max_prompt_length=args.max_prompt_length,
             overlong=args.overlong_prompts,
             id_column=args.id_column,
         )
-        prompts, self.prompt_report = prepare(train_dataset)
+        prompts, self.prompt_report = self._make_prompts(train_dataset)
         self.eval_prompts: list[Prompt] = (
-            prepare(eval_dataset)[0] if eval_dataset is not None else []
+            self._make_prompts(eval_dataset)[0] if eval_dataset is not None else []
         )
         refuse_overlap(prompts, self.eval_prompts)
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)
-        for module in model.modules():  # dropout would make every ratio noise
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+            model = get_peft_model(model, peft_config)  # type: ignore[assignment]
+        without_dropout(model)
         if args.max_steps <= 0:
             args.max_steps = -(-int(args.num_train_epochs * len(prompts)) // args.prompts_per_step)
         super().__init__(
@@ -113,10 +112,8 @@ class RolloutTrainer(Trainer):
             args,
             prompts=prompts,
             planner=(planner or partial(make_planner, args))([p.key for p in prompts]),
-            engine=engine
-            or TransformersEngine(
-                self.model, processing_class, max_batch_rows=args.generation_batch_size
-            ),
+            engine=engine,
+            model=self.model,
             policy=self._policy,
             tokenizer=processing_class,
             rewards=rewards,
@@ -128,11 +125,13 @@ class RolloutTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.run_folder = tracking.RunFolder(args.output_dir)
+        self.progress = tracking.ProgressLine(args)
         self.add_callback(self.run_folder)
-        self.add_callback(tracking.ProgressLine(args))
+        self.add_callback(self.progress)
 
-    def _policy(self):
-        return unwrap_model_for_generation(self.model_wrapped, self.accelerator)
+    def _policy(self) -> AbstractContextManager[torch.nn.Module]:
+        kwargs: Any = self.args.activation_checkpointing_kwargs
+        return self.line.ranks.unwrapped(self.model_wrapped, checkpointing=kwargs)
 
     # -- the step
 
@@ -203,7 +202,7 @@ class RolloutTrainer(Trainer):
         """Greedy accuracy and pass rate on the held-out prompts; logged, and given to callbacks."""
         prompts = self.eval_prompts
         if eval_dataset is not None:
-            prompts = make_prompts(eval_dataset, self.processing_class)[0]
+            prompts = self._make_prompts(eval_dataset)[0]
         if not prompts:
             raise ValueError("evaluate needs held-out prompts: pass eval_dataset to RolloutTrainer")
         found = evaluate(self.line, prompts, version=self.state.global_step)
@@ -214,15 +213,32 @@ class RolloutTrainer(Trainer):
 
     # -- checkpoints
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
         """`Trainer.train`, resuming from whole checkpoints only and with every decision restored."""
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
-        folder = tracking.checkpoint_to_resume(self.args, resume)
         from_step = 0
-        if folder is not None:
-            from_step = self._load_state(checkpoint.load_state(folder), str(folder))
-            self.args.eval_on_start = False
-        about = {
+        with ExitStack() as stack:
+            with self.line.ranks.together():
+                folder = tracking.checkpoint_to_resume(self.args, resume)
+                if folder is not None:
+                    from_step = self._load_state(checkpoint.load_state(folder), str(folder))
+                    self.args.eval_on_start = False
+            with self.line.ranks.together():
+                about = self._about() | {"resumed_from_step": from_step}
+                claim = self.run_folder.claimed(self.args, from_step=from_step, about=about)
+                stack.enter_context(claim)
+                if self.args.save_strategy != "no" and self.line.ranks.is_main:
+                    keep = (self.args.save_total_limit or 1) + 1
+                    tracking.require_space(self.run_folder.folder, self.model, checkpoints=keep)
+            stack.callback(self.progress.close)
+            return super().train(
+                resume_from_checkpoint=None if folder is None else str(folder), **kwargs
+            )
+
+    def _about(self) -> dict[str, Any]:
+        return {
             "settings": self.args.to_dict(),
             "data_fingerprint": data_fingerprint([p.key for p in self.line.prompts]),
             "prompts": len(self.line.prompts),
@@ -230,15 +246,7 @@ class RolloutTrainer(Trainer):
             "prompt_report": dataclasses.asdict(self.prompt_report),
             "processes": self.line.ranks.num,
             "threads": torch.get_num_threads(),
-            "resumed_from_step": from_step,
         }
-        with self.run_folder.claimed(self.args, from_step=from_step, about=about):
-            if self.args.save_strategy != "no" and self.line.ranks.is_main:
-                keep = self.args.save_total_limit or 1
-                tracking.require_space(Path(self.args.output_dir), self.model, checkpoints=keep + 1)
-            return super().train(
-                resume_from_checkpoint=None if folder is None else str(folder), **kwargs
-            )
 
     def _load_state(self, state: dict[str, Any], folder: str) -> int:
         changed = {
@@ -250,47 +258,40 @@ class RolloutTrainer(Trainer):
             raise ValueError(
                 f"{folder} was made with other settings, so its run cannot be continued exactly: "
                 + "; ".join(f"{n} was {old!r}, is {new!r}" for n, (old, new) in changed.items())
+                + "; write the old values, or another output_dir"
             )
         self.planner.load_state_dict(state["planner"])
         self.ledger.load_state_dict(state["ledger"])
         self._empty_steps = state["empty_steps"]
+        self._steps_since_log = state["steps_since_log"]
         return state["step"]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer.save_model`, without a progress bar for each file."""
+        with tracking.no_progress_bars():
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
         """The base class's checkpoint and the line's state, whole or not at all."""
-        run, name, ranks = (
-            self.args.output_dir,
-            f"checkpoint-{self.state.global_step}",
-            self.line.ranks,
-        )
-        push, self.args.push_to_hub = self.args.push_to_hub, False
-        with ranks.together():
-            staging = (
-                checkpoint.stage(run, name) if ranks.is_main else Path(run) / checkpoint.STAGING
-            )
-        try:
-            with ranks.together():
-                self.args.output_dir = str(staging)
+        args, ranks, name = self.args, self.line.ranks, f"checkpoint-{self.state.global_step}"
+        run, push = str(self.run_folder.folder), args.push_to_hub
+        with checkpoint.writing(run, name, ranks) as staging:
+            args.output_dir, args.push_to_hub = str(staging), False
+            try:
                 super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise OSError(
-                f"{name} could not be written to {run}: {error}; earlier checkpoints are whole: free "
-                "space and write resume_from_checkpoint: true"
-            ) from error
-        finally:
-            self.args.output_dir, self.args.push_to_hub = run, push
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == staging:
-            self.state.best_model_checkpoint = str(Path(run) / Path(best).name)
-        with ranks.together():
+            finally:
+                args.output_dir, args.push_to_hub = run, push
+            best = self.state.best_model_checkpoint
+            if best is not None and Path(best).parent == staging:
+                self.state.best_model_checkpoint = str(Path(run) / Path(best).name)
             if ranks.is_main:
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
                 checkpoint.save_state(staging / name, self._line_state())
-                final = checkpoint.commit(run, name)
-                best = self.state.best_model_checkpoint
-                checkpoint.rotate(run, keep=self.args.save_total_limit, best=best)
-                if push:
-                    self._push_from_checkpoint(str(final))
+        if ranks.is_main:
+            best = self.state.best_model_checkpoint
+            checkpoint.rotate(run, keep=args.save_total_limit, best=best)
+            if push:
+                self._push_from_checkpoint(str(Path(run) / name))
 
     def _line_state(self) -> dict[str, Any]:
         return {
@@ -299,4 +300,5 @@ class RolloutTrainer(Trainer):
             "planner": self.planner.state_dict(),
             "ledger": self.ledger.state_dict(),
             "empty_steps": self._empty_steps,
+            "steps_since_log": self._steps_since_log,
         }

@@ -1,11 +1,14 @@
-"""A language model of a few thousand weights, a task it can learn in seconds, and a run of the trainer.
+"""A language model of a few thousand weights, tasks it can learn in seconds, and a run of the trainer.
 
-The task: the prompt names a digit, the completion should begin with it. `python tests/tiny.py FOLDER
-[--setting value ...]` is a whole training run, for tests that launch or kill processes.
+The tasks: the completion should begin with the digit that the prompt names (`first_digit`, slow to
+learn), or with any small digit (`small_digit`, learnt in ten steps). `python tests/tiny.py FOLDER
+[--reward NAME] [--setting value ...]` is a whole run, for tests that launch or kill processes.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,32 @@ def first_digit(completions: list[str], answer: list[str], **_: Any) -> list[flo
     return [float(text.replace(" ", "").startswith(digit)) for text, digit in pairs]
 
 
+def small_digit(completions: list[str], **_: Any) -> list[float]:
+    """1 if the completion begins with a digit below 4, whatever the prompt."""
+    return [float(text.replace(" ", "")[:1] in ("0", "1", "2", "3")) for text in completions]
+
+
+def breaks_on_rank_1(completions: list[str], **_: Any) -> list[float]:
+    """Raises on the second process only."""
+    if os.environ.get("RANK") == "1":
+        raise KeyError("no such verifier")
+    return [0.0] * len(completions)
+
+
+def one_prompt(completions: list[str], prompts: list[str], **_: Any) -> list[float]:
+    """Mixed for one prompt alone, so that hardly any row of a step carries a gradient."""
+    return [
+        float(prompt == "a5=" and text.replace(" ", "")[:1] in ("0", "1", "2", "3"))
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
+
+
+REWARDS = {
+    function.__name__: function
+    for function in (first_digit, small_digit, breaks_on_rank_1, one_prompt)
+}
+
+
 def config(folder: str | Path, **settings: Any) -> RolloutConfig:
     defaults: dict[str, Any] = {
         "max_steps": 3,
@@ -103,12 +132,39 @@ def trainer(
     )
 
 
+def run(folder: str | Path, *, resume: Any = None, **settings: Any) -> Any:
+    """A trainer that has trained."""
+    made = trainer(folder, **settings)
+    made.train(resume_from_checkpoint=resume)
+    return made
+
+
+def parameters(made: Any) -> dict[str, torch.Tensor]:
+    """A copy of the weights of a trainer's model."""
+    return {name: value.detach().clone() for name, value in made.model.state_dict().items()}
+
+
+def lines(folder: str | Path, name: str = "steps.jsonl") -> list[dict[str, Any]]:
+    """A log of a run folder."""
+    return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+
+
+def step_logs(folder: str | Path) -> list[dict[str, Any]]:
+    """The log lines of training steps, without those of validation and the closing summary."""
+    return [row for row in lines(folder, "metrics.jsonl") if "loss" in row]
+
+
 def main() -> None:
-    """A run from the command line; the final weights go to FOLDER/final."""
+    """A run from the command line; the final weights go to FOLDER/final, the ledger beside them."""
     from recipes.config import parse
 
     torch.set_num_threads(1)
     folder, *arguments = sys.argv[1:]
+    reward = first_digit
+    if "--reward" in arguments:
+        at = arguments.index("--reward")
+        reward = REWARDS[arguments[at + 1]]
+        del arguments[at : at + 2]
     defaults = config(folder).to_dict()
     names = ("max_steps", "learning_rate", "prompts_per_step", "rollouts_per_prompt", "allocator")
     names += ("max_completion_length", "per_device_train_batch_size", "seed", "disable_tqdm")
@@ -116,10 +172,12 @@ def main() -> None:
     base = [x for n in names if n not in given for x in (f"--{n}", str(defaults[n]))]
     base += ["--output_dir", folder, "--report_to", "none", "--bf16", "false"]
     (settings,) = parse((RolloutConfig,), [*base, *arguments])
-    run = RolloutTrainer(model(), first_digit, settings, rows(), processing_class=tokenizer())
+    run = RolloutTrainer(model(), reward, settings, rows(), processing_class=tokenizer())
     run.train()
-    print(f"world size {run.args.world_size}")
+    print(f"world size {run.args.world_size}", flush=True)
     run.save_model(str(Path(folder) / "final"))
+    if run.args.should_save:
+        (Path(folder) / "final" / "ledger.json").write_text(json.dumps(run.ledger.totals))
 
 
 if __name__ == "__main__":
