@@ -376,7 +376,7 @@ def _nodes() -> tuple[FloatArray, FloatArray, FloatArray]:
     """Nodes p on [0, 1], 1 - p without cancellation, and weights.
 
     256-node Gauss-Legendre in t with p = t^2 (3 - 2 t). Decayed counts are fractional and their
-    density is not smooth where p or 1 - p is 0: with b = 1.02 nodes in p itself are up to 1e-4
+    density is not smooth where p or 1 - p is 0: with b = 1.02 nodes in p itself are about 1e-4
     off. The substitution smooths both ends.
     """
     node, weight = np.polynomial.legendre.leggauss(256)

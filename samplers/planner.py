@@ -127,8 +127,10 @@ class Planner:
         self._maximum = maximum
         self._run_seed = run_seed
         self._success_above = success_above
-        # A budget that cannot be spent is told now, not after the first rollouts.
-        self._spend(np.ones(prompts_per_step))
+        # A budget that cannot be spent, or a scale that cannot be computed, is told now and not
+        # after the first rollouts.
+        even_P = np.ones(prompts_per_step)
+        self._spend(np.asarray(scale(even_P, even_P)))
 
         self._step = 0
         self._round = 0

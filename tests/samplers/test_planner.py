@@ -614,6 +614,7 @@ def test_another_data_set_or_seed_is_refused():
         ({"pilots": "keep"}, "pilots must be 'pool' or 'discard', got 'keep'"),
         ({"pilot": 5, "pilots": "discard", "minimum": 2}, "total=4 cannot give 4 prompts 2"),
         ({"allocate": lambda std, total, **box: std}, "the allocator must give 4 integers"),
+        ({"scale": lambda a, b: allocation.gvm(a, b, alpha=0)}, "alpha must be positive"),
         ({"allocate": allocation.leave_one_out}, "minimum must be at least 2, got 1"),
     ],
 )

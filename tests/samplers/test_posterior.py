@@ -135,14 +135,22 @@ def test_an_index_picks_rows_in_its_own_order():
     assert posterior.draw(index, generator=np.random.default_rng(0)).shape == (2,)
 
 
+def test_whoever_holds_the_arrays_sees_what_is_learnt_and_loaded():
+    posterior = BetaPosterior(2)
+    held = posterior.alpha_D, posterior.beta_D
+    posterior.observe([0], [1], [3])
+    posterior.add([1], [2], [2])
+    assert [counts.tolist() for counts in held] == [[1, 2], [2, 0]]
+    posterior.load_state_dict(BetaPosterior(2).state_dict())
+    assert [counts.tolist() for counts in held] == [[0, 0], [0, 0]]
+
+
 def test_saved_and_loaded_is_the_same_bit_for_bit():
     posterior, restored = BetaPosterior(3), BetaPosterior(3)
     posterior.observe([2, 0], [1 / 3, 2], [5, 7])
     posterior.observe([1], [0.1], [3])
     state = posterior.state_dict()
-    held = restored.alpha_D
     restored.load_state_dict(state)
-    assert held is restored.alpha_D
     for name in ("alpha_D", "beta_D"):
         assert state[name].dtype == np.float64
         np.testing.assert_array_equal(getattr(posterior, name), getattr(restored, name))
