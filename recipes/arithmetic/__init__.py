@@ -1,0 +1,1 @@
+"""The embedded task: a tiny language model, reasoning-gym problems, reasoning-gym's verifiers."""

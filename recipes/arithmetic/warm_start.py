@@ -1,0 +1,187 @@
+"""Supervised warm start: worked solutions, TRL's SFTTrainer, an ordinary checkpoint folder.
+
+    python -m recipes.arithmetic.warm_start --folder runs/warm-start [--seed 1] [--config file.yaml]
+
+A folder that was made with the same settings is left as it is, so a second run costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import trl
+
+from recipes.arithmetic.model import build_model, build_tokenizer
+from recipes.arithmetic.tasks import LEVELS, problems, warm_start_rows
+from recipes.config import parse
+from rl.checkpoint import TornCheckpointError, seal, verify
+
+SETTINGS_FILE = "warm_start.json"
+"""What a folder was made with, beside the checkpoint."""
+
+
+@dataclass
+class WarmStart:
+    """What the warm start depends on; another value of any of these makes another checkpoint."""
+
+    seed: int = field(default=0, metadata={"help": "Of weights, order and corruptions."})
+    data_seed: int = field(default=0, metadata={"help": "Of the problems."})
+    validation: int = field(
+        default=28, metadata={"help": "Validation problems of each level, which are left out."}
+    )
+    rows: int = field(default=26_000, metadata={"help": "Worked solutions to train on."})
+    steps: int = field(default=1200, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=64, metadata={"help": "Solutions of a step."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak; falls linearly to 0."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
+    num_layers: int = field(default=3, metadata={"help": "Decoder layers."})
+    num_heads: int = field(default=4, metadata={"help": "Attention heads."})
+
+
+@dataclass
+class Place:
+    """Where the command writes, and on how many threads it computes."""
+
+    folder: str = field(metadata={"help": "Checkpoint folder to make."})
+    num_threads: int | None = field(default=None, metadata={"help": "Default: all cores."})
+
+
+def warm_start(folder: str | Path, settings: WarmStart, *, quiet: bool = False) -> Path:
+    """Make the checkpoint, unless `folder` holds it already.
+
+    The folder appears under its name when it is complete. One that was made with other settings,
+    or that is damaged, is made anew and replaced at the end.
+
+    Args:
+        folder: where the checkpoint goes.
+        settings: what it depends on.
+        quiet: no progress bar and no messages.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if the folder holds something else than a warm start, which is not touched.
+    """
+    folder = Path(folder)
+    wanted = _identity(settings)
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(f"warm start: {text}", file=sys.stderr, flush=True)
+
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / SETTINGS_FILE).is_file():
+            raise ValueError(
+                f"{folder} is not empty and has no {SETTINGS_FILE}, so it is not a warm start; "
+                f"choose another folder or remove it"
+            )
+        different = _difference(folder, wanted)
+        if not different:
+            say(f"{folder} is there already")
+            return folder
+        say(f"{folder} is made anew, because {different}")
+    started = time.perf_counter()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        say(f"{settings.steps} steps of {settings.batch_size} worked solutions")
+        _train(staging / "scratch", staging / "new", settings, quiet=quiet)
+        (staging / "new" / SETTINGS_FILE).write_text(json.dumps(wanted, indent=1))
+        seal(staging / "new")
+        if folder.exists():
+            os.replace(folder, staging / "old")
+        os.replace(staging / "new", folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    say(f"{folder} after {time.perf_counter() - started:.0f} s")
+    return folder
+
+
+def _identity(settings: WarmStart) -> dict[str, Any]:
+    return {"settings": asdict(settings), "levels": [asdict(level) for level in LEVELS]}
+
+
+def _difference(folder: Path, wanted: dict[str, Any]) -> str:
+    """Why the folder will not do; empty if it will."""
+    try:
+        verify(folder)
+        found = json.loads((folder / SETTINGS_FILE).read_text())
+    except (TornCheckpointError, json.JSONDecodeError) as error:
+        return f"it is damaged: {error}"
+    if found.get("levels") != wanted["levels"]:
+        return "the levels of the problems have changed"
+    old, new = found.get("settings", {}), wanted["settings"]
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in changed)
+
+
+def _train(scratch: Path, folder: Path, settings: WarmStart, *, quiet: bool) -> None:
+    # Levels do not depend on how many training problems are drawn; 1 is the fewest.
+    _, held_out = problems(settings.data_seed, train=1, validation=settings.validation)
+    rows = warm_start_rows(
+        settings.data_seed, size=settings.rows, held_out=held_out, seed=settings.seed
+    )
+    tokenizer = build_tokenizer()
+    model = build_model(
+        tokenizer,
+        seed=settings.seed,
+        hidden_size=settings.hidden_size,
+        num_layers=settings.num_layers,
+        num_heads=settings.num_heads,
+    )
+    config = trl.SFTConfig(
+        output_dir=str(scratch),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=min(30, settings.steps // 10),
+        adam_beta2=0.98,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        completion_only_loss=True,
+        seed=settings.seed,
+        bf16=False,
+        activation_checkpointing=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=quiet,
+    )
+    trainer = trl.SFTTrainer(
+        model,
+        args=config,
+        train_dataset=datasets.Dataset.from_list(
+            [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+        ),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model(str(folder))
+    for path in folder.glob("*.bin"):  # training arguments, pickled: no part of a checkpoint
+        path.unlink()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and make the checkpoint."""
+    place, settings = parse((Place, WarmStart), arguments)
+    torch.set_num_threads(place.num_threads or os.cpu_count() or 1)
+    transformers.utils.logging.set_verbosity_error()
+    warm_start(place.folder, settings)
+
+
+if __name__ == "__main__":
+    main()
