@@ -187,7 +187,9 @@ def task_or_data(
     if recipe.validation_name is not None:
         validation = load_rows(recipe.validation_name, split=recipe.validation_split, **columns)
     elif recipe.validation_size:
-    XX
+        rows, validation = split_validation(
+            rows, recipe.validation_size, seed=config.seed, id_column=config.id_column
+        )
     else:
         validation = None
     return rows, validation, recipe.rewards
