@@ -1,14 +1,14 @@
 """Tokens per second of TransformersEngine against `model.generate`, as ratios measured in one run.
 
-    python benchmarks/engine.py [--quick] [--rounds 5] [--threads 1] [--device cpu]
+    python -m benchmarks.engine [--quick] [--rounds 5] [--threads 1] [--device cpu]
 
 A 5M-parameter Qwen3 with random weights, prompts of 32 tokens, 8 rollouts per prompt, at most 64
 new tokens, temperature 1. "even": no end-of-sequence token, so every rollout has 64 tokens.
 "ragged": 46 of 1024 tokens end a rollout, so lengths are nearly geometric with mean 21. Only useful
 tokens count, those up to the end of their rollout. `generate` does not report log-probabilities;
-the engine does. Rounds alternate between the two, since other work may share the machine; a ratio
-is the best round of one over the best round of the other, and the spread of the ratios within rounds
-stands beside it. Nothing here is asserted.
+the engine does. Rounds alternate between the two, since other work may share the machine: the
+figure to read is `ratio_median`, over ratios of neighbouring runs. The best rounds and their ratio
+stand beside it. Nothing here is asserted.
 """
 
 import argparse
@@ -131,15 +131,17 @@ def measure(lengths: str, batch: int, dtype: torch.dtype, rounds: int, device: s
         "rounds": rounds,
         "tokens_per_second_best": {name: round(rate) for name, rate in best.items()},
         "ratio_of_best": round(best["engine"] / best["generate"], 2),
-        "ratio_in_round_median": round(statistics.median(ratios), 2),
-        "ratio_in_round_min": round(min(ratios), 2),
-        "ratio_in_round_max": round(max(ratios), 2),
+        "ratio_median": round(statistics.median(ratios), 2),
+        "ratio_min": round(min(ratios), 2),
+        "ratio_max": round(max(ratios), 2),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two rounds of the smallest case")
+    parser.add_argument(
+        "--quick", action="store_true", help="two rounds of the smallest case, nothing written"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -157,13 +159,15 @@ def main() -> None:
     rounds = arguments.rounds
     if arguments.quick:
         cases, rounds = cases[:1], 2
+
     results = []
     for lengths, batch, dtype in cases:
         results.append(measure(lengths, batch, dtype, rounds, arguments.device))
         print(json.dumps(results[-1]), flush=True)
+    if arguments.quick:
+        return
     report = {
-        "command": "python benchmarks/engine.py"
-        + (" --quick" if arguments.quick else f" --rounds {rounds} --threads {arguments.threads}"),
+        "command": f"python -m benchmarks.engine --rounds {rounds} --threads {arguments.threads}",
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "threads": arguments.threads,
         "python": platform.python_version(),

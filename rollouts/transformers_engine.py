@@ -282,10 +282,10 @@ def draw(logits_NV: Tensor, uniform_N: Tensor, params: SamplingParams) -> tuple[
     else:
         weight_NV = truncate(logprob_NV, params).double().exp()
         cdf_NV = weight_NV.cumsum(dim=-1)
-        total_N = cdf_NV[:, -1]
-        # Rounding may carry u * total to the total itself, beyond which there is no token.
-        target_N = torch.minimum(uniform_N * total_N, total_N.nextafter(total_N.new_zeros(())))
+        # u is at most 1 - 2^-53, and so u * total is below the total, rounded too.
+        target_N = uniform_N * cdf_NV[:, -1]
         token_N = torch.searchsorted(cdf_NV, target_N[:, None], right=True).squeeze(1)
+        # Only NaN gets past the end.
         token_N = token_N.clamp(max=logits_NV.shape[1] - 1)
         # A parallel sum may round so that its total rises at a token of weight 0.
         weight_N = weight_NV.gather(1, token_N[:, None]).squeeze(1)

@@ -216,6 +216,21 @@ def test_each_prompt_is_prefilled_once_and_finished_rollouts_are_not_computed(
     assert len({rows for rows, _ in shapes[1:]}) > 3
 
 
+def test_prompts_of_similar_length_share_a_wave(qwen3, tokenizer):
+    shapes = []
+    hook = qwen3.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    engine = TransformersEngine(qwen3, tokenizer, max_batch_rows=2)
+    one = replace(PLAIN, max_completion_length=1)
+    prompts = tiny_prompts(3, 11, 2, 10)
+    rollouts = engine.generate(prompts, [1, 1, 1, 1], seeds_N=seeds(4), params=one)
+    hook.remove()
+    assert shapes == [(2, 11), (2, 3)]
+    assert rollouts.prompt_N.tolist() == [0, 1, 2, 3]
+
+
 def test_equal_prompts_are_prefilled_once(engine):
     prompt = tiny_prompts(5)[0]
     shapes = []
@@ -355,7 +370,9 @@ def test_only_the_tail_is_decoded():
 def test_rows_are_ordered_by_prompt_then_slot_with_their_seeds(engine):
     prompts = tiny_prompts(3, 11, 1)
     seed_N = [2**62, 5, 9, 1]
+    state = torch.get_rng_state()
     rollouts = engine.generate(prompts, [1, 0, 3], seeds_N=seed_N, params=PLAIN, version=4)
+    assert torch.equal(torch.get_rng_state(), state)  # seeds are the only randomness
     assert rollouts.prompt_N.tolist() == [0, 2, 2, 2]
     assert rollouts.seed_N.tolist() == seed_N
     assert rollouts.version == 4
@@ -555,12 +572,14 @@ def test_the_growing_layer_holds_what_a_dynamic_layer_holds():
     # Pins what the layer relies on: `update`, `reorder_cache` and the fields keys and values.
     generator = torch.Generator().manual_seed(0)
     growing, dynamic = _GrowingLayer(), DynamicLayer()
-    rows = 3
+    rows, copies, place = 3, 0, None
     for step in range(60):
         length = 5 if step == 0 else 1
         states = [torch.randn(rows, 2, length, 4, generator=generator) for _ in range(2)]
         for one, two in zip(growing.update(*states), dynamic.update(*states), strict=True):
             assert torch.equal(one, two)
+        copies += growing.keys.data_ptr() != place
+        place = growing.keys.data_ptr()
         assert growing.get_seq_length() == dynamic.get_seq_length()
         assert growing.get_mask_sizes(1) == dynamic.get_mask_sizes(1)
         if step in (0, 20, 50):  # repeat, reorder, drop
@@ -570,6 +589,8 @@ def test_the_growing_layer_holds_what_a_dynamic_layer_holds():
             rows = len(index)
             assert torch.equal(growing.keys, dynamic.keys)
             assert torch.equal(growing.values, dynamic.values)
+    # One copy at the start, one after each of the three calls, one when the first room is used up.
+    assert copies <= 6
 
 
 def test_a_cache_is_a_list_of_layers_that_may_be_replaced(qwen3):
@@ -638,6 +659,30 @@ def test_a_token_of_probability_zero_is_never_drawn():
     u_N = torch.tensor([0.0, 0.5 - 2**-53, 0.5, 0.5 + 2**-53, 1 - 2**-53], dtype=torch.float64)
     token_N, _ = draw(logits.expand(5, 6), u_N, PLAIN)
     assert token_N.tolist() == [1, 1, 4, 4, 4]
+
+
+def test_the_largest_uniform_draws_the_last_token_whatever_the_total():
+    # Totals that round differently, and a token of probability 0 behind the last possible one.
+    logits_NV = torch.randn(5000, 7, generator=torch.Generator().manual_seed(0))
+    logits_NV[:, 6] = -torch.inf
+    u_N = torch.full((5000,), 1 - 2**-53, dtype=torch.float64)
+    token_N, _ = draw(logits_NV, u_N, PLAIN)
+    assert (token_N == 5).all()
+
+
+def test_a_sum_that_rises_where_the_probability_is_zero_draws_no_impossible_token(monkeypatch):
+    # Sums in parallel, as on a GPU, associate differently at every position. This one is 0.1 too
+    # large at the impossible token 1, so that its target falls there.
+    cumsum = torch.Tensor.cumsum
+
+    def uneven(weight_NV, dim):
+        return cumsum(weight_NV, dim) + torch.tensor([0.0, 0.1, 0.0])
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", uneven)
+    logits_NV = torch.tensor([[0.5, 0.0, 0.5]]).log()
+    token_N, logprob_N = draw(logits_NV, torch.tensor([0.55], dtype=torch.float64), PLAIN)
+    assert token_N.item() != 1
+    assert logprob_N.isfinite().all()
 
 
 def test_draws_are_as_frequent_as_their_probabilities():
