@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,7 @@ from rl.arguments import ADVANTAGES, RolloutConfig, allocator_of, loss_of
 from rl.distributed import Ranks
 from rl.line import Line
 from rollouts.engine import Engine, SamplingParams
-from rollouts.prompts import Prompt, ensure_pad_token
+from rollouts.prompts import Prompt, PromptReport, ensure_pad_token, make_prompts
 from rollouts.reward_functions import load_reward
 from rollouts.rewards import RewardFunction, score
 from rollouts.transformers_engine import TransformersEngine
@@ -60,7 +61,7 @@ def make_planner(
     named, named_scale = allocator_of(config)
     return Planner(
         posterior,
-        UniformSelector(len(keys), seed=config.seed),
+        UniformSelector(len(keys), seed=config.seed, keys=keys),
         allocate or named,
         keys=keys,
         prompts_per_step=config.prompts_per_step,
@@ -140,6 +141,25 @@ def load_policy(
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     return model, ensure_pad_token(tokenizer)
+
+
+def prompt_maker(
+    config: RolloutConfig, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Any], tuple[list[Prompt], PromptReport]]:
+    """`make(rows) -> (prompts, report)`: `make_prompts` with the lengths and keys of `config`."""
+
+    def make(rows: Any) -> tuple[list[Prompt], PromptReport]:
+        if rows is None:
+            raise ValueError("train_dataset is missing: give rows with a column 'prompt'")
+        return make_prompts(
+            rows,
+            tokenizer,
+            max_prompt_length=config.max_prompt_length,
+            overlong=config.overlong_prompts,  # type: ignore[arg-type]
+            id_column=config.id_column,
+        )
+
+    return make
 
 
 def load_rewards(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def evaluate(
     line: Line, prompts: list[Prompt], *, version: int, success_above: float = 0.5
 ) -> dict[str, float]:
-    """Validation metrics, without prefix.
+    """Validation metrics, without prefix; what no rollout could be scored for is absent.
 
         greedy_accuracy   share of prompts whose greedy completion has reward > success_above
         pass_rate         mean over prompts of the share of sampled completions that do
@@ -54,6 +54,8 @@ def evaluate(
         scored = roll_out(line, request, params, version=version)
         rollouts = scored.rollouts
         assert rollouts.reward_N is not None
+        if not len(rollouts):  # no reward could be had, which max_failed_share allows
+            continue
         success_N = (rollouts.reward_N > success_above).double().numpy()
         prompt_N = rollouts.prompt_N.numpy()
         count_P = np.bincount(prompt_N, minlength=len(prompts))

@@ -220,10 +220,10 @@ class ProgressLine(TrainerCallback):
             return
         if "eval_pass_rate" in logs:
             sampled, greedy = logs["eval_pass_rate"], logs["eval_greedy_accuracy"]
-            self._validation = f" | validation pass {sampled:.1%} greedy {greedy:.1%}"
+            self._validation = f"validation pass {sampled:.1%} greedy {greedy:.1%}"
         if "reward" not in logs and "eval_pass_rate" not in logs:
             return
-        line = describe(logs) + self._validation
+        line = " | ".join(part for part in (describe(logs), self._validation) if part)
         if self._progress is not None:
             self._progress.update(self._task, description=line)
         else:

@@ -27,6 +27,7 @@ from rl.assemble import (
     load_rewards,
     make_line,
     make_planner,
+    prompt_maker,
     refuse_overlap,
     without_dropout,
 )
@@ -35,7 +36,7 @@ from rl.line import Batch
 from rl.measure import gradient_norms
 from rl.step import collect, update
 from rollouts.engine import Engine
-from rollouts.prompts import Prompt, data_fingerprint, make_prompts
+from rollouts.prompts import Prompt, data_fingerprint
 from rollouts.rewards import RewardFunction
 from samplers.planner import Planner
 
@@ -81,13 +82,7 @@ class RolloutTrainer(Trainer):
     ) -> None:
         model, processing_class = load_policy(model, processing_class)
         rewards = load_rewards(reward_funcs, args.reward_weights)
-        self._make_prompts = partial(
-            make_prompts,
-            tokenizer=processing_class,
-            max_prompt_length=args.max_prompt_length,
-            overlong=args.overlong_prompts,
-            id_column=args.id_column,
-        )
+        self._make_prompts = prompt_maker(args, processing_class)
         prompts, self.prompt_report = self._make_prompts(train_dataset)
         self.eval_prompts: list[Prompt] = (
             self._make_prompts(eval_dataset)[0] if eval_dataset is not None else []

@@ -83,7 +83,7 @@ def breaks_on_rank_1(completions: list[str], **_: Any) -> list[float]:
 def one_prompt(completions: list[str], prompts: list[str], **_: Any) -> list[float]:
     """Mixed for one prompt alone, so that hardly any row of a step carries a gradient."""
     return [
-        float(prompt == "a5=" and text.replace(" ", "")[:1] in ("0", "1", "2", "3"))
+        float(prompt == "a5=" and text.replace(" ", "")[:1] in ("0", "1"))
         for prompt, text in zip(prompts, completions, strict=True)
     ]
 
@@ -155,12 +155,25 @@ def step_logs(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """A run from the command line; the final weights go to FOLDER/final, the ledger beside them."""
+    """Runs from the command line: FOLDER [--reward NAME] [--setting value ...] [--and FOLDER ...].
+
+    Trains on the prompts of `rows("ab")` and validates on those of `rows("c")`. The final weights go
+    to FOLDER/final, the ledger beside them.
+    """
+    torch.set_num_threads(1)
+    arguments: list[str] = []
+    for word in [*sys.argv[1:], "--and"]:
+        if word == "--and":
+            _main(*arguments)
+            arguments = []
+        else:
+            arguments.append(word)
+
+
+def _main(folder: str, *words: str) -> None:
     from recipes.config import parse
 
-    torch.set_num_threads(1)
-    folder, *arguments = sys.argv[1:]
-    reward = first_digit
+    arguments, reward = list(words), first_digit
     if "--reward" in arguments:
         at = arguments.index("--reward")
         reward = REWARDS[arguments[at + 1]]
@@ -172,12 +185,14 @@ def main() -> None:
     base = [x for n in names if n not in given for x in (f"--{n}", str(defaults[n]))]
     base += ["--output_dir", folder, "--report_to", "none", "--bf16", "false"]
     (settings,) = parse((RolloutConfig,), [*base, *arguments])
-    run = RolloutTrainer(model(), reward, settings, rows(), processing_class=tokenizer())
-    run.train()
-    print(f"world size {run.args.world_size}", flush=True)
-    run.save_model(str(Path(folder) / "final"))
-    if run.args.should_save:
-        (Path(folder) / "final" / "ledger.json").write_text(json.dumps(run.ledger.totals))
+    made = RolloutTrainer(
+        model(), reward, settings, rows("ab"), rows("c"), processing_class=tokenizer()
+    )
+    made.train()
+    print(f"world size {made.args.world_size}", flush=True)
+    made.save_model(str(Path(folder) / "final"))
+    if made.args.should_save:
+        (Path(folder) / "final" / "ledger.json").write_text(json.dumps(made.ledger.totals))
 
 
 if __name__ == "__main__":
