@@ -88,6 +88,12 @@ ARMS: dict[str, Arm] = {
         None,
         None,
     ),
+    "gvm_both": (
+        "4 pilots, pooled; rest by the posterior that has seen them",
+        PILOTS | {"allocator": "gvm", "pilot_estimate": "posterior"},
+        None,
+        None,
+    ),
     "permuted": (
         "GVM's budgets dealt at random among live prompts",
         PILOTS,
@@ -246,7 +252,7 @@ def show(table: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    view = Table(title="validation after training, mean [min, max] over seeds")
+    view = Table(title="validation after training: mean and range over seeds")
     for column in (
         "arm",
         "pass rate",
