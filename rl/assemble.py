@@ -59,6 +59,7 @@ def make_planner(
         decay_rest=config.posterior_decay_rest,
     )
     named, named_scale = allocator_of(config)
+    assert config.budget_min is not None
     return Planner(
         posterior,
         UniformSelector(len(keys), seed=config.seed, keys=keys),
@@ -70,8 +71,8 @@ def make_planner(
         minimum=config.budget_min,
         maximum=config.budget_max,
         pilot=config.pilot_rollouts,
-        estimate=config.pilot_estimate,
-        pilots=config.pilot_use,
+        estimate=config.pilot_estimate,  # type: ignore[arg-type]
+        pilots=config.pilot_use,  # type: ignore[arg-type]
         run_seed=config.seed,
         success_above=config.success_above,
     )
@@ -84,7 +85,7 @@ def make_line(
     planner: Planner,
     engine: Engine | None,
     model: PreTrainedModel,
-    policy: Callable[[], AbstractContextManager[torch.nn.Module]],
+    policy: Callable[[], AbstractContextManager[PreTrainedModel]],
     tokenizer: PreTrainedTokenizerBase,
     rewards: list[RewardFunction],
     accelerator: Accelerator,
@@ -118,6 +119,8 @@ def make_line(
             retries=config.reward_retries,
         ),
         advantage=ADVANTAGES[config.advantage or ""],
+        objective=config.objective or "",
+        length_weight=config.length_weight or "",
         loss=loss_of(config),
         ledger=Ledger(),
         ranks=Ranks(accelerator),
@@ -186,14 +189,16 @@ def without_dropout(model: torch.nn.Module) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def refuse_overlap(prompts: list[Prompt], held_out: list[Prompt]) -> None:
-    """Raise if a prompt is trained on and validated with."""
-    shared = {prompt.key for prompt in prompts} & {prompt.key for prompt in held_out}
+    """Raise if a prompt is trained on and validated with, by its key or by what the policy reads."""
+    keys = {prompt.key for prompt in prompts}
+    tokens = {prompt.token_ids for prompt in prompts}
+    shared = [p for p in held_out if p.key in keys or p.token_ids in tokens]
     if shared:
         raise ValueError(
             f"{len(shared)} prompts are both in train_dataset and eval_dataset, such as key "
-            f"{min(shared)}; validation must be held out"
+            f"{shared[0].key}; validation must be held out: remove them from one of the two"
         )

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,9 @@ def seal(folder: str | Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     for path in files:
         _sync(path)
-    manifest = {str(p.relative_to(folder)): _describe(p) for p in files}
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        descriptions = list(pool.map(_describe, files))
+    manifest = {str(p.relative_to(folder)): d for p, d in zip(files, descriptions, strict=True)}
     (folder / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1))
     _sync(folder / MANIFEST)
     for path in {p.parent for p in files} | {folder}:
@@ -212,13 +215,17 @@ def checkpoints(run_folder: str | Path) -> list[Path]:
     return sorted(found, key=_step_of, reverse=True)
 
 
-def latest_whole(run_folder: str | Path) -> Path | None:
-    """The newest checkpoint that is whole; each torn one passed over is named in a warning.
+def latest_whole(run_folder: str | Path, *, up_to: str | Path | None = None) -> Path | None:
+    """The newest checkpoint that is whole, of those up to `up_to`, or None if there is none at all.
+
+    Each torn one passed over is named in a warning.
 
     Raises:
         TornCheckpointError: if there are checkpoints and none of them is whole.
     """
     found = checkpoints(run_folder)
+    if up_to is not None:
+        found = [path for path in found if _step_of(path) <= _step_of(Path(up_to))]
     for path in found:
         try:
             verify(path)

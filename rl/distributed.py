@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from transformers import PreTrainedModel
 from trl.models.utils import unwrap_model_for_generation
 
 
@@ -34,15 +35,15 @@ def deal(cost_R: Sequence[float], num_ranks: int) -> np.ndarray:
     """
     if num_ranks < 1:
         raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
-    cost_R = np.asarray(cost_R, dtype=np.float64)
-    if not np.isfinite(cost_R).all() or (cost_R < 0).any():
-        raise ValueError(f"cost_R must be finite and non-negative, got {cost_R.tolist()}")
-    rank_R = np.zeros(len(cost_R), dtype=np.int64)
+    work_R = np.asarray(cost_R, dtype=np.float64)
+    if not np.isfinite(work_R).all() or (work_R < 0).any():
+        raise ValueError(f"cost_R must be finite and non-negative, got {work_R.tolist()}")
+    rank_R = np.zeros(len(work_R), dtype=np.int64)
     load = [(0.0, rank) for rank in range(num_ranks)]
-    for request in np.argsort(-cost_R, kind="stable"):
+    for request in np.argsort(-work_R, kind="stable"):
         lightest, rank = load[0]
         rank_R[request] = rank
-        heapq.heapreplace(load, (lightest + cost_R[request], rank))
+        heapq.heapreplace(load, (lightest + work_R[request], rank))
     return rank_R
 
 
@@ -78,6 +79,12 @@ class Ranks:
     def gather(self, item: Any) -> list[Any]:
         """`item` of every rank, in rank order, on every rank."""
         return gather_object([item]) if self.num > 1 else [item]
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """`make()` of the main process, on every rank; all raise if it raises."""
+        with self.together():
+            item = make() if self.is_main else None
+        return self.gather(item)[0]
 
     def share_of(self, budget_P: np.ndarray) -> np.ndarray:
         """Rows of a proposal that this rank generates, increasing."""
@@ -122,7 +129,7 @@ class Ranks:
     @contextmanager
     def unwrapped(
         self, model: torch.nn.Module, *, checkpointing: dict[str, Any] | None = None
-    ) -> Iterator[torch.nn.Module]:
+    ) -> Iterator[PreTrainedModel]:
         """The model to generate with: no wrapper, sharded weights gathered, activations not saved.
 
         Args:

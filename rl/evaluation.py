@@ -53,21 +53,20 @@ def evaluate(
         )
         scored = roll_out(line, request, params, version=version)
         rollouts = scored.rollouts
-        assert rollouts.reward_N is not None
         if not len(rollouts):  # no reward could be had, which max_failed_share allows
             continue
-        success_N = (rollouts.reward_N > success_above).double().numpy()
+        success_N = (scored.reward_N > success_above).double().numpy()
         prompt_N = rollouts.prompt_N.numpy()
         count_P = np.bincount(prompt_N, minlength=len(prompts))
-        share_P = np.bincount(prompt_N, weights=success_N, minlength=len(prompts))[count_P > 0]
-        share_P = share_P / count_P[count_P > 0]
+        sum_P = np.bincount(prompt_N, weights=success_N, minlength=len(prompts))
+        share_P = sum_P[count_P > 0] / count_P[count_P > 0]
         if name == "greedy":
             metrics["greedy_accuracy"] = float(share_P.mean())
             continue
         metrics |= {
             "pass_rate": float(share_P.mean()),
             "pass_rate_se": float(share_P.std() / max(len(share_P) - 1, 1) ** 0.5),
-            "reward": float(rollouts.reward_N.mean()),
+            "reward": float(scored.reward_N.mean()),
             "mean_length": float(rollouts.length_N.double().mean()),
             "rollouts": float(len(rollouts) + len(prompts)),
         }

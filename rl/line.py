@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl.arguments import RolloutConfig
 from rl.distributed import Ranks
@@ -25,11 +25,13 @@ class Line:
     prompts: list[Prompt]  # one per data-set row
     planner: Planner
     engine: Engine
-    policy: Callable[[], AbstractContextManager[torch.nn.Module]]  # the weights to generate with
+    policy: Callable[[], AbstractContextManager[PreTrainedModel]]  # the weights to generate with
     sampling: SamplingParams
     tokenizer: PreTrainedTokenizerBase
     reward: Callable[..., RewardResult]  # (prompts, texts, token ids, *, max_failed_share)
     advantage: Callable[..., torch.Tensor]
+    objective: str
+    length_weight: str
     loss: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
     ledger: Ledger
     ranks: Ranks

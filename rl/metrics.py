@@ -116,10 +116,8 @@ def record_of(line: Line, batch: Batch, *, step: int) -> dict[str, Any]:
     """A step's decisions, one JSON line of the run folder: what was chosen, given and earned."""
     totals: dict[int, list[float]] = {}
     for scored in batch.scored:
-        assert scored.rollouts.reward_N is not None
-        for p, reward in zip(
-            scored.rollouts.prompt_N.tolist(), scored.rollouts.reward_N.tolist(), strict=True
-        ):
+        pairs = zip(scored.rollouts.prompt_N.tolist(), scored.reward_N.tolist(), strict=True)
+        for p, reward in pairs:
             totals.setdefault(p, []).append(reward)
     first = batch.proposals[0]
     budget_P = sum(proposal.budget_P for proposal in batch.proposals)
@@ -141,10 +139,9 @@ def record_of(line: Line, batch: Batch, *, step: int) -> dict[str, Any]:
 
 def completions_of(batch: Batch, *, rows: int, step: int) -> list[dict[str, Any]]:
     """The first `rows` rollouts of a step as a table: prompt, completion, rewards, length."""
-    table = []
+    table: list[dict[str, Any]] = []
     for scored in batch.scored:
         rollouts = scored.rollouts
-        assert rollouts.reward_N is not None
         for i in range(min(rows - len(table), len(rollouts))):
             prompt = batch.prompts[int(rollouts.prompt_N[i])]
             table.append(
@@ -155,7 +152,7 @@ def completions_of(batch: Batch, *, rows: int, step: int) -> list[dict[str, Any]
                     if isinstance(prompt.prompt, str)
                     else str(prompt.prompt),
                     "completion": scored.text_N[i],
-                    "reward": float(rollouts.reward_N[i]),
+                    "reward": float(scored.reward_N[i]),
                     **{f"reward/{n}": v[i] for n, v in scored.reward_by_function.items()},
                     "tokens": int(rollouts.length_N[i]),
                     "truncated": bool(rollouts.truncated_N[i]),

@@ -45,6 +45,11 @@ class Scored:
     failed: TokenRollouts | None
     failures: list[dict[str, str]]  # prompt key and reason of each failed row
 
+    @property
+    def reward_N(self) -> torch.Tensor:
+        assert self.rollouts.reward_N is not None
+        return self.rollouts.reward_N
+
 
 def roll_out(line: Line, request: Request, params: SamplingParams, *, version: int) -> Scored:
     """Generate and score `request`, each rank its share.

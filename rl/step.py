@@ -40,7 +40,7 @@ def collect(line: Line, *, version: int) -> Batch:
         if scored.failed is not None:
             line.ledger.drawn(*size(scored.failed))
             line.ledger.account("failed", *size(scored.failed))
-        line.planner.observe(proposal, rollouts.reward_N.numpy(), rollouts.prompt_N.numpy())
+        line.planner.observe(proposal, scored.reward_N.numpy(), rollouts.prompt_N.numpy())
         proposals.append(proposal)
         rounds.append(scored)
     return weigh(line, prompts, proposals, rounds)
@@ -58,10 +58,10 @@ def weigh(
     rollouts = concatenate([scored.rollouts for scored in training])
     rollouts = rollouts.take(rollouts.prompt_N.argsort(stable=True))
     reward_N, prompt_N, length_N = rollouts.reward_N, rollouts.prompt_N, rollouts.length_N
-
+    assert reward_N is not None
     advantage_N = line.advantage(reward_N, prompt_N)
     weight_N = step_weights.objective_weight(
-        config.objective,
+        line.objective,
         reward_N,
         prompt_N,
         num_prompts=len(prompts),
@@ -71,8 +71,8 @@ def weigh(
     denominator = 1.0  # of an empty sum, where every reward failed
     if len(rollouts):
         denominator = step_weights.denominator(
-            config.objective,
-            config.length_weight,
+            line.objective,
+            line.length_weight,
             num_prompts=len(prompts),
             num_rollouts=len(rollouts),
             row_weight_N=weight_N,
@@ -80,7 +80,7 @@ def weigh(
         )
     signal_N = (advantage_N * weight_N != 0) & (length_N > 0)
     for p in prompt_N[~signal_N].unique().tolist():
-        reason = line.planner.admit(reward_N[prompt_N == p].numpy()).reason
+        reason: str = line.planner.admit(reward_N[prompt_N == p].numpy()).reason
         dropped = rollouts.take((~signal_N & (prompt_N == p)).nonzero().flatten())
         reason = "no_advantage" if reason == "mixed" else reason
         line.ledger.account("filtered", *size(dropped), reason=reason)
@@ -108,7 +108,7 @@ def update(
     config, ranks, rollouts = line.config, line.ranks, batch.rollouts
     total = torch.zeros((), device=next(model.parameters()).device)
     sums: dict[str, float] = {}
-    num_updates = config.updates_per_step if len(rollouts) else 0
+    num_updates = min(config.updates_per_step, len(rollouts))
     for number in range(num_updates):
         part_K = torch.arange(number, len(rollouts), num_updates)
         mine = part_K[ranks.rows_to_train(rollouts.length_N[part_K])]
@@ -130,7 +130,7 @@ def update(
                     rows_of.logprob_NT,
                     rows_of.advantage_N,
                     step_weights.token_weight(
-                        config.length_weight,
+                        line.length_weight,
                         weight_N.to(total.device),
                         rows_of.mask_NT,
                         max_completion_length=config.max_completion_length,

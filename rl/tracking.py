@@ -82,26 +82,22 @@ def checkpoint_to_resume(args: Any, resume: str | bool | None) -> Path | None:
             f"resume_from_checkpoint={path} is not a folder"
             + (f"; {path.parent} has {', '.join(near)}" if near else "")
         )
-    try:
+    if path not in checkpoint.checkpoints(path.parent):  # of another name: nothing came before it
         checkpoint.verify(path)
-    except checkpoint.TornCheckpointError as error:
-        logger.warning(f"checkpoint {path.name} is torn and not used: {error}")
-        found = checkpoint.latest_whole(path.parent)
-        if found is None:
-            raise
-        return found
-    return path
+        return path
+    return checkpoint.latest_whole(path.parent, up_to=path)
 
 
-def require_space(folder: Path, model: torch.nn.Module, *, checkpoints: int) -> None:
-    """Refuse to start where the checkpoints will not fit.
+def require_space(args: Any, model: torch.nn.Module) -> None:
+    """Refuse to start where the checkpoints, and one more while it is written, will not fit.
 
     A checkpoint is estimated as the weights, two Adam moments of the trained ones in float32, and a
-    tenth more.
+    tenth more. Without `save_total_limit` two must fit, which is no promise for the rest.
 
     Raises:
         OSError: with the bytes free and needed.
     """
+    folder, checkpoints = args.output_dir, (args.save_total_limit or 1) + 1
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     moments = sum(p.numel() * 8 for p in model.parameters() if p.requires_grad)
     needed = int(1.1 * (weights + moments) * checkpoints)
@@ -148,16 +144,14 @@ class RunFolder(TrainerCallback):
             for name in (METRICS, STEPS):
                 _cut(self.folder / name, from_step)
             checkpoint.set_aside(self.folder, after=from_step)
-            (self.folder / RUN).write_text(json.dumps(about, indent=1, default=str))
+            _replace(self.folder / RUN, json.dumps(about, indent=1, default=str))
             yield
 
     def write_step(self, record: dict[str, Any]) -> None:
         """Add a step's decisions to `steps.jsonl`."""
         _append(self.folder / STEPS, record)
 
-    def write_completions(
-        self, table: list[dict[str, Any]], *, step: int, report_to: list[str]
-    ) -> None:
+    def write_completions(self, table: list[dict[str, Any]], *, step: int, report_to: Any) -> None:
         """Write a table of completions as parquet, and to the trackers that show tables."""
         from datasets import Dataset
 
@@ -167,7 +161,7 @@ class RunFolder(TrainerCallback):
         target.parent.mkdir(exist_ok=True)
         with no_progress_bars():
             Dataset.from_list(table).to_parquet(str(target))
-        columns = list(table[0])
+        columns: list[Any] = list(table[0])
         rows = [[row[c] for c in columns] for row in table]
         if "wandb" in report_to:
             import wandb
@@ -307,6 +301,11 @@ def _cut(path: Path, from_step: int) -> None:
             continue
         if from_step and row["step"] <= from_step:
             kept.append(line)
+    _replace(path, "".join(line + "\n" for line in kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.write_text(text)
     os.replace(temporary, path)

@@ -80,7 +80,7 @@ class RolloutTrainer(Trainer):
         engine: Engine | None = None,
         **kwargs: Any,
     ) -> None:
-        model, processing_class = load_policy(model, processing_class)
+        policy, processing_class = load_policy(model, processing_class)
         rewards = load_rewards(reward_funcs, args.reward_weights)
         self._make_prompts = prompt_maker(args, processing_class)
         prompts, self.prompt_report = self._make_prompts(train_dataset)
@@ -91,12 +91,12 @@ class RolloutTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)  # type: ignore[assignment]
-        without_dropout(model)
+            policy = get_peft_model(policy, peft_config)  # type: ignore[assignment]
+        without_dropout(policy)
         if args.max_steps <= 0:
             args.max_steps = -(-int(args.num_train_epochs * len(prompts)) // args.prompts_per_step)
         super().__init__(
-            model,
+            policy,
             args,
             train_dataset=[{}],
             eval_dataset=self.eval_prompts or None,
@@ -108,7 +108,7 @@ class RolloutTrainer(Trainer):
             prompts=prompts,
             planner=(planner or partial(make_planner, args))([p.key for p in prompts]),
             engine=engine,
-            model=self.model,
+            model=policy,
             policy=self._policy,
             tokenizer=processing_class,
             rewards=rewards,
@@ -119,12 +119,12 @@ class RolloutTrainer(Trainer):
         self._empty_steps = 0
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.run_folder = tracking.RunFolder(args.output_dir)
+        self.run_folder = tracking.RunFolder(str(args.output_dir))
         self.progress = tracking.ProgressLine(args)
         self.add_callback(self.run_folder)
         self.add_callback(self.progress)
 
-    def _policy(self) -> AbstractContextManager[torch.nn.Module]:
+    def _policy(self) -> AbstractContextManager[PreTrainedModel]:
         kwargs: Any = self.args.activation_checkpointing_kwargs
         return self.line.ranks.unwrapped(self.model_wrapped, checkpointing=kwargs)
 
@@ -132,7 +132,8 @@ class RolloutTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """One ticket a step: what a step trains on is decided by the planner, not by a data loader."""
-        return DataLoader([{"ticket": step} for step in range(self.args.max_steps)], batch_size=1)
+        tickets: Any = [{"ticket": step} for step in range(self.args.max_steps)]
+        return DataLoader(tickets, batch_size=1)
 
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None
@@ -156,11 +157,11 @@ class RolloutTrainer(Trainer):
             return
         if self.args.max_grad_norm > 0:
             self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        self.optimizer.step()
+        self.optimizer.step()  # type: ignore[union-attr]
         model.zero_grad()
 
     def _close(self, batch: Batch, learned: dict[str, float]) -> None:
-        self.ledger.updates(self.args.updates_per_step if len(batch.rollouts) else 0)
+        self.ledger.updates(min(self.args.updates_per_step, len(batch.rollouts)))
         self.ledger.end()
         step = self.state.global_step + 1
         self._steps_since_log.append(batch.metrics | learned)
@@ -213,10 +214,10 @@ class RolloutTrainer(Trainer):
     ) -> Any:
         """`Trainer.train`, resuming from whole checkpoints only and with every decision restored."""
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
-        from_step = 0
+        find = partial(tracking.checkpoint_to_resume, self.args, resume)
+        folder, from_step = self.line.ranks.from_main(find), 0
         with ExitStack() as stack:
             with self.line.ranks.together():
-                folder = tracking.checkpoint_to_resume(self.args, resume)
                 if folder is not None:
                     from_step = self._load_state(checkpoint.load_state(folder), str(folder))
                     self.args.eval_on_start = False
@@ -225,8 +226,7 @@ class RolloutTrainer(Trainer):
                 claim = self.run_folder.claimed(self.args, from_step=from_step, about=about)
                 stack.enter_context(claim)
                 if self.args.save_strategy != "no" and self.line.ranks.is_main:
-                    keep = (self.args.save_total_limit or 1) + 1
-                    tracking.require_space(self.run_folder.folder, self.model, checkpoints=keep)
+                    tracking.require_space(self.args, self.model_wrapped)
             stack.callback(self.progress.close)
             return super().train(
                 resume_from_checkpoint=None if folder is None else str(folder), **kwargs

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,10 @@ def test_overlong_prompts(tmp_path):
 def test_a_prompt_that_is_trained_on_and_validated_with(tmp_path):
     with pytest.raises(ValueError, match=r"2 prompts are both in train_dataset and eval_dataset"):
         tiny.trainer(tmp_path, eval_dataset=tiny.rows()[3:5])
+    data = [row | {"id": f"train-{i}"} for i, row in enumerate(tiny.rows())]
+    held_out = [{"prompt": "a3=", "answer": "another", "id": "test-0"}]
+    with pytest.raises(ValueError, match=r"1 prompts are both in .* such as key test-0"):
+        tiny.trainer(tmp_path, data=data, eval_dataset=held_out, id_column="id")
 
 
 # Rewards
@@ -198,6 +203,19 @@ def test_the_share_of_failures_that_is_allowed_is_counted_and_listed(tmp_path):
 def test_more_failures_than_allowed_stop_the_run(tmp_path):
     with pytest.raises(RewardError, match="max_failed_share=0.05"):
         tiny.run(tmp_path, reward=returns(float("nan")), max_failed_share=0.05)
+
+
+def test_failures_are_judged_over_all_processes(tmp_path):
+    made = tiny.trainer(tmp_path, reward=returns(float("nan")), max_failed_share=0.05)
+    score = made.line.reward
+
+    def one_of_many(*rows, max_failed_share):  # a process that by itself sees few enough
+        return score(*rows, max_failed_share=1.0)
+
+    made.line = replace(made.line, reward=one_of_many)
+    message = r"\d+ of 36 rollouts could not be scored.*max_failed_share=0.05.*odd: returned nan"
+    with pytest.raises(RewardError, match=message):
+        made.train()
 
 
 def test_a_step_in_which_every_reward_failed_is_a_step_without_signal(tmp_path):
@@ -316,7 +334,7 @@ def test_a_checkpoint_of_other_settings(run_folder):
     tiny.run(run_folder, learning_rate=1e-4, resume=True, max_steps=3)  # decides no rollout
 
 
-def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(run_folder, caplog):
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(run_folder, finished, caplog):
     (run_folder / "checkpoint-2" / "model.safetensors").write_bytes(b"")
     checkpoint.logger.propagate = True
     checkpoint.logger.setLevel("WARNING")
@@ -324,6 +342,12 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(run_folder, ca
     assert found == run_folder / "checkpoint-1"
     assert "checkpoint-2 is torn and not used" in caplog.text
     assert "model.safetensors has 0 bytes" in caplog.text
+    (run_folder / "checkpoint-1" / "model.safetensors").write_bytes(b"")
+    (run_folder / "checkpoint-2").rename(run_folder / "checkpoint-0")
+    shutil.copytree(finished / "checkpoint-2", run_folder / "checkpoint-2")
+    with pytest.raises(checkpoint.TornCheckpointError, match="none of the 2 checkpoints"):
+        # What was asked for is torn and so is the one before; a later one is not what was asked for.
+        tracking.checkpoint_to_resume(tiny.config(run_folder), str(run_folder / "checkpoint-1"))
 
 
 HOLD = """

@@ -81,6 +81,22 @@ def test_three_updates_on_one_collection_leave_the_sampling_policy(tmp_path):
     assert len(tiny.step_logs(tmp_path / "three")) == 2
 
 
+def test_there_are_never_more_updates_than_rows_to_train_on(tmp_path):
+    made = tiny.run(
+        tmp_path,
+        data=tiny.rows("ab"),
+        reward=tiny.one_prompt,
+        seed=7,
+        max_steps=7,
+        updates_per_step=5,
+    )
+    rows = [row["ledger/rollouts_trained"] for row in tiny.step_logs(tmp_path)]
+    assert 0 < max(rows) < 5
+    assert [row["ledger/updates"] for row in tiny.step_logs(tmp_path)] == rows
+    (state,) = {int(s["step"]) for s in made.optimizer.state_dict()["state"].values()}
+    assert state == sum(rows)
+
+
 def test_training_follows_the_seed_and_nothing_else(tmp_path):
     one = tiny.run(tmp_path / "1")
     torch.manual_seed(123)
@@ -315,8 +331,10 @@ def test_metrics_of_one_step_by_hand(tmp_path):
         assert log[f"ledger/seconds_{phase}"] >= 0
 
 
-def test_the_loss_of_one_step_by_hand(tmp_path):
-    made = scripted(tmp_path, trainer="raft", learning_rate=0.0)
+@pytest.mark.parametrize("updates", [1, 3])
+def test_the_loss_of_one_step_by_hand(tmp_path, updates):
+    # Nothing moves, so the updates' losses, each over its part of the rows, average to the whole.
+    made = scripted(tmp_path, trainer="raft", learning_rate=0.0, updates_per_step=updates)
     (log,) = tiny.step_logs(tmp_path)
     # em: each prompt is the mean over its accepted rows of the mean log-prob, over 3 prompts.
     tokenizer, model = tiny.tokenizer(), made.model
