@@ -39,6 +39,39 @@ def test_every_epoch_visits_every_prompt_once_and_no_call_repeats_one(sizes, see
     assert (visits == selector.state_dict()["epoch"] + 1).all()
 
 
+@given(data=st.data(), size=st.integers(2, 7), seed=st.integers(0, 3))
+def test_excluded_prompts_are_owed_their_visit(data, size, seed):
+    selector, kept = UniformSelector(size, seed=seed), UniformSelector(size, seed=seed)
+    visits = np.zeros(size, dtype=int)
+    for _ in range(data.draw(st.integers(1, 12))):
+        exclude = data.draw(st.lists(st.integers(0, size - 1), max_size=size - 1, unique=True))
+        count = data.draw(st.integers(1, size - len(exclude)))
+        chosen = selector.select(count, generator=UNUSED, exclude=exclude)
+        assert len(set(chosen.tolist()) - set(exclude)) == count
+        again = kept.select(count, generator=UNUSED, exclude=exclude)
+        assert chosen.tolist() == again.tolist()
+        restored = UniformSelector(size, seed=seed)
+        restored.load_state_dict(kept.state_dict())
+        kept = restored
+        visits[chosen] += 1
+    state = selector.state_dict()
+    np.add.at(visits, state["waiting"], 1)
+    np.add.at(visits, state["owed"], 1)
+    # With what is left and what is owed, everyone has been visited once an epoch.
+    assert (visits == state["epoch"] + 1).all()
+
+
+def test_an_excluded_prompt_comes_first_once_it_is_free():
+    order = UniformSelector(4, seed=0)._order(0).tolist()
+    selector = UniformSelector(4, seed=0)
+    assert selector.select(3, generator=UNUSED, exclude=[order[0]]).tolist() == order[1:]
+    assert selector.select(1, generator=UNUSED).tolist() == [order[0]]
+    assert (
+        selector.select(2, generator=UNUSED, exclude=[order[0]]).tolist()
+        == [row for row in UniformSelector(4, seed=0)._order(1).tolist() if row != order[0]][:2]
+    )
+
+
 def test_the_order_is_a_function_of_seed_and_epoch_and_not_of_the_step_size():
     by_two, by_three = UniformSelector(6, seed=1), UniformSelector(6, seed=1)
     epochs = flat(choices(by_two, 2, 6))
