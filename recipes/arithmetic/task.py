@@ -48,10 +48,9 @@ def prepare(
     Raises:
         ValueError: for a setting that does not exist or does not fit.
     """
-    if isinstance(settings, str):
-        settings = json.loads(settings)
-    _check_names("task_settings", settings, ArithmeticSettings)
-    chosen = ArithmeticSettings(**settings)
+    given = json.loads(settings) if isinstance(settings, str) else dict(settings)
+    _check_names("task_settings", given, ArithmeticSettings)
+    chosen = ArithmeticSettings(**given)
     _check_names("task_settings.warm_start", chosen.warm_start, WarmStart)
     shared = {"data_seed": chosen.data_seed, "validation": chosen.validation}
     for name in shared.keys() & chosen.warm_start.keys():

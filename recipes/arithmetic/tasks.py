@@ -67,14 +67,14 @@ def _spell(shortest: int, longest: int, share: float, corruption: float) -> Leve
 
 
 LEVELS = (
-    _chain(2, share=0.11, corruption=0.05),
-    _chain(3, share=0.17, corruption=0.4),
-    _chain(4, share=0.22, corruption=0.4),
-    _chain(5, share=0.17, corruption=0.4),
-    _chain(6, share=0.0, corruption=0.4),
-    _spell(3, 4, share=0.11, corruption=0.03),
-    _spell(5, 6, share=0.11, corruption=0.15),
-    _spell(7, 8, share=0.11, corruption=0.15),
+    _chain(2, share=0.10, corruption=0.05),
+    _chain(3, share=0.16, corruption=0.55),
+    _chain(4, share=0.22, corruption=0.55),
+    _chain(5, share=0.17, corruption=0.55),
+    _chain(6, share=0.0, corruption=0.55),
+    _spell(3, 4, share=0.09, corruption=0.03),
+    _spell(5, 6, share=0.13, corruption=0.15),
+    _spell(7, 8, share=0.13, corruption=0.15),
     _spell(9, 10, share=0.0, corruption=0.15),
 )
 """The shares add up to 1."""

@@ -41,7 +41,7 @@ class WarmStart:
         default=28, metadata={"help": "Validation problems of each level, which are left out."}
     )
     rows: int = field(default=26_000, metadata={"help": "Worked solutions to train on."})
-    steps: int = field(default=1200, metadata={"help": "Optimizer steps."})
+    steps: int = field(default=1400, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=64, metadata={"help": "Solutions of a step."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak; falls linearly to 0."})
     hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
