@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from tests import tiny
@@ -35,7 +34,7 @@ def words(settings: dict) -> list[str]:
 
 
 def logs_of(folder: Path) -> list[dict]:
-    """Step logs without times, and without the norm, which DDP's reduction rounds otherwise."""
+    """Step logs without times."""
     return [
         {n: v for n, v in row.items() if "seconds" not in n and n != "step_time"}
         for row in tiny.step_logs(folder)
@@ -53,9 +52,7 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
+def on_two_processes(folder: Path) -> None:
     arguments = [
         ["--and", folder / name, *words({"use_cpu": "true"} | settings)]
         for name, settings in RUNS.items()
@@ -63,67 +60,45 @@ def launched(tmp_path_factory):
     done = launch(*[word for run in arguments for word in run][1:])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("world size 2") == 2 * len(RUNS)  # of both processes, in every run
-    return folder
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    for name, settings in RUNS.items():
-        reward = tiny.REWARDS[settings["reward"]]
-        tiny.run(
-            folder / name,
-            data=tiny.rows("ab"),
-            eval_dataset=tiny.rows("c"),
-            **settings | {"reward": reward, "per_device_train_batch_size": 100},
-        ).save_model(str(folder / name / "final"))
-    return folder
+def on_one_process(folder: Path, name: str, **changes: object) -> None:
+    settings = RUNS[name] | {"reward": tiny.REWARDS[RUNS[name]["reward"]]} | changes
+    made = tiny.run(folder / name, data=tiny.rows("ab"), eval_dataset=tiny.rows("c"), **settings)
+    made.save_model(str(folder / name / "final"))
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "final" / "model.safetensors")
+def validation(folder: Path) -> list[dict]:
+    return [row for row in tiny.lines(folder, "metrics.jsonl") if "eval_pass_rate" in row]
 
 
-def assert_close(ours: dict, theirs: dict, start: dict) -> None:
-    assert theirs.keys() <= ours.keys()  # a file holds tied weights once
-    moved = max(float((start[name] - theirs[name]).abs().max()) for name in theirs)
-    apart = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+def assert_same(ours: Path, theirs: Path) -> None:
+    assert tiny.lines(ours) == tiny.lines(theirs)
+    start = tiny.model().state_dict()
+    one, other = (load_file(run / "final" / "model.safetensors") for run in (ours, theirs))
+    assert one.keys() == other.keys()
+    moved = max(float((start[name] - other[name]).abs().max()) for name in other)
+    apart = max(float((one[name] - other[name]).abs().max()) for name in other)
     assert apart < 1e-5 < 1e-3 < moved
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_do_what_one_does(launched, alone, name, tmp_path):
-    assert tiny.lines(launched / name) == tiny.lines(alone / name)
-    assert len(tiny.lines(launched / name)) == RUNS[name]["max_steps"]
-    start = dict(tiny.model().state_dict())
-    assert_close(weights(launched / name), weights(alone / name), start)
-    for ours, theirs in zip(logs_of(launched / name), logs_of(alone / name), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+def test_two_processes_do_what_one_does(tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    on_two_processes(two)
+    for name, settings in RUNS.items():
+        on_one_process(one, name, per_device_train_batch_size=100)
+        assert_same(two / name, one / name)
+        assert len(tiny.lines(one / name)) == settings["max_steps"]
+        for ours, theirs in zip(logs_of(two / name), logs_of(one / name), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
+    trained = [row["ledger/rollouts_trained"] for row in tiny.step_logs(one / "sparse")]
+    assert 1 in trained and 0 in trained  # a process without rows, and both
+    assert validation(two / "small") == validation(one / "small") != []
 
-def test_some_step_had_rows_for_one_process_only(alone):
-    trained = [row["ledger/rollouts_trained"] for row in tiny.step_logs(alone / "sparse")]
-    assert 1 in trained and 0 in trained
-
-
-def test_validation_is_the_same(launched, alone):
-    ours, theirs = (
-        [row for row in tiny.lines(run / "small", "metrics.jsonl") if "eval_pass_rate" in row]
-        for run in (launched, alone)
-    )
-    assert ours == theirs and len(theirs) == 1
-
-
-def test_one_process_goes_on_from_a_checkpoint_of_two(launched, alone):
-    made = tiny.run(
-        launched / "small",
-        data=tiny.rows("ab"),
-        eval_dataset=tiny.rows("c"),
-        resume=str(launched / "small" / "checkpoint-3"),
-        **RUNS["small"] | {"reward": tiny.small_digit},
-    )
-    assert tiny.lines(launched / "small") == tiny.lines(alone / "small")
-    assert_close(tiny.parameters(made), weights(alone / "small"), dict(tiny.model().state_dict()))
+    # And one process goes on from a checkpoint of two.
+    on_one_process(two, "small", resume_from_checkpoint=str(two / "small" / "checkpoint-3"))
+    assert_same(two / "small", one / "small")
 
 
 def test_a_reward_that_raises_on_one_process_stops_both(tmp_path):

@@ -1,14 +1,19 @@
 """Whole runs of the trainer, in this process: what it learns, what it counts, what it leaves alone."""
 
+import inspect
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import GradientState
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback
+from trl.models.utils import unwrap_model_for_generation
 
+from rl import checkpoint
+from rl.logprobs import completion_logprobs
 from rl.measure import gradient_norms
 from rl.step import collect
 from rl.trainer import NoSignalError, RolloutTrainer
@@ -57,8 +62,6 @@ def test_the_update_raises_the_probability_of_accepted_completions(tmp_path):
     made._close = lambda batch, learned: (batches.append(batch), inner(batch, learned))[1]
     made.train()
     (batch,) = batches
-    from rl.logprobs import completion_logprobs
-
     with torch.no_grad():
         now_NT = completion_logprobs(made.model, batch.rollouts, temperature=1.0, pad_id=0)
     assert (now_NT.sum(1) - batch.rollouts.logprob_NT.sum(1)).mean() > 0
@@ -131,6 +134,7 @@ def test_micro_batches_do_not_change_the_update(tmp_path, settings):
             per_device_train_batch_size=rows,
             optim="sgd",
             learning_rate=0.5,
+            prompts_per_step=4,
             **settings,
         )
         found.append(tiny.parameters(made))
@@ -362,8 +366,6 @@ def test_gradient_norms_reach_the_planner_and_are_those_of_autograd(tmp_path):
     batch = collect(made.line, version=0)
     index_K, norm_K = gradient_norms(made.line, batch)
     rollouts = batch.scored[0].rollouts
-    from rl.logprobs import completion_logprobs
-
     expected = {}
     for row in (rollouts.reward_N > 0).nonzero().flatten().tolist():
         one = rollouts.take(torch.tensor([row]))
@@ -656,6 +658,24 @@ def test_the_best_model_is_kept_and_loaded_at_the_end(tmp_path):
 # The rest of the ecosystem
 
 
+def test_only_whole_checkpoints_are_pushed(tmp_path):
+    made = tiny.trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    pushed = []
+
+    def push(folder):
+        checkpoint.verify(folder)
+        pushed.append((folder, made.args.output_dir))
+
+    class SwitchOn(TrainerCallback):  # set from the start, it would ask the hub for a repository
+        def on_step_end(self, args, state, control, **kwargs):
+            args.push_to_hub = state.global_step == 1
+
+    made._push_from_checkpoint = push
+    made.add_callback(SwitchOn())
+    made.train()
+    assert pushed == [(str(tmp_path / "checkpoint-1"), str(tmp_path))]
+
+
 def test_users_callbacks_are_called(tmp_path):
     events = []
 
@@ -695,11 +715,6 @@ def test_a_model_may_be_given_as_a_folder(tmp_path):
 
 
 def test_the_private_names_we_rely_on_are_still_there():
-    import inspect
-
-    from accelerate.state import GradientState
-    from trl.models.utils import unwrap_model_for_generation
-
     for owner, name in (
         (Trainer, "_save_checkpoint"),
         (Trainer, "_push_from_checkpoint"),
