@@ -1,45 +1,54 @@
 """The planner: which prompts, how many rollouts of each, and what is learnt from their rewards.
 
-One posterior is read by the selector and by the scale that feeds the allocator, and written by
-`observe`. What is decided at a step depends on earlier steps only; with pilots, the second round's
-budgets depend on the first round's rewards as well. Processes that hold equal planners and observe
-equal rewards decide equally. Axes: D prompts of the data set, P prompts of the step, N rollouts of
-the round, n rollouts of one group, K measured prompts.
+One posterior is read by the selector, by the scale that feeds the allocator and by the stopping
+rule, and written by `observe`. What is decided at a step depends on earlier steps only; with pilots
+or a stopping rule, later rounds depend on the rewards of the step's earlier ones as well. Processes
+that hold equal planners and observe equal rewards decide equally. Axes: D prompts of the data set,
+P prompts of the step, N rollouts of the round, n rollouts of one group, K measured prompts.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from samplers.allocation import Allocator, Scale, posterior_std
 from samplers.keys import fingerprint, rollout_seeds, stable_hash, step_generator
+from samplers.open_step import GradientNorms, OpenStep, check_keys, check_pilots, check_rows, copied
 from samplers.posterior import BetaPosterior
-from samplers.proposal import Decision, Proposal, Reason, checked_rewards
+from samplers.proposal import Decision, Proposal, admit, checked_rewards
 from samplers.selection import Selector
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 
-@dataclass(eq=False, slots=True)
-class _Step:
-    """The step's prompts and what has been seen of them; grows with each observed round."""
+class Stopping(Protocol):
+    """After a round: which prompts want more rollouts. See `samplers/stopping.py`."""
 
-    step: int
-    index_P: IntArray
-    draw_P: IntArray
-    pass_rate_P: FloatArray
-    drawn_P: IntArray
-    """Rollouts asked for in observed rounds; of these, `trials_P` were scored."""
-    trials_P: IntArray
-    successes_P: FloatArray
-    low_P: FloatArray
-    """Smallest and largest reward seen; inf and -inf before any."""
-    high_P: FloatArray
+    def __call__(
+        self,
+        successes_P: FloatArray,
+        trials_P: IntArray,
+        a_P: FloatArray,
+        b_P: FloatArray,
+        *,
+        left_P: IntArray,
+        chance_P: FloatArray,
+    ) -> NDArray[np.bool_]:
+        """(P,) True for prompts that go on.
+
+        Args:
+            successes_P, trials_P: of all rounds of this step; rollouts that were not scored are not
+                among the trials.
+            a_P, b_P: parameters of the posterior of earlier steps.
+            left_P: rollouts the plan still has; may be 0, and whole rounds are observed, so none is
+                in flight.
+            chance_P: one uniform number in [0, 1) per group, the same in every round, for rules
+                that go on at random.
+        """
+        ...
 
 
 class Planner:
@@ -52,7 +61,9 @@ class Planner:
 
     Without pilots a step is one round, allocated with the posterior of earlier steps, and nothing
     needs correcting. With `pilot > 0` round 0 makes that many rollouts of every prompt and round 1,
-    with the same prompts and draws and the next slots, makes the rest.
+    with the same prompts and draws and the next slots, makes the rest. With a stopping rule the
+    allocator's budget is a plan, made in rounds of `wave` per prompt; after each the rule says which
+    prompts go on, and what it saves is not spent elsewhere.
 
     Args:
         posterior: of all D prompts; row i belongs to `keys[i]`.
@@ -69,6 +80,8 @@ class Planner:
             take a scale that accepts counts; a prompt none of whose pilots was scored has scale 0.
         pilots: "pool" counts pilots towards n_i (and a budget is at least the pilots); "discard"
             makes n_i fresh rollouts. Both generate `rollouts_per_step`.
+        stopping: the rule, None for none; not together with pilots.
+        wave: rollouts of one prompt between two questions to the rule.
         run_seed: of selection and rollouts.
         success_above: a reward above it is a success; None takes rewards in [0, 1] as (fractional)
             successes and refuses others.
@@ -92,26 +105,27 @@ class Planner:
         pilot: int = 0,
         estimate: Literal["posterior", "pilot"] = "posterior",
         pilots: Literal["pool", "discard"] = "pool",
+        stopping: Stopping | None = None,
+        wave: int | None = None,
         run_seed: int = 0,
         success_above: float | None = None,
     ) -> None:
-        _check_keys(keys, posterior.num_prompts)
+        check_keys(keys, posterior.num_prompts)
         if not 1 <= prompts_per_step <= len(keys):
             raise ValueError(
                 f"prompts_per_step must be in [1, {len(keys)}], the size of the data set, "
                 f"got {prompts_per_step}"
             )
-        if estimate not in ("posterior", "pilot"):
-            raise ValueError(f"estimate must be 'posterior' or 'pilot', got {estimate!r}")
-        if pilots not in ("pool", "discard"):
-            raise ValueError(f"pilots must be 'pool' or 'discard', got {pilots!r}")
-        if pilot < 0 or (pilot == 0 and estimate == "pilot"):
-            raise ValueError(f"pilot must be at least {int(estimate == 'pilot')}, got {pilot}")
-        if pilot and rollouts_per_step <= pilot * prompts_per_step:
+        check_pilots(
+            pilot, estimate, pilots, num_prompts=prompts_per_step, rollouts=rollouts_per_step
+        )
+        if (stopping is None) != (wave is None) or (wave is not None and wave < 1):
             raise ValueError(
-                f"rollouts_per_step={rollouts_per_step} leaves nothing to allocate after {pilot} "
-                f"pilots of {prompts_per_step} prompts; it must exceed {pilot * prompts_per_step}"
+                f"a stopping rule and a wave of at least 1 go together, got "
+                f"stopping={stopping} and wave={wave}"
             )
+        if stopping is not None and pilot:
+            raise ValueError(f"a stopping rule has waves of its own; pilot must be 0, got {pilot}")
         self.posterior = posterior
         self.selector = selector
         self.keys = tuple(keys)
@@ -122,7 +136,9 @@ class Planner:
         self._pilot = pilot
         self._estimate = estimate
         self._pooled = pilot if pilots == "pool" else 0
-        self._total = rollouts_per_step - (pilot * prompts_per_step if pilots == "discard" else 0)
+        self._discarded = pilot if pilots == "discard" else 0
+        self._stopping = stopping
+        self._wave = wave
         self._minimum = max(minimum, self._pooled)
         self._maximum = maximum
         self._run_seed = run_seed
@@ -135,23 +151,42 @@ class Planner:
         self._step = 0
         self._round = 0
         self._draw_D = np.zeros(len(keys), dtype=np.int64)
-        self._norm_D = np.full(len(keys), np.nan)
-        self._next_norm_D = np.full(len(keys), np.nan)
-        self._last: _Step | None = None
+        self._last_visit_D = np.full(len(keys), -1)
+        self._norms = GradientNorms(len(keys))
+        self._last: OpenStep | None = None
         self._in_flight: Proposal | None = None
 
-    def propose(self) -> Proposal:
+    @property
+    def is_open(self) -> bool:
+        """Whether the step proposed last has further rounds, the one in flight included."""
+        return self._last is not None and self._last.step == self._step
+
+    def propose(self, *, num_prompts: int | None = None, exclude: ArrayLike = ()) -> Proposal:
         """The next round: prompts, budgets, draws and seeds.
 
         Until it is observed the same round is proposed again, also after `load_state_dict`.
 
+        Args:
+            num_prompts: of the step, if not `prompts_per_step`; its rollouts are in proportion. A
+                refill asks for the groups that are missing.
+            exclude: rows of the data set that the selector must not choose, for example those of
+                groups that wait in a buffer. Looked at when a step is opened.
+
         Raises:
-            ValueError: if the selector does not choose P distinct rows, or the allocator does not
-                spend exactly the total.
+            ValueError: if the selector does not choose distinct rows as asked, the allocator does
+                not spend exactly the total, the total is not an integer, or the step is open with
+                another number of prompts.
         """
+        if not self.is_open:
+            wanted = self.prompts_per_step if num_prompts is None else num_prompts
+            self._last = self._open_step(wanted, np.asarray(exclude))
+        assert self._last is not None
+        if num_prompts not in (None, len(self._last.index_P)):
+            raise ValueError(
+                f"step {self._step} is open with {len(self._last.index_P)} prompts, "
+                f"{num_prompts} were asked for"
+            )
         if self._in_flight is None:
-            if self._last is None or self._last.step != self._step:
-                self._last = self._open_step()
             self._in_flight = self._proposal(self._last, self._budget(self._last))
         return self._in_flight
 
@@ -178,49 +213,18 @@ class Planner:
         )
         success_N = reward_N if threshold is None else (reward_N > threshold).astype(np.float64)
         assert self._last is not None
-        num_prompts = len(proposal.index_P)
-        trials_P = np.bincount(prompt_N, minlength=num_prompts)
-        order_N = np.argsort(prompt_N, kind="stable")
-        groups = np.split(success_N[order_N], np.cumsum(trials_P)[:-1])
-        # fsum is exactly rounded, so the sum does not depend on the order of the rows.
-        successes_P = np.array([math.fsum(group.tolist()) for group in groups])
-
+        trials_P, successes_P = self._last.take_in(proposal.budget_P, reward_N, success_N, prompt_N)
         scored_K = np.flatnonzero(trials_P)
         learn = self.posterior.observe if proposal.round == 0 else self.posterior.add
         learn(proposal.index_P[scored_K], successes_P[scored_K], trials_P[scored_K])
-
-        last = self._last
-        last.drawn_P += proposal.budget_P
-        last.trials_P += trials_P
-        last.successes_P += successes_P
-        np.minimum.at(last.low_P, prompt_N, reward_N)
-        np.maximum.at(last.high_P, prompt_N, reward_N)
         self._in_flight = None
-        self._step += int(proposal.is_last)
-        self._round = 0 if proposal.is_last else proposal.round + 1
+        ends = proposal.is_last or self._all_stopped(self._last)
+        self._step += int(ends)
+        self._round = 0 if ends else proposal.round + 1
 
     def admit(self, reward_n: ArrayLike) -> Decision:
-        """Whether a group has any spread, max > min, without which it carries no gradient.
-
-        The test is exact and on the rewards themselves: a group of equal fractional rewards has
-        none. It is all or nothing: a group is never kept in part.
-
-        Args:
-            reward_n: (n,) finite rewards of one group, at least one.
-
-        Returns:
-            kept, for "mixed"; or not, for "lone" (one rollout, nothing to compare with),
-            "all_pass" (all equal and above `success_above`, or positive where that is None) or
-            "all_fail".
-
-        Raises:
-            ValueError: if there is no reward or one is not finite.
-        """
-        reward_n = np.asarray(reward_n, dtype=np.float64)
-        if reward_n.ndim != 1 or len(reward_n) == 0 or not np.isfinite(reward_n).all():
-            raise ValueError(f"reward_n must be 1-d, finite and not empty, got {reward_n.tolist()}")
-        reason = self._reason(float(reward_n.min()), float(reward_n.max()), len(reward_n))
-        return Decision(kept=reason == "mixed", reason=reason)
+        """Whether a group carries gradient: `proposal.admit`, passing as `success_above` says."""
+        return admit(reward_n, threshold=self._threshold)
 
     def observe_gradient_norms(self, index_K: ArrayLike, norm_K: ArrayLike) -> None:
         """Remember gradient norms G, the last measured of each prompt; they scale later steps.
@@ -236,29 +240,16 @@ class Planner:
         Raises:
             ValueError: if either is not as above.
         """
-        index_K, norm_K = np.asarray(index_K, dtype=np.int64), np.asarray(norm_K, dtype=np.float64)
-        if index_K.ndim != 1 or index_K.shape != norm_K.shape:
-            raise ValueError(
-                f"index_K and norm_K must be 1-d and equally long, "
-                f"got {index_K.shape} and {norm_K.shape}"
-            )
-        _check_rows(index_K, len(self.keys))
-        valid_K = np.isfinite(norm_K) & (norm_K >= 0)
-        if not valid_K.all():
-            at = int(np.flatnonzero(~valid_K)[0])
-            raise ValueError(
-                f"gradient norms must be finite and non-negative, got {norm_K[at]} "
-                f"for prompt {self.keys[index_K[at]]}"
-            )
-        self._next_norm_D[index_K] = norm_K
+        self._norms.observe(index_K, norm_K, self.keys)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is remembered, nested: NumPy arrays, strings, integers and None, nothing else.
 
         Integers: `step`, `round`, `run_seed`. String: `fingerprint` of the keys in row order.
-        Arrays: `draw_D`, `norm_D` and `next_norm_D` (NaN where not measured), `budget_P` of the
-        round in flight or None. Dicts: `posterior`, `selector`, and `last`, the prompts, counts and
-        reward bounds of the step that is open or was closed last, or None.
+        Arrays: `draw_D`, `last_visit_D` (-1 for never), `norm_D` and `next_norm_D` (NaN where not
+        measured), `budget_P` of the round in flight or None. Dicts: `posterior`, `selector`, and
+        `last`, the prompts, counts and reward bounds of the step that is open or was closed last,
+        or None.
         """
         last = self._last
         return {
@@ -267,11 +258,12 @@ class Planner:
             "step": self._step,
             "round": self._round,
             "draw_D": self._draw_D.copy(),
-            "norm_D": self._norm_D.copy(),
-            "next_norm_D": self._next_norm_D.copy(),
+            "last_visit_D": self._last_visit_D.copy(),
+            "norm_D": self._norms.used_D.copy(),
+            "next_norm_D": self._norms.measured_D.copy(),
             "posterior": self.posterior.state_dict(),
             "selector": self.selector.state_dict(),
-            "last": None if last is None else {n: _copy(getattr(last, n)) for n in _Step.__slots__},
+            "last": None if last is None else last.state_dict(),
             "budget_P": None if self._in_flight is None else self._in_flight.budget_P.copy(),
         }
 
@@ -296,10 +288,11 @@ class Planner:
         self._step = int(state["step"])
         self._round = int(state["round"])
         self._draw_D = np.array(state["draw_D"], dtype=np.int64)
-        self._norm_D = np.array(state["norm_D"], dtype=np.float64)
-        self._next_norm_D = np.array(state["next_norm_D"], dtype=np.float64)
+        self._last_visit_D = np.array(state["last_visit_D"], dtype=np.int64)
+        self._norms.used_D = np.array(state["norm_D"], dtype=np.float64)
+        self._norms.measured_D = np.array(state["next_norm_D"], dtype=np.float64)
         last, budget_P = state["last"], state["budget_P"]
-        self._last = None if last is None else _Step(**{n: _copy(v) for n, v in last.items()})
+        self._last = None if last is None else OpenStep(**{n: copied(v) for n, v in last.items()})
         self._in_flight = None
         if budget_P is not None:
             assert self._last is not None
@@ -308,82 +301,112 @@ class Planner:
     def metrics(self) -> dict[str, float]:
         """Flat numbers of the posterior, of visits, and of the step that was proposed last.
 
-        Budgets count a step's rollouts over all its rounds so far; shares of groups are over the
-        step's prompts and everything scored of them so far.
+        Coverage is over the data set: the share and the number of prompts ever proposed, the visits
+        of the most visited, and for how many steps some prompt has not been (since the start, if
+        never). Budgets count a step's rollouts over all its rounds so far; shares of groups are over
+        the step's prompts and everything scored of them so far. A selector's own `metrics()` are
+        under `selector/`.
         """
+        last, in_flight = self._last, self._in_flight
         metrics = {
             "planner/posterior_mean": float(self.posterior.mean().mean()),
             "planner/coverage": float((self._draw_D > 0).mean()),
+            "planner/prompts_visited": float((self._draw_D > 0).sum()),
             "planner/visits_max": float(self._draw_D.max()),
-            "planner/gradient_norm_coverage": float(np.isfinite(self._next_norm_D).mean()),
+            "planner/steps_unvisited_max": float(
+                0 if last is None else last.step - self._last_visit_D.min()
+            ),
+            "planner/gradient_norm_coverage": float(np.isfinite(self._norms.measured_D).mean()),
         }
-        last, in_flight = self._last, self._in_flight
+        if hasattr(self.selector, "metrics"):
+            of_selector = self.selector.metrics()
+            metrics |= {f"selector/{name}": float(value) for name, value in of_selector.items()}
         if last is None:
             return metrics
-        budget_P = last.drawn_P if in_flight is None else last.drawn_P + in_flight.budget_P
-        metrics |= {
-            "planner/step": float(last.step),
-            "planner/posterior_mean_chosen": float(last.pass_rate_P.mean()),
-            "planner/budget_min": float(budget_P.min()),
-            "planner/budget_mean": float(budget_P.mean()),
-            "planner/budget_max": float(budget_P.max()),
-            "planner/budget_std": float(budget_P.std()),
-        }
-        if not last.drawn_P.any():
-            return metrics
-        reasons = [
-            self._reason(low, high, trials) if trials else "unscored"
-            for low, high, trials in zip(
-                last.low_P.tolist(), last.high_P.tolist(), last.trials_P.tolist(), strict=True
-            )
-        ]
-        for reason in ("mixed", "all_pass", "all_fail", "lone", "unscored"):
-            metrics[f"planner/share_{reason}"] = reasons.count(reason) / len(reasons)
-        return metrics
+        budget_P = None if in_flight is None else in_flight.budget_P
+        of_step = last.metrics(budget_P, self._threshold)
+        return metrics | {f"planner/{name}": value for name, value in of_step.items()}
 
-    def _open_step(self) -> _Step:
+    @property
+    def _threshold(self) -> float:
+        """Rewards above it pass, where a group is all pass or all fail."""
+        return 0.0 if self._success_above is None else self._success_above
+
+    def _open_step(self, num_prompts: int, exclude: NDArray[Any]) -> OpenStep:
         """Choose the step's prompts and number their draws."""
-        index_P = self.selector.select(
-            self.prompts_per_step,
-            generator=step_generator(self._run_seed, "select", self._step),
+        self._total(num_prompts)  # refuses what cannot be spent before anything is chosen
+        # Not every selector knows how to pass over rows, and most steps need not.
+        also = {"exclude": exclude} if len(exclude) else {}
+        generator = step_generator(self._run_seed, "select", self._step)
+        index_P = np.array(
+            self.selector.select(num_prompts, generator=generator, **also), dtype=np.int64
         )
-        index_P = np.array(index_P, dtype=np.int64)
-        _check_rows(index_P, len(self.keys))
-        if index_P.shape != (self.prompts_per_step,):
+        check_rows(index_P, len(self.keys))
+        if index_P.shape != (num_prompts,) or np.isin(index_P, exclude).any():
             raise ValueError(
-                f"the selector chose an array of shape {index_P.shape}, "
-                f"expected ({self.prompts_per_step},)"
+                f"the selector chose an array of shape {index_P.shape}, expected ({num_prompts},) "
+                f"without rows {exclude.tolist()}, got {index_P.tolist()}"
             )
-        draw_P = self._draw_D[index_P]
-        self._draw_D[index_P] += 1
-        self._norm_D = self._next_norm_D.copy()
-        num_prompts = len(index_P)
-        return _Step(
-            step=self._step,
-            index_P=index_P,
-            draw_P=draw_P,
-            pass_rate_P=self.posterior.mean(index_P),
-            drawn_P=np.zeros(num_prompts, dtype=np.int64),
-            trials_P=np.zeros(num_prompts, dtype=np.int64),
-            successes_P=np.zeros(num_prompts),
-            low_P=np.full(num_prompts, np.inf),
-            high_P=np.full(num_prompts, -np.inf),
+        last = OpenStep.of(
+            self._step, index_P, self._draw_D[index_P], *self.posterior.parameters(index_P)
         )
+        self._draw_D[index_P] += 1
+        self._last_visit_D[index_P] = self._step
+        self._norms.open_step()
+        if self._stopping is not None:
+            last.plan_P = self._allocated(last)
+            last.active_P = last.plan_P > 0
+        return last
 
-    def _budget(self, last: _Step) -> IntArray:
+    def _budget(self, last: OpenStep) -> IntArray:
         """(P,) rollouts of the round that comes now."""
+        if last.active_P is not None:
+            assert self._wave is not None
+            return np.where(last.active_P, np.minimum(last.left_P, self._wave), 0)
         if self._pilot and self._round == 0:
             return np.full(len(last.index_P), self._pilot, dtype=np.int64)
+        return self._allocated(last) - self._pooled
+
+    def _allocated(self, last: OpenStep) -> IntArray:
+        """(P,) n_i of the step."""
         # Ties, and what does not divide, go by a hash of step and key: a prompt's budget depends
         # neither on its row nor on its place in the step, and no prompt is favoured for good.
         keys = [self.keys[index] for index in last.index_P]
         order_P = np.argsort([stable_hash(self._run_seed, "ties", last.step, key) for key in keys])
-        std_P = self._scales(last, order_P) * self._norms(last.index_P[order_P])
+        std_P = self._scales(last, order_P) * self._norms.of(last.index_P[order_P])
         budget_P = np.empty(len(order_P), dtype=np.int64)
-        budget_P[order_P] = self._spend(std_P) - self._pooled
+        budget_P[order_P] = self._spend(std_P)
         return budget_P
 
-    def _scales(self, last: _Step, order_P: IntArray) -> FloatArray:
+    def _all_stopped(self, last: OpenStep) -> bool:
+        """Ask the stopping rule, if there is one, who goes on; whether nobody does."""
+        if self._stopping is None or last.active_P is None:
+            return False
+        draws = zip(last.index_P.tolist(), last.draw_P.tolist(), strict=True)
+        # One number per group, whatever its place and however often the rule is asked.
+        chances = [
+            stable_hash(self._run_seed, "continue", self.keys[index], draw) / 2**64
+            for index, draw in draws
+        ]
+        goes_on_P = np.asarray(
+            self._stopping(
+                last.successes_P.copy(),
+                last.trials_P.copy(),
+                last.a_P.copy(),
+                last.b_P.copy(),
+                left_P=last.left_P,
+                chance_P=np.array(chances),
+            )
+        )
+        if goes_on_P.shape != last.index_P.shape or goes_on_P.dtype != bool:
+            raise ValueError(
+                f"the stopping rule must give {len(last.index_P)} booleans, "
+                f"got shape {goes_on_P.shape} of {goes_on_P.dtype}"
+            )
+        last.active_P = last.active_P & goes_on_P & (last.left_P > 0)
+        return not last.active_P.any()
+
+    def _scales(self, last: OpenStep, order_P: IntArray) -> FloatArray:
         """(P,) scales of the step's prompts taken in `order_P`."""
         if self._estimate == "posterior":
             return np.asarray(self._scale(*self.posterior.parameters(last.index_P[order_P])))
@@ -395,32 +418,36 @@ class Planner:
         )
         return std_P
 
-    def _norms(self, index_P: IntArray) -> FloatArray:
-        """(P,) gradient norms of the prompts, filled in where not measured."""
-        norm_P = self._norm_D[index_P]
-        measured_P = np.isfinite(norm_P)
-        mean = norm_P[measured_P].mean() if measured_P.any() else 1.0
-        return np.where(measured_P, norm_P, mean)
+    def _total(self, num_prompts: int) -> int:
+        """What the allocator spends on a step of so many prompts."""
+        rollouts, rest = divmod(self.rollouts_per_step * num_prompts, self.prompts_per_step)
+        if rest:
+            raise ValueError(
+                f"a step of {num_prompts} instead of {self.prompts_per_step} prompts cannot have "
+                f"its share of rollouts_per_step={self.rollouts_per_step}: it is not an integer"
+            )
+        return rollouts - self._discarded * num_prompts
 
     def _spend(self, std_P: FloatArray) -> IntArray:
         """(P,) n_i, checked: a user's own allocator may be wrong."""
+        total = self._total(len(std_P))
         budget_P = np.asarray(
-            self._allocate(std_P, self._total, minimum=self._minimum, maximum=self._maximum)
+            self._allocate(std_P, total, minimum=self._minimum, maximum=self._maximum)
         )
         if (
             budget_P.shape != std_P.shape
             or budget_P.dtype.kind not in "iu"
-            or budget_P.sum() != self._total
+            or budget_P.sum() != total
             or budget_P.min() < self._minimum
             or (self._maximum is not None and budget_P.max() > self._maximum)
         ):
             raise ValueError(
                 f"the allocator must give {len(std_P)} integers of at least {self._minimum}, at "
-                f"most {self._maximum}, that sum to {self._total}, got {budget_P.tolist()}"
+                f"most {self._maximum}, that sum to {total}, got {budget_P.tolist()}"
             )
         return budget_P.astype(np.int64)
 
-    def _proposal(self, last: _Step, budget_P: IntArray) -> Proposal:
+    def _proposal(self, last: OpenStep, budget_P: IntArray) -> Proposal:
         seeds = [
             rollout_seeds(self._run_seed, self.keys[index], draw, range(first, first + budget))
             for index, draw, first, budget in zip(
@@ -434,7 +461,7 @@ class Planner:
         return Proposal(
             step=self._step,
             round=self._round,
-            is_last=self._round == 1 or self._pilot == 0,
+            is_last=self._is_last(last, budget_P),
             index_P=_read_only(last.index_P),
             budget_P=_read_only(budget_P),
             draw_P=_read_only(last.draw_P),
@@ -443,13 +470,10 @@ class Planner:
             seed_N=_read_only(np.concatenate(seeds)),
         )
 
-    def _reason(self, low: float, high: float, num_rollouts: int) -> Reason:
-        if high > low:
-            return "mixed"
-        if num_rollouts == 1:
-            return "lone"
-        threshold = 0.0 if self._success_above is None else self._success_above
-        return "all_pass" if low > threshold else "all_fail"
+    def _is_last(self, last: OpenStep, budget_P: IntArray) -> bool:
+        if last.active_P is None:
+            return self._round == 1 or self._pilot == 0
+        return not (last.active_P & (last.left_P > budget_P)).any()
 
     def _check_in_flight(self, proposal: Proposal) -> None:
         current = self._in_flight
@@ -470,27 +494,7 @@ class Planner:
             )
 
 
-def _check_keys(keys: Sequence[str], num_prompts: int) -> None:
-    if len(keys) != num_prompts:
-        raise ValueError(f"there are {len(keys)} keys but the posterior has {num_prompts} prompts")
-    row_of: dict[str, int] = {}
-    for row, key in enumerate(keys):
-        if key in row_of:
-            raise ValueError(f"rows {row_of[key]} and {row} of the data set share the key {key!r}")
-        row_of[key] = row
-
-
-def _check_rows(index_K: IntArray, num_prompts: int) -> None:
-    in_range = ((index_K >= 0) & (index_K < num_prompts)).all()
-    if not in_range or len(np.unique(index_K)) != len(index_K):
-        raise ValueError(f"rows must be distinct and in [0, {num_prompts}), got {index_K.tolist()}")
-
-
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:
     array = array.copy()
     array.setflags(write=False)
     return array
-
-
-def _copy(value: Any) -> Any:
-    return np.array(value) if isinstance(value, np.ndarray) else value

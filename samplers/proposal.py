@@ -29,9 +29,10 @@ class Proposal:
     step: int
     """Counts from 0."""
     round: int
-    """0, or 1 for the rollouts that follow the pilots."""
+    """0, 1 for the rollouts that follow the pilots, or counting on under a stopping rule."""
     is_last: bool
-    """Whether the step ends when this round is observed."""
+    """Whether the step is sure to end when this round is observed. A stopping rule may end it
+    earlier; `Planner.is_open` tells."""
     index_P: IntArray
     """(P,) rows of the data set, distinct, in the selector's order."""
     budget_P: IntArray
@@ -57,6 +58,41 @@ class Decision:
 
     kept: bool
     reason: Reason
+
+
+def group_reason(low: float, high: float, num_rollouts: int, *, threshold: float) -> Reason:
+    """What a group is, from its smallest and largest reward and its size; above the threshold is a
+    pass. The test is max > min, exactly: the std of equal rewards need not come out as 0."""
+    if high > low:
+        return "mixed"
+    if num_rollouts == 1:
+        return "lone"
+    return "all_pass" if low > threshold else "all_fail"
+
+
+def admit(reward_n: ArrayLike, *, threshold: float = 0.0) -> Decision:
+    """Whether a group has any spread, max > min, without which it carries no gradient.
+
+    The test is exact and on the rewards themselves: a group of equal fractional rewards has none.
+    It is all or nothing: a group is never kept in part. (DAPO, arXiv:2503.14476.)
+
+    Args:
+        reward_n: (n,) finite rewards of one group, at least one.
+        threshold: rewards above it pass; it only tells "all_pass" from "all_fail".
+
+    Returns:
+        kept, for "mixed"; or not, for "lone" (one rollout, nothing to compare with), "all_pass" or
+        "all_fail".
+
+    Raises:
+        ValueError: if there is no reward or one is not finite.
+    """
+    reward_n = np.asarray(reward_n, dtype=np.float64)
+    if reward_n.ndim != 1 or len(reward_n) == 0 or not np.isfinite(reward_n).all():
+        raise ValueError(f"reward_n must be 1-d, finite and not empty, got {reward_n.tolist()}")
+    low, high = float(reward_n.min()), float(reward_n.max())
+    reason = group_reason(low, high, len(reward_n), threshold=threshold)
+    return Decision(kept=reason == "mixed", reason=reason)
 
 
 def checked_rewards(

@@ -491,7 +491,9 @@ def test_metrics_by_hand():
     assert planner.metrics() == {
         "planner/posterior_mean": 0.5,
         "planner/coverage": 0,
+        "planner/prompts_visited": 0,
         "planner/visits_max": 0,
+        "planner/steps_unvisited_max": 0,
         "planner/gradient_norm_coverage": 0,
     }
     planner.posterior.add([0], [0], [38])
@@ -508,7 +510,9 @@ def test_metrics_by_hand():
         {
             "planner/posterior_mean": mean,
             "planner/coverage": 0.4,
+            "planner/prompts_visited": 4,
             "planner/visits_max": 1,
+            "planner/steps_unvisited_max": 1,
             "planner/gradient_norm_coverage": 0.1,
             "planner/step": 0,
             "planner/posterior_mean_chosen": (1 / 40 + 3 * 0.5) / 4,

@@ -1,0 +1,196 @@
+"""What the planner knows of the step at hand, and of prompts from step to step.
+
+Axes: D prompts of the data set, P prompts of the step, N rollouts of a round, K measured prompts.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from samplers.proposal import group_reason
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class OpenStep:
+    """The step's prompts and what has been seen of them; grows with each observed round."""
+
+    step: int
+    index_P: IntArray
+    draw_P: IntArray
+    pass_rate_P: FloatArray
+    """Posterior mean before any rollout of the step."""
+    drawn_P: IntArray
+    """Rollouts asked for in observed rounds; of these, `trials_P` were scored."""
+    trials_P: IntArray
+    successes_P: FloatArray
+    low_P: FloatArray
+    """Smallest and largest reward seen; inf and -inf before any."""
+    high_P: FloatArray
+    a_P: FloatArray
+    """Parameters of the posterior before any rollout of the step, for the stopping rule."""
+    b_P: FloatArray
+    plan_P: IntArray | None = None
+    """Rollouts at most, where a stopping rule may end a prompt earlier; None without one."""
+    active_P: NDArray[np.bool_] | None = None
+    """Prompts the stopping rule has not ended; None without one."""
+
+    @classmethod
+    def of(
+        cls, step: int, index_P: IntArray, draw_P: IntArray, a_P: FloatArray, b_P: FloatArray
+    ) -> "OpenStep":
+        """A step of which no round has been observed."""
+        num_prompts = len(index_P)
+        return cls(
+            step=step,
+            index_P=index_P,
+            draw_P=draw_P,
+            pass_rate_P=a_P / (a_P + b_P),
+            drawn_P=np.zeros(num_prompts, dtype=np.int64),
+            trials_P=np.zeros(num_prompts, dtype=np.int64),
+            successes_P=np.zeros(num_prompts),
+            low_P=np.full(num_prompts, np.inf),
+            high_P=np.full(num_prompts, -np.inf),
+            a_P=a_P,
+            b_P=b_P,
+        )
+
+    @property
+    def left_P(self) -> IntArray:
+        """(P,) rollouts the plan still has; only with a stopping rule."""
+        assert self.plan_P is not None
+        return self.plan_P - self.drawn_P
+
+    def take_in(
+        self, budget_P: IntArray, reward_N: FloatArray, success_N: FloatArray, prompt_N: IntArray
+    ) -> tuple[IntArray, FloatArray]:
+        """Count a round; its trials and successes per prompt, the same in any order of rows."""
+        trials_P = np.bincount(prompt_N, minlength=len(self.index_P))
+        order_N = np.argsort(prompt_N, kind="stable")
+        groups = np.split(success_N[order_N], np.cumsum(trials_P)[:-1])
+        # fsum is exactly rounded, so the sum does not depend on the order of the rows.
+        successes_P = np.array([math.fsum(group.tolist()) for group in groups])
+        self.drawn_P += budget_P
+        self.trials_P += trials_P
+        self.successes_P += successes_P
+        np.minimum.at(self.low_P, prompt_N, reward_N)
+        np.maximum.at(self.high_P, prompt_N, reward_N)
+        return trials_P, successes_P
+
+    def metrics(self, in_flight_P: IntArray | None, threshold: float) -> dict[str, float]:
+        """Budgets of all rounds so far, and shares of groups among the step's prompts."""
+        budget_P = self.drawn_P if in_flight_P is None else self.drawn_P + in_flight_P
+        metrics = {
+            "step": float(self.step),
+            "posterior_mean_chosen": float(self.pass_rate_P.mean()),
+            "budget_min": float(budget_P.min()),
+            "budget_mean": float(budget_P.mean()),
+            "budget_max": float(budget_P.max()),
+            "budget_std": float(budget_P.std()),
+        }
+        if self.plan_P is not None and self.active_P is not None:
+            metrics["budget_planned_mean"] = float(self.plan_P.mean())
+            metrics["share_stopped_early"] = float((~self.active_P & (self.left_P > 0)).mean())
+        if not self.drawn_P.any():
+            return metrics
+        columns = (self.low_P.tolist(), self.high_P.tolist(), self.trials_P.tolist())
+        reasons: list[str] = [
+            group_reason(low, high, trials, threshold=threshold) if trials else "unscored"
+            for low, high, trials in zip(*columns, strict=True)
+        ]
+        for reason in ("mixed", "all_pass", "all_fail", "lone", "unscored"):
+            metrics[f"share_{reason}"] = reasons.count(reason) / len(reasons)
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every field; arrays are copies."""
+        return {name: copied(getattr(self, name)) for name in self.__slots__}
+
+
+class GradientNorms:
+    """The last measured gradient norm of each prompt, used from the next step on."""
+
+    def __init__(self, num_prompts: int) -> None:
+        self.used_D = np.full(num_prompts, np.nan)
+        self.measured_D = np.full(num_prompts, np.nan)
+        """(D,) NaN where never measured; `used_D` lags behind until a step is opened."""
+
+    def observe(self, index_K: ArrayLike, norm_K: ArrayLike, keys: Sequence[str]) -> None:
+        """Remember norms, if they are finite, non-negative and of distinct rows."""
+        index_K, norm_K = np.asarray(index_K, dtype=np.int64), np.asarray(norm_K, dtype=np.float64)
+        if index_K.ndim != 1 or index_K.shape != norm_K.shape:
+            raise ValueError(
+                f"index_K and norm_K must be 1-d and equally long, "
+                f"got {index_K.shape} and {norm_K.shape}"
+            )
+        check_rows(index_K, len(keys))
+        valid_K = np.isfinite(norm_K) & (norm_K >= 0)
+        if not valid_K.all():
+            at = int(np.flatnonzero(~valid_K)[0])
+            raise ValueError(
+                f"gradient norms must be finite and non-negative, got {norm_K[at]} "
+                f"for prompt {keys[index_K[at]]}"
+            )
+        self.measured_D[index_K] = norm_K
+
+    def open_step(self) -> None:
+        """From here on the norms measured so far are used."""
+        self.used_D[:] = self.measured_D
+
+    def of(self, index_P: IntArray) -> FloatArray:
+        """(P,) norms; the mean of the measured ones where not measured, 1 if there are none."""
+        norm_P = self.used_D[index_P]
+        measured_P = np.isfinite(norm_P)
+        mean = norm_P[measured_P].mean() if measured_P.any() else 1.0
+        return np.where(measured_P, norm_P, mean)
+
+
+def check_keys(keys: Sequence[str], num_prompts: int) -> None:
+    """Raise ValueError unless there are `num_prompts` distinct keys."""
+    if len(keys) != num_prompts:
+        raise ValueError(f"there are {len(keys)} keys but the posterior has {num_prompts} prompts")
+    row_of: dict[str, int] = {}
+    for row, key in enumerate(keys):
+        if key in row_of:
+            raise ValueError(f"rows {row_of[key]} and {row} of the data set share the key {key!r}")
+        row_of[key] = row
+
+
+def check_rows(index_K: IntArray, num_prompts: int) -> None:
+    """Raise ValueError unless the rows are distinct ones of the data set."""
+    in_range = ((index_K >= 0) & (index_K < num_prompts)).all()
+    if not in_range or len(np.unique(index_K)) != len(index_K):
+        raise ValueError(f"rows must be distinct and in [0, {num_prompts}), got {index_K.tolist()}")
+
+
+def check_pilots(
+    pilot: int,
+    estimate: str,
+    pilots: Literal["pool", "discard"],
+    *,
+    num_prompts: int,
+    rollouts: int,
+) -> None:
+    """Raise ValueError unless the settings of pilots fit each other and the step."""
+    if estimate not in ("posterior", "pilot"):
+        raise ValueError(f"estimate must be 'posterior' or 'pilot', got {estimate!r}")
+    if pilots not in ("pool", "discard"):
+        raise ValueError(f"pilots must be 'pool' or 'discard', got {pilots!r}")
+    if pilot < 0 or (pilot == 0 and estimate == "pilot"):
+        raise ValueError(f"pilot must be at least {int(estimate == 'pilot')}, got {pilot}")
+    if pilot and rollouts <= pilot * num_prompts:
+        raise ValueError(
+            f"rollouts_per_step={rollouts} leaves nothing to allocate after {pilot} "
+            f"pilots of {num_prompts} prompts; it must exceed {pilot * num_prompts}"
+        )
+
+
+def copied(value: Any) -> Any:
+    """A copy if it is an array, the value itself if it is plain."""
+    return np.array(value) if isinstance(value, np.ndarray) else value
