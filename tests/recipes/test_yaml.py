@@ -1,0 +1,26 @@
+"""Every YAML that is shipped is a valid run."""
+
+from pathlib import Path
+
+import pytest
+from trl import ModelConfig
+
+from recipes.config import parse
+from recipes.train import RecipeArguments
+from rl.arguments import RolloutConfig
+
+FILES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*/*.yaml"))
+FILES = [path for path in FILES if path.parent.name != "accelerate"]
+
+
+def test_there_are_recipes():
+    assert {"gvm_raft.yaml", "raft.yaml", "leave_one_out.yaml"} <= {path.name for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_settings_are_known_and_possible(path):
+    arguments = ["--config", str(path), "--use_cpu", "true", "--report_to", "none"]
+    recipe, config, _ = parse((RecipeArguments, RolloutConfig, ModelConfig), arguments)
+    assert recipe.task is not None or recipe.rewards
+    assert config.output_dir.startswith("runs/")
+    assert config.max_steps > 0
