@@ -2,32 +2,98 @@
 
 An allocator maps one number per prompt to one integer per prompt, and the integers sum to `total`
 exactly. The number is `std_P`, the root of what one rollout leaves uncertain about the prompt's
-share of the gradient; the scale functions below compute it from a Beta posterior (a_P, b_P), and
-each belongs to an objective. A known gradient norm multiplies it. Axes: P prompts.
+share of the gradient; the scale functions of `samplers/scales.py`, importable from here too,
+compute it from a Beta posterior (a_P, b_P), and each belongs to an objective. A known gradient norm
+multiplies it. Axes: P prompts.
 
     objective, estimator           exact scale, p known       scale function
-    mean, baselined                sqrt(p (1 - p))            plug_in_std, mean_std, posterior_std
+    mean, baselined                sqrt(p (1 - p))            plug_in_std, mean_std, posterior_std,
+                                                              thompson_std
     mean, accepted rows only       sqrt(p)                    accepted_std
     log, baselined                 sqrt((1 - p) / p)          log_plug_in, log_std
     log (EM), accepted rows only   1 / sqrt(p + reg / p)      gvm_plug_in, gvm; inverse_sqrt, live
+    the same, Reinforce-Ada Est    1 / sqrt(p + eps)          reinforce_ada_std
+
+    variance of the gradient       allocator
+    c / n                          neyman; any baseline known before the rollouts, or none
+    c / (n - 1)                    leave_one_out (RLOO; VIP)
+    c (n - 1) / n^2                dr_grpo
+    c / n, rollouts cost unequal   cost_aware
+    -                              knapsack, knapsack_posterior: chance of a mixed group times value
+    -                              uniform
 """
 
-import functools
-import heapq
 import math
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-FloatArray = NDArray[np.float64]
+from samplers.greedy import best_first, fill
+from samplers.scales import (
+    FloatArray,
+    Scale,
+    accepted_std,
+    gvm,
+    gvm_plug_in,
+    inverse_sqrt,
+    live,
+    log_plug_in,
+    log_std,
+    mean_pass_rate,
+    mean_std,
+    plug_in_std,
+    posterior_std,
+    reinforce_ada_std,
+    thompson_std,
+)
+from samplers.scales import _beta_parameters as beta_parameters
+
+__all__ = [
+    "Allocator",
+    "Scale",
+    "accepted_std",
+    "align_total",
+    "cost_aware",
+    "dr_grpo",
+    "gvm",
+    "gvm_plug_in",
+    "inverse_sqrt",
+    "knapsack",
+    "knapsack_posterior",
+    "leave_one_out",
+    "live",
+    "log_plug_in",
+    "log_std",
+    "mean_pass_rate",
+    "mean_std",
+    "neyman",
+    "plug_in_std",
+    "posterior_std",
+    "reinforce_ada_std",
+    "thompson_std",
+    "uniform",
+]
+
 IntArray = NDArray[np.int64]
 
 Allocator = Callable[..., IntArray]
 """`allocate(std_P, total, *, minimum, maximum) -> budget_P`. Any function of this shape is one."""
 
-Scale = Callable[[FloatArray, FloatArray], FloatArray]
-"""`scale(a_P, b_P) -> std_P` from the parameters of each prompt's Beta posterior."""
+
+def align_total(total: int, multiple: int) -> int:
+    """The largest multiple of `multiple` that does not exceed `total`.
+
+    Batches, ranks and engines want totals that divide evenly. Align before allocating: what is
+    topped up or cut afterwards is not what the allocator decided. Rounding down keeps `total` what
+    it says, the most that is spent.
+
+    Raises:
+        ValueError: if nothing is left, or a number is below 1.
+    """
+    if multiple < 1 or total < multiple:
+        raise ValueError(f"no positive multiple of multiple={multiple} fits into total={total}")
+    return total - total % multiple
 
 
 def uniform(
@@ -47,7 +113,8 @@ def uniform(
     Raises:
         ValueError: if `total` cannot cover the minima or exceeds the maxima.
     """
-    return neyman(np.ones(len(_scales(std_P))), total, minimum=minimum, maximum=maximum)
+    lower_P, upper_P = _boxes(len(_scales(std_P)), total, minimum, maximum, least=0)
+    return fill(lower_P, upper_P, total - int(lower_P.sum()))
 
 
 def neyman(
@@ -60,7 +127,9 @@ def neyman(
 
     Ignoring integrality and boxes the answer is  n_p proportional to std_p  (Neyman, 1934). The
     objective is separable and convex, so handing out one rollout at a time to the prompt it helps
-    most, by  c_p / (n_p (n_p + 1)),  is exact (Fox, 1966); rounding the real solution is not.
+    most, by  c_p / (n_p (n_p + 1)),  is exact (Fox, 1966); rounding the real solution is not. It
+    is computed without taking the rollouts in turn, in a few passes over the prompts, see
+    `samplers/greedy.py`.
 
     Args:
         std_P: (P,) scales, finite and non-negative, any unit.
@@ -78,9 +147,9 @@ def neyman(
         ValueError: if `total` cannot cover the minima or exceeds the maxima, or `std_P` is not
             finite and non-negative. The solver never guesses a scale.
     """
-    cost_P = _costs(std_P)
-    lower_P, upper_P = _boxes(len(cost_P), total, minimum, maximum, least=0)
-    return _greedy(cost_P, total, lower_P, upper_P, offset=0)
+    root_P = _roots(std_P)
+    lower_P, upper_P = _boxes(len(root_P), total, minimum, maximum, least=0)
+    return _share(root_P, lower_P, upper_P, total)
 
 
 def leave_one_out(
@@ -106,164 +175,313 @@ def leave_one_out(
     Raises:
         ValueError: as `neyman`, and if a minimum is below 2.
     """
-    cost_P = _costs(std_P)
-    lower_P, upper_P = _boxes(len(cost_P), total, minimum, maximum, least=2)
-    return _greedy(cost_P, total, lower_P, upper_P, offset=1)
+    root_P = _roots(std_P)
+    lower_P, upper_P = _boxes(len(root_P), total, minimum, maximum, least=2)
+    return 1 + _share(root_P, lower_P - 1, upper_P - 1, total - len(root_P))
 
 
-def plug_in_std(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
-    """sqrt(m (1 - m)) at the mean m = a / (a + b): as if the mean were the pass rate.
+def dr_grpo(
+    std_P: ArrayLike, total: int, *, minimum: ArrayLike = 3, maximum: ArrayLike | None = None
+) -> IntArray:
+    """Spend `total` rollouts for Dr.GRPO: each group's own mean as baseline, not divided by a std.
 
-    Also takes pilot counts, (successes, failures). The largest of the three baselined scales.
+    Minimises  sum_p c_p (n_p - 1) / n_p^2,  c_p = std_p^2,  over integers  3 <= minimum <= n_p <=
+    maximum,  sum_p n_p = total.  From 3 on each term is convex, so the greedy is exact; below it
+    is not, and gives (5, 3) where (4, 4) is best for c = (.98, .92) and 8 rollouts.
+
+    The estimator shrinks a prompt's gradient by (n - 1) / n, so with uneven budgets it weights
+    prompts by their budget. `leave_one_out` has no such bias; this one is here for comparison.
+    (VIP, arXiv:2602.01601, read through a digest.)
+
+    Args, Returns: as `leave_one_out`, but `minimum` is at least 3.
+
+    Raises:
+        ValueError: as `neyman`, and if a minimum is below 3.
     """
-    mean_P = _mean(a_P, b_P)
-    return np.sqrt(mean_P * (1 - mean_P))
+    root_P = _roots(std_P)
+    lower_P, upper_P = _boxes(len(root_P), total, minimum, maximum, least=3)
+    return best_first(
+        _dr_grpo_gain,
+        (np.square(root_P), root_P),
+        lower_P,
+        upper_P,
+        total - int(lower_P.sum()),
+        guess=_dr_grpo_guess,
+        levels=_levels(root_P, lower_P + 1, upper_P + 1, total + len(root_P), None),
+    )
 
 
-def mean_std(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
-    """E[sqrt(p (1 - p))] = B(a + 1/2, b + 1/2) / B(a, b), the expected std of a 0/1 reward.
+def cost_aware(
+    std_P: ArrayLike,
+    length_P: ArrayLike,
+    total: float,
+    *,
+    minimum: ArrayLike = 1,
+    maximum: ArrayLike | None = None,
+) -> IntArray:
+    """Spend at most `total` tokens, or seconds, where a rollout of prompt p takes length_p of them.
 
-    The smallest of the three baselined scales; needs a, b > 0.
-    """
-    a_P, b_P = _beta_parameters(a_P, b_P, least=0)
-    ratio_P = [
-        math.exp(_log_half_step(a) + _log_half_step(b)) / (a + b)
-        for a, b in zip(a_P.tolist(), b_P.tolist(), strict=True)
-    ]
-    return np.array(ratio_P, dtype=np.float64)
+    Minimises  sum_p c_p / n_p,  c_p = std_p^2,  over integers  minimum <= n_p <= maximum,
+    sum_p length_p n_p <= total.  Ignoring integrality  n_p ~ std_p / sqrt(length_p).
 
+    This is not an `Allocator`: the budget is in units of length and the number of rollouts is what
+    comes out. For a fixed number of rollouts in the same proportions use
+    `neyman(std_P / np.sqrt(length_P), total)`. It is a rule of its own because it moves rollouts
+    towards short prompts, which is a choice.
 
-def posterior_std(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
-    """sqrt(E[p (1 - p)]) = sqrt(a b / ((a+b) (a+b+1))), the default.
-
-    Budgets are fixed before the rollouts, so what they minimise is the posterior expectation
-    E[sum c(p) / n] = sum E[c(p)] / n: the Bayes choice of scale is sqrt(E[c(p)]). Beta(1, 1) for
-    every prompt, no evidence, gives equal scales. Between `mean_std` and `plug_in_std`; equal to
-    the latter times sqrt((a+b) / (a+b+1)).
-    """
-    a_P, b_P = _parameters(a_P, b_P)
-    return np.sqrt(_mean(a_P, b_P) * b_P / (a_P + b_P + 1))
-
-
-def accepted_std(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
-    """sqrt(E[p]) = sqrt(a / (a + b)), for the mean objective with accepted rows only.
-
-    Plug-in and posterior form agree because p enters linearly; takes pilot counts as well.
-    """
-    return np.sqrt(_mean(a_P, b_P))
-
-
-def log_plug_in(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
-    """sqrt((1 - m) / m) at the mean m = a / (a + b), for log p with a baseline.
-
-    Infinite where m = 0, which the solvers refuse; `log_std` is the regularised form.
-    (Reinforce-Ada, arXiv:2510.04996 v3.)
-    """
-    mean_P = _mean(a_P, b_P)
-    with np.errstate(divide="ignore"):
-        return np.sqrt((1 - mean_P) / mean_P)
-
-
-def log_std(a_P: ArrayLike, b_P: ArrayLike, *, alpha: float = 1e-3) -> FloatArray:
-    """sqrt(E[p (1 - p) / (p^2 + alpha)]), for log p with a baseline, kept finite by alpha > 0.
-
-    Without alpha the cost (1 - p) / p has no finite mean for a prompt that never passed.
-    Needs a, b >= 1, as every BetaPosterior has; see `gvm` for the quadrature.
-    """
-    if not alpha > 0:
-        raise ValueError(f"alpha must be positive, got {alpha}")
-    return np.sqrt(_expectation(lambda p: p * (1 - p) / (p * p + alpha), a_P, b_P))
-
-
-def gvm(a_P: ArrayLike, b_P: ArrayLike, *, alpha: float = 1e-3, beta: float = 2.0) -> FloatArray:
-    """sqrt(E[1 / (p + alpha p^(1 - beta))]), GVM's scale under a posterior instead of a pilot.
-
-    With beta = 2 the cost is p / (p^2 + alpha), at most 1 / (2 sqrt(alpha)). Unlike the plug-in no
-    prompt gets 0: one that failed 8 of 8 still counts for what it may be.
-
-    (GVM-RAFT, arXiv:2505.02391, Proposition 1, with the posterior expectation of the cost in place
-    of the cost at the pilot's pass rate. Its beta >= 2 is required here too.)
+    Filling the last gap exactly is a knapsack problem. The greedy hands out rollouts by gain per
+    length, c_p / (length_p n_p (n_p + 1)), and ends before the first that does not fit: what it
+    returns is optimal for what it spends, and leaves less unspent than that one rollout takes.
 
     Args:
-        a_P, b_P: (P,) parameters of the Beta posteriors, at least 1.
-        alpha: positive; the smaller, the more a nearly hopeless prompt weighs.
-        beta: at least 2.
+        std_P: (P,) scales, finite and non-negative, any unit.
+        length_P: (P,) expected length of one rollout, finite and positive, in the unit of `total`.
+        total: length to spend, at least the minima's.
+        minimum: rollouts every prompt gets, one int or (P,), at least 0.
+        maximum: rollouts no prompt exceeds, one int or (P,); None for no cap.
 
     Returns:
-        (P,) float64 by quadrature, the expectation with a relative error below 1e-7 up to
-        a + b = 2000.
+        (P,) int64 counts. Ties go to the prompt with fewer rollouts so far, then to the earlier
+        one. Prompts with c = 0 get more than their minimum only when the others are full.
 
     Raises:
-        ValueError: if a parameter is below 1 or not finite, or alpha or beta is out of range.
+        ValueError: if the minima do not fit into `total`, or the arguments are not as above.
     """
-    _check_gvm(alpha, beta)
-    if alpha == 0:
-        raise ValueError("alpha must be positive: E[1 / p] is infinite for a prompt never passed")
-    return np.sqrt(_expectation(lambda p: p ** (beta - 1) / (p**beta + alpha), a_P, b_P))
+    root_P = _roots(std_P)
+    length_P = np.asarray(length_P, dtype=np.float64)
+    if length_P.shape != root_P.shape:
+        raise ValueError(
+            f"std_P and length_P must be equally long, got {root_P.shape} and {length_P.shape}"
+        )
+    valid_P = (length_P > 0) & (length_P < np.inf)
+    if not valid_P.all():
+        p = int(np.flatnonzero(~valid_P)[0])
+        raise ValueError(f"length_P must be finite and positive, got {length_P[p]} for prompt {p}")
+    if not 0 <= total < math.inf:
+        raise ValueError(f"total must be finite and non-negative, got {total}")
+    most_P = np.floor(np.minimum(total / length_P, 2.0**52)).astype(np.int64)
+    lower_P = _bound("minimum", minimum, len(root_P))
+    upper_P = np.maximum(most_P, lower_P) if maximum is None else maximum
+    capacity = int(np.sum(_bound("maximum", upper_P, len(root_P))))
+    lower_P, upper_P = _boxes(
+        len(root_P), max(capacity, int(lower_P.sum())), lower_P, upper_P, least=0
+    )
+    needed = float(lower_P @ length_P)
+    if total < needed:
+        raise ValueError(
+            f"total={total} cannot give {len(root_P)} prompts their minima; "
+            f"it must be at least {needed}"
+        )
+    return _share(_roots(root_P / np.sqrt(length_P)), lower_P, upper_P, total, weight_P=length_P)
 
 
-def gvm_plug_in(
-    a_P: ArrayLike, b_P: ArrayLike, *, alpha: float = 1e-3, beta: float = 2.0
-) -> FloatArray:
-    """1 / sqrt(m + alpha m^(1 - beta)) at the mean m = a / (a + b), GVM as published; 0 at m = 0.
+def knapsack(
+    p_P: ArrayLike, total: int, *, minimum: ArrayLike = 2, maximum: ArrayLike | None = 128
+) -> IntArray:
+    """Spend `total` rollouts where mixed groups are likely and worth most.
 
-    Largest at m = (alpha (beta - 1))^(1 / beta), 0.0316 at the published setting. With 8 pilots the
-    smallest positive m is 1/8, where alpha does next to nothing: the real cut-off is m = 0.
+    Maximises  sum_p (1 - p^n - (1 - p)^n) p (1 - p)^2  over integers  minimum <= n_p <= maximum,
+    sum_p n_p = total: the chance that a group has both outcomes times its value.
 
-    (GVM-RAFT, arXiv:2505.02391, Proposition 1; multiply by the gradient norm.)
+    (Knapsack RL, arXiv:2509.25849, whose code solves it by dynamic programming. The gain of one
+    more rollout, p (1 - p)^2 (p^n (1 - p) + (1 - p)^n p), never increases with n, so the greedy is
+    exact. What no prompt gains from is shared evenly here; the released code gives it to prompts
+    that never passed.)
 
     Args:
-        a_P, b_P: (P,) parameters of a posterior, or pilot counts (successes, failures).
-        alpha: at least 0; at 0 this is `inverse_sqrt`.
-        beta: at least 2.
+        p_P: (P,) pass rates in [0, 1], for example `mean_pass_rate` of a posterior, in the place
+            where other allocators take a scale.
+        total: rollouts to hand out.
+        minimum: rollouts every prompt gets, one int or (P,), at least 2.
+        maximum: rollouts no prompt exceeds, one int or (P,); None for no cap.
+
+    Returns:
+        (P,) int64 counts that sum to `total`, ties as in `neyman`.
 
     Raises:
-        ValueError: if a prompt has no counts at all, or alpha or beta is out of range.
+        ValueError: if `total` does not fit the boxes, or a pass rate is outside [0, 1].
     """
-    _check_gvm(alpha, beta)
-    mean_P = _mean(a_P, b_P)
-    live_P = np.where(mean_P > 0, mean_P, 1.0)
-    scale_P = np.sqrt(live_P ** (beta - 1) / (live_P**beta + alpha))
-    return np.where(mean_P > 0, scale_P, 0.0)
+    p_P = _scales(p_P, name="p_P")
+    valid_P = (p_P >= 0) & (p_P <= 1)
+    if not valid_P.all():
+        p = int(np.flatnonzero(~valid_P)[0])
+        raise ValueError(f"pass rates must be in [0, 1], got {p_P[p]} for prompt {p}")
+    lower_P, upper_P = _boxes(len(p_P), total, minimum, maximum, least=2)
+    return best_first(_knapsack_gain, (p_P,), lower_P, upper_P, total - int(lower_P.sum()))
 
 
-def inverse_sqrt(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
-    """1 / sqrt(m) at the mean m = a / (a + b), and 0 where m = 0: GVM without its regulariser."""
-    mean_P = _mean(a_P, b_P)
-    return np.where(mean_P > 0, 1 / np.sqrt(np.where(mean_P > 0, mean_P, 1.0)), 0.0)
-
-
-def live(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
-    """1 where the mean is positive, 0 where no pilot passed: drop those and share evenly.
-
-    Under a posterior every mean is positive, so this tells prompts apart by pilot counts only.
-    """
-    return (_mean(a_P, b_P) > 0).astype(np.float64)
-
-
-def _greedy(
-    cost_P: FloatArray, total: int, lower_P: IntArray, upper_P: IntArray, *, offset: int
+def knapsack_posterior(
+    a_P: ArrayLike,
+    b_P: ArrayLike,
+    total: int,
+    *,
+    minimum: ArrayLike = 2,
+    maximum: ArrayLike | None = 128,
 ) -> IntArray:
-    """Minimise sum c / (n - offset) in the boxes: the next rollout goes where it gains most."""
-    budget, upper, cost = lower_P.tolist(), upper_P.tolist(), cost_P.tolist()
+    """`knapsack` when pass rates are known as Beta(a, b) only: maximises the expected value.
 
-    def entry(p: int) -> tuple[float, float, int, int]:
-        """Sorts first for the prompt the next rollout helps most."""
-        n = budget[p] - offset
-        if n == 0 and cost[p] > 0:
-            return -math.inf, -cost[p], budget[p], p
-        return -cost[p] / max(n * (n + 1), 1), 0.0, budget[p], p
+    The gain of one more rollout is  E[p (1 - p)^2 (p^n (1 - p) + (1 - p)^n p)] =
+    (B(a + n + 1, b + 3) + B(a + 2, b + n + 2)) / B(a, b),  still decreasing in n. A prompt that
+    failed every time is not given up: it may yet pass.
 
-    heap = [entry(p) for p in range(len(budget)) if budget[p] < upper[p]]
-    heapq.heapify(heap)
-    for _ in range(total - sum(budget)):
-        p = heap[0][-1]
-        budget[p] += 1
-        if budget[p] < upper[p]:
-            heapq.heapreplace(heap, entry(p))
-        else:
-            heapq.heappop(heap)
-    return np.array(budget, dtype=np.int64)
+    Args:
+        a_P, b_P: (P,) positive parameters of the posteriors.
+        total, minimum, maximum: as in `knapsack`.
+
+    Returns:
+        (P,) int64 counts that sum to `total`, ties as in `neyman`.
+
+    Raises:
+        ValueError: if `total` does not fit the boxes, or a parameter is not positive and finite.
+    """
+    a_P, b_P = beta_parameters(a_P, b_P, least=0)
+    lower_P, upper_P = _boxes(len(_scales(a_P)), total, minimum, maximum, least=2)
+    return best_first(
+        _knapsack_posterior_gain, (a_P, b_P), lower_P, upper_P, total - int(lower_P.sum())
+    )
+
+
+def _share(
+    root_P: FloatArray,
+    lower_P: IntArray,
+    upper_P: IntArray,
+    total: float,
+    *,
+    weight_P: FloatArray | None = None,
+) -> IntArray:
+    """Minimise sum c / n in the boxes, c = root^2; total counts units of weight_P, or rollouts."""
+    cost_P = np.square(root_P)
+    room = total - float(lower_P.sum() if weight_P is None else lower_P @ weight_P)
+    if not lower_P.all():
+        # From nothing to one gains infinitely much, so these go first, the largest cost in front.
+        first_K = np.flatnonzero((lower_P == 0) & (upper_P > 0) & (cost_P > 0))
+        first_K = first_K[np.argsort(-cost_P[first_K], kind="stable")]
+        taken_K = np.cumsum(np.ones(len(first_K)) if weight_P is None else weight_P[first_K])
+        fitting = int(np.searchsorted(taken_K, room, side="right"))
+        lower_P = lower_P.copy()
+        lower_P[first_K[:fitting]] += 1
+        if fitting < len(first_K):
+            return lower_P
+        room -= float(taken_K[-1]) if len(taken_K) else 0.0
+    return best_first(
+        _share_gain,
+        (cost_P,),
+        lower_P,
+        upper_P,
+        room,
+        guess=_share_guess,
+        levels=_levels(root_P, lower_P, upper_P, total, weight_P),
+        weight_P=weight_P,
+    )
+
+
+def _share_gain(n_K: FloatArray, cost_K: FloatArray) -> FloatArray:
+    """c / n - c / (n + 1); 0 rollouts are asked about only where c is 0."""
+    product_K = n_K + 1
+    product_K *= n_K
+    return cost_K / np.maximum(product_K, 1, out=product_K)
+
+
+def _share_guess(level: float, cost_K: FloatArray) -> FloatArray:
+    """n (n + 1) < c / level solved for n."""
+    if level == 0:
+        return np.where(cost_K > 0, np.inf, 0.0)
+    with np.errstate(over="ignore"):
+        n_K = cost_K / level
+    n_K += 0.25
+    np.sqrt(n_K, out=n_K)
+    n_K -= 0.5
+    return np.ceil(n_K, out=n_K)
+
+
+def _dr_grpo_gain(n_K: FloatArray, cost_K: FloatArray, root_K: FloatArray) -> FloatArray:
+    """c (n - 1) / n^2 - c n / (n + 1)^2, without the cancellation."""
+    return cost_K * ((n_K * (n_K - 1) - 1) / np.square(n_K * (n_K + 1)))
+
+
+def _dr_grpo_guess(level: float, cost_K: FloatArray, root_K: FloatArray) -> FloatArray:
+    """The gain is c / (n^2 + 3 n + 5 + (8 n + 5) / (n^2 - n - 1)); the last term is small."""
+    if level == 0:
+        return np.where(cost_K > 0, np.inf, 0.0)
+    with np.errstate(over="ignore"):
+        inverse_K = cost_K / level - 2.75
+    n_K = np.maximum(np.sqrt(np.maximum(inverse_K, 0)) - 1.5, 3)
+    inverse_K -= (8 * n_K + 5) / (n_K * (n_K - 1) - 1)
+    return np.ceil(np.sqrt(np.maximum(inverse_K, 0)) - 1.5)
+
+
+def _knapsack_gain(n_K: FloatArray, p_K: FloatArray) -> FloatArray:
+    rest_K = 1 - p_K
+    return p_K * rest_K**2 * (p_K**n_K * rest_K + rest_K**n_K * p_K)
+
+
+def _knapsack_posterior_gain(n_K: FloatArray, a_K: FloatArray, b_K: FloatArray) -> FloatArray:
+    c_K = a_K + b_K
+    # The factors that do not grow with n in full, the others as logs of rising factorials.
+    passing_K = np.exp(_log_rising(a_K, n_K + 1) - _log_rising(c_K, n_K + 1))
+    failing_K = np.exp(_log_rising(b_K, n_K + 2) - _log_rising(c_K, n_K + 2))
+    far_K = c_K + n_K
+    passing_K = passing_K * (
+        b_K / (far_K + 1) * ((b_K + 1) / (far_K + 2)) * ((b_K + 2) / (far_K + 3))
+    )
+    failing_K = failing_K * (a_K / (far_K + 2) * ((a_K + 1) / (far_K + 3)))
+    return passing_K + failing_K
+
+
+def _log_rising(x_K: FloatArray, n_K: FloatArray) -> FloatArray:
+    """log(x (x + 1) ... (x + n - 1)), x > 0, n >= 0: log Gamma(x + n) - log Gamma(x).
+
+    By Stirling's series once x is at least 10, arranged so that large x do not cancel.
+    """
+    shift_K = np.ones_like(x_K)
+    for step in range(10):
+        # Gamma(x) = Gamma(x + 10) / (x (x + 1) ... (x + 9)), and likewise for x + n.
+        shift_K *= (x_K + step) / (x_K + n_K + step)
+    low_K, high_K = x_K + 10, x_K + n_K + 10
+    body_K = (low_K - 0.5) * np.log1p(n_K / low_K) + n_K * (np.log(high_K) - 1)
+    return np.log(shift_K) + body_K + (_stirling(high_K) - _stirling(low_K))
+
+
+def _stirling(x_K: FloatArray) -> FloatArray:
+    """log Gamma(x) - ((x - 1/2) log x - x + log(2 pi) / 2), to 1e-16 from x = 10 on."""
+    square_K = 1 / np.square(x_K)
+    tail_K = 1 / 1680 - square_K * (1 / 1188 - square_K * (691 / 360360 - square_K / 156))
+    return (1 / 12 - square_K * (1 / 360 - square_K * (1 / 1260 - square_K * tail_K))) / x_K
+
+
+def _levels(
+    root_P: FloatArray,
+    lower_P: IntArray,
+    upper_P: IntArray,
+    total: float,
+    weight_P: FloatArray | None,
+) -> list[float]:
+    """Gains on either side of the last rollout's, by Newton's method on the rounded real solution.
+
+    At level 1 / t^2 a prompt has clip(round(root t), lower, upper) rollouts.
+    """
+    slope_P = root_P if weight_P is None else root_P * weight_P
+    whole = float(slope_P.sum())
+    if whole == 0 or total <= 0:
+        return []
+    num_prompts = len(root_P)
+    lower_P, upper_P = lower_P.astype(np.float64), upper_P.astype(np.float64)
+    unit = 1.0 if weight_P is None else float(weight_P.mean())
+    low, high, t = 0.0, math.inf, total / whole
+    for _ in range(8):
+        n_P = np.minimum(np.maximum(np.rint(root_P * t), lower_P), upper_P)
+        excess = float(n_P.sum() if weight_P is None else n_P @ weight_P) - total
+        low, high = (low, t) if excess > 0 else (t, high)
+        free_P = (n_P > lower_P) & (n_P < upper_P)
+        slope = float(slope_P @ free_P.astype(np.float64))
+        if abs(excess) <= unit * (num_prompts / 16 + 1) or slope == 0:
+            break
+        t -= excess / slope
+        if not low < t < high:
+            t = (low + high) / 2 if high < math.inf else 2 * low
+    step = (abs(excess) + unit * (num_prompts / 32 + 1)) / (slope or whole)
+    multipliers = [t - step, t + step, t - 8 * step, t + 8 * step]
+    return [1 / (t * t) for t in multipliers if 1e-100 < t < 1e100]
 
 
 def _boxes(
@@ -308,90 +526,21 @@ def _bound(name: str, bound: ArrayLike, num_prompts: int) -> IntArray:
     return np.broadcast_to(bound, (num_prompts,)).astype(np.int64)
 
 
-def _scales(std_P: ArrayLike) -> FloatArray:
+def _scales(std_P: ArrayLike, *, name: str = "std_P") -> FloatArray:
     std_P = np.asarray(std_P, dtype=np.float64)
     if std_P.ndim != 1 or len(std_P) == 0:
-        raise ValueError(f"std_P must be 1-d with at least one prompt, got shape {std_P.shape}")
+        raise ValueError(f"{name} must be 1-d with at least one prompt, got shape {std_P.shape}")
     return std_P
 
 
-def _costs(std_P: ArrayLike) -> FloatArray:
-    """std^2, divided by a power of two near the largest so that no square over- or underflows."""
+def _roots(std_P: ArrayLike) -> FloatArray:
+    """std, divided by a power of two near the largest so that no square over- or underflows."""
     std_P = _scales(std_P)
-    valid_P = np.isfinite(std_P) & (std_P >= 0)
+    valid_P = (std_P >= 0) & (std_P < np.inf)
     if not valid_P.all():
         p = int(np.flatnonzero(~valid_P)[0])
         raise ValueError(f"std_P must be finite and non-negative, got {std_P[p]} for prompt {p}")
-    _, exponent = np.frexp(std_P.max())
-    return np.square(np.ldexp(std_P, -exponent))
-
-
-def _parameters(a_P: ArrayLike, b_P: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    a_P, b_P = np.asarray(a_P, dtype=np.float64), np.asarray(b_P, dtype=np.float64)
-    if a_P.ndim != 1 or a_P.shape != b_P.shape:
-        raise ValueError(
-            f"a_P and b_P must be 1-d and equally long, got {a_P.shape} and {b_P.shape}"
-        )
-    valid_P = np.isfinite(a_P) & np.isfinite(b_P) & (a_P >= 0) & (b_P >= 0) & (a_P + b_P > 0)
-    if not valid_P.all():
-        p = int(np.flatnonzero(~valid_P)[0])
-        raise ValueError(
-            f"a and b must be finite and non-negative with a + b > 0, "
-            f"got {a_P[p]} and {b_P[p]} for prompt {p}"
-        )
-    return a_P, b_P
-
-
-def _beta_parameters(
-    a_P: ArrayLike, b_P: ArrayLike, *, least: float
-) -> tuple[FloatArray, FloatArray]:
-    """Parameters of proper densities: positive, and at least `least`."""
-    a_P, b_P = _parameters(a_P, b_P)
-    smallest = min(a_P.min(initial=np.inf), b_P.min(initial=np.inf))
-    if smallest <= 0 or smallest < least:
-        required = f"at least {least}" if least else "positive"
-        raise ValueError(f"a and b must be {required} here, got {smallest}")
-    return a_P, b_P
-
-
-def _mean(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
-    a_P, b_P = _parameters(a_P, b_P)
-    return a_P / (a_P + b_P)
-
-
-def _check_gvm(alpha: float, beta: float) -> None:
-    if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha must be finite and non-negative, got {alpha}")
-    if not 2 <= beta < math.inf:
-        raise ValueError(f"beta must be at least 2 and finite, got {beta}")
-
-
-def _log_half_step(x: float) -> float:
-    """log(Gamma(x + 1/2) / Gamma(x))."""
-    return math.lgamma(x + 0.5) - math.lgamma(x)
-
-
-@functools.cache
-def _nodes() -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Nodes p on [0, 1], 1 - p without cancellation, and weights.
-
-    256-node Gauss-Legendre in t with p = t^2 (3 - 2 t). Decayed counts are fractional and their
-    density is not smooth where p or 1 - p is 0: with b = 1.02 nodes in p itself are about 1e-4
-    off. The substitution smooths both ends.
-    """
-    node, weight = np.polynomial.legendre.leggauss(256)
-    t, rest = (1 + node) / 2, (1 - node) / 2
-    return t * t * (3 - 2 * t), rest * rest * (3 - 2 * rest), weight * 3 * t * rest
-
-
-def _expectation(
-    cost: Callable[[FloatArray], FloatArray], a_P: ArrayLike, b_P: ArrayLike
-) -> FloatArray:
-    """E[cost(p)] under each Beta(a, b), by quadrature; logs keep tall densities in range."""
-    a_P, b_P = _beta_parameters(a_P, b_P, least=1)
-    p, rest, weight = _nodes()
-    log_density = np.outer(a_P - 1, np.log(p)) + np.outer(b_P - 1, np.log(rest))
-    density = np.exp(log_density - log_density.max(axis=1, keepdims=True)) * weight
-    # Not a matrix product, which may round one row differently from the next: equal posteriors must
-    # have equal scales.
-    return (density * cost(p)).sum(axis=1) / density.sum(axis=1)
+    exponent = math.frexp(std_P.max())[1]
+    if abs(exponent) < 1000:
+        return std_P * math.ldexp(1.0, -exponent)
+    return np.ldexp(std_P, -exponent)
