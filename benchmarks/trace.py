@@ -105,10 +105,13 @@ class _Step:
         """index_P, and reward, prompt, length and pilot of N rows ordered by prompt, then slot."""
         prompt_N = np.concatenate(self.prompt)
         order_N = np.argsort(prompt_N, kind="stable")
-        rows = [
-            np.concatenate(column)[order_N] for column in (self.reward, self.length, self.pilot)
-        ]
-        return np.concatenate(self.index), rows[0], prompt_N[order_N], rows[1], rows[2]
+        return (
+            np.concatenate(self.index),
+            np.concatenate(self.reward)[order_N],
+            prompt_N[order_N],
+            np.concatenate(self.length)[order_N],
+            np.concatenate(self.pilot)[order_N],
+        )
 
 
 MAX_DRAWN = 4
@@ -276,14 +279,14 @@ class Simulation:
                 break
         step.errors.append(float(np.square(a_P / (a_P + b_P) - rate_D[index_P]).mean()))
         step.losses.append(excess_log_loss(a_P, b_P, rate_D[index_P], right_P, trials_P))
-        reward_N, place_N, length_N = (
-            np.concatenate(column[first_column:])
-            for column in (step.reward, step.prompt, step.length)
-        )
+        wave_reward_N = np.concatenate(step.reward[first_column:])
+        wave_prompt_N = np.concatenate(step.prompt[first_column:])
+        wave_length_N = np.concatenate(step.length[first_column:])
         groups = []
         for place, (row, draw) in enumerate(zip(index_P, proposal.draw_P, strict=True)):
-            of_N = place_N == place + first_place
-            groups.append((int(row), int(draw), reward_N[of_N], int(length_N[of_N].sum())))
+            of_N = wave_prompt_N == place + first_place
+            tokens = int(wave_length_N[of_N].sum())
+            groups.append((int(row), int(draw), wave_reward_N[of_N], tokens))
         return groups
 
     def _account(

@@ -276,7 +276,7 @@ SELECTIONS: dict[str, Selection] = {
 class Allocation:
     what: str
     allocate: allocation.Allocator
-    scale: allocation.Scale = allocation.posterior_std
+    scale: Callable[..., FloatArray] = allocation.posterior_std
     objective: str = "mean"
     planner: dict[str, Any] = field(default_factory=dict)
     norms: str = ""
@@ -380,7 +380,7 @@ class Arm(NamedTuple):
     def parse(cls, name: str) -> Arm:
         """Of "selection/allocation/stopping/rows"; what is left out is the plain one."""
         arm = cls(*name.split("/"))
-        tables = (SELECTIONS, ALLOCATIONS, STOPPINGS, DOWNSAMPLERS)
+        tables: tuple[dict[str, Any], ...] = (SELECTIONS, ALLOCATIONS, STOPPINGS, DOWNSAMPLERS)
         for part, table in zip(arm, tables, strict=True):
             if part not in table:
                 raise ValueError(f"{part!r} in arm {name!r} is none of {', '.join(table)}")

@@ -149,9 +149,9 @@ class Policy:
             if squared == 0:
                 return False
             self._squared = squared if not self._squared else 0.9 * self._squared + 0.1 * squared
-            rate = settings.learning_rate / math.sqrt(self._squared)
-            self._own_D = self._own_D + rate * gradient.own_D
-            self._shared_M = self._shared_M + rate * gradient.shared_M
+            step = settings.learning_rate / math.sqrt(self._squared)
+            self._own_D = self._own_D + step * gradient.own_D
+            self._shared_M = self._shared_M + step * gradient.shared_M
             logit = self._start + math.sqrt(settings.transfer) * self._skill @ self._shared_M
             logit[: settings.num_prompts] += math.sqrt(1 - settings.transfer) * self._own_D
             self._rate = _sigmoid(logit)
