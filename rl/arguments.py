@@ -45,7 +45,8 @@ DECISIVE = (
     *("budget_min", "budget_max", "gvm_alpha", "gvm_beta", "gvm_gradient_norm"),
     *("pilot_rollouts", "pilot_estimate", "pilot_use", "success_above"),
     *("posterior_decay_chosen", "posterior_decay_rest"),
-    *("temperature", "top_p", "top_k", "min_p", "max_completion_length"),
+    *("temperature", "top_p", "top_k", "min_p", "max_completion_length", "stop"),
+    *("max_prompt_length", "overlong_prompts", "reward_weights"),
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -207,7 +208,7 @@ class RolloutConfig(TrainingArguments):
     logging_nan_inf_filter: bool = _setting(
         False, "A NaN loss stops the run; it is never averaged away."
     )
-    bf16: bool | None = _setting(
+    bf16: bool | None = _setting(  # type: ignore[assignment]
         None, "bf16 autocast. Default: on a GPU that has it, yes; else no."
     )
     activation_checkpointing: bool | None = _setting(
@@ -227,6 +228,8 @@ class RolloutConfig(TrainingArguments):
                 setattr(self, name, value)
         if self.budget_min is None:
             self.budget_min = 2 if self.allocator == "leave_one_out" else 1
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "pass_rate"
         _validate(self)
         super().__post_init__()
 
@@ -254,7 +257,7 @@ def loss_of(config: RolloutConfig) -> Callable:
     """The loss named by `config`, its clip ranges bound."""
     if config.loss == "raft":
         return losses.raft
-    clip = {"epsilon_low": config.epsilon, "epsilon_high": config.epsilon_high}
+    clip: dict[str, Any] = {"epsilon_low": config.epsilon, "epsilon_high": config.epsilon_high}
     if config.loss == "raft_pp":
         return partial(losses.raft_pp, **clip)
     return partial(losses.clipped_surrogate, **clip, dual_clip=config.delta)
@@ -324,10 +327,24 @@ def _validate(config: RolloutConfig) -> None:
         raise ValueError(f"log_floor must lie in (0, 1], got {config.log_floor}")
     if config.reward_timeout is not None and not config.reward_timeout > 0:
         raise ValueError(f"reward_timeout must be positive, got {config.reward_timeout}")
-    if config.delta is not None and not config.delta > 1 + config.epsilon_high:
+    cap = 1 + (config.epsilon_high or 0)
+    if config.delta is not None and not config.delta > cap:
+        raise ValueError(f"delta={config.delta} must exceed 1 + epsilon_high = {cap}")
+    if config.auto_find_batch_size:
         raise ValueError(
-            f"delta={config.delta} must exceed 1 + epsilon_high = {1 + config.epsilon_high}"
+            "auto_find_batch_size must stay off: its retry would find the planner already moved on; "
+            "lower per_device_train_batch_size, which changes memory alone"
         )
+    if config.fp16:
+        raise ValueError(
+            "fp16 is not supported: its gradient scaler fails on steps without training signal; "
+            "write bf16: true, or neither"
+        )
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if str(getattr(config, name)).endswith("epoch"):
+            raise ValueError(
+                f"{name}: epoch has no meaning here, a run is counted in steps: write steps"
+            )
     if config.gradient_accumulation_steps != 1:
         raise ValueError(
             f"gradient_accumulation_steps must stay 1, got {config.gradient_accumulation_steps}: a "

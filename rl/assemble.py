@@ -22,7 +22,7 @@ from rl.line import Line
 from rollouts.engine import Engine, SamplingParams
 from rollouts.prompts import Prompt, PromptReport, ensure_pad_token, make_prompts
 from rollouts.reward_functions import load_reward
-from rollouts.rewards import RewardFunction, score
+from rollouts.rewards import RewardFunction, check_columns, score
 from rollouts.transformers_engine import TransformersEngine
 from samplers.allocation import Allocator, Scale
 from samplers.ledger import Ledger
@@ -93,7 +93,11 @@ def make_line(
     """The line of `config` over these prompts; `config` names its methods, the rest is given.
 
     Without an engine, the `TransformersEngine` on the training model.
+
+    Raises:
+        RewardError: if a reward function needs a column the prompts do not have.
     """
+    check_columns(rewards, prompts)
     if engine is None:
         rows = config.generation_batch_size
         engine = TransformersEngine(model, tokenizer, max_batch_rows=rows)

@@ -6,9 +6,6 @@ rewards/{name}/mean, completions/mean_length, completions/clipped_ratio, clip_ra
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,19 +13,10 @@ from torch import Tensor
 
 from rollouts.batch import TokenRollouts, concatenate
 from rollouts.prompts import Prompt
-from samplers.ledger import Ledger
 
 if TYPE_CHECKING:
     from rl.line import Batch, Line
     from rl.roll_out import Scored
-
-
-@contextmanager
-def timed(ledger: Ledger, phase: str) -> Iterator[None]:
-    """Charge the seconds of a block to a phase of the step."""
-    started = time.perf_counter()
-    yield
-    ledger.seconds(phase, time.perf_counter() - started)
 
 
 def of_rollouts(rounds: list[Scored], kept: TokenRollouts, *, num_prompts: int) -> dict[str, float]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rl.metrics import timed
 from rollouts.batch import TokenRollouts, concatenate
 from rollouts.prompts import Prompt
 from rollouts.rewards import RewardError
@@ -66,7 +65,7 @@ def roll_out(line: Line, request: Request, params: SamplingParams, *, version: i
     except Exception as caught:
         error = caught
     line.ranks.fail_together(error)
-    with timed(line.ledger, "gather"):
+    with line.ledger.phase("gather"):
         shares = line.ranks.gather(share)
     return _merge(line, request, [s for s in shares if s is not None])
 
@@ -78,7 +77,7 @@ def _generate_and_score(
         with line.policy():  # gathering sharded weights takes every rank
             return None
     position_Q, budget_Q = np.unique(request.prompt_N[rows], return_counts=True)
-    with timed(line.ledger, "rollout"), line.policy() as policy:
+    with line.ledger.phase("rollout"), line.policy() as policy:
         line.engine.load_weights(policy)
         rollouts = line.engine.generate(
             [request.prompts[p] for p in position_Q],
@@ -87,7 +86,7 @@ def _generate_and_score(
             params=params,
             version=version,
         )
-    with timed(line.ledger, "reward"):
+    with line.ledger.phase("reward"):
         ids = [t[m].tolist() for t, m in zip(rollouts.token_NT, rollouts.mask_NT, strict=True)]
         texts = line.tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = [request.prompts[p] for p in request.prompt_N[rows]]

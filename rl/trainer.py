@@ -142,10 +142,10 @@ class RolloutTrainer(Trainer):
         started = time.perf_counter()
         batch = collect(self.line, version=self.state.global_step)
         if self.args.gvm_gradient_norm != "none":
-            with metrics.timed(self.ledger, "gradient_norm"):
+            with self.ledger.phase("gradient_norm"):
                 self.planner.observe_gradient_norms(*gradient_norms(self.line, batch))
         model.train()
-        with metrics.timed(self.ledger, "update"), self.compute_loss_context_manager():
+        with self.ledger.phase("update"), self.compute_loss_context_manager():
             loss, learned = update(
                 self.line, model, batch, step_optimizer=partial(self._inner_optimizer_step, model)
             )

@@ -434,6 +434,17 @@ def _columns(
     }
 
 
+def check_columns(functions: Sequence[RewardFunction], prompts: Sequence[Prompt]) -> None:
+    """Say before anything is generated whether each function can take what these prompts bring.
+
+    Raises:
+        RewardError: naming the function and the column it needs, with the nearest there is.
+    """
+    columns = _columns(prompts[:1], [""], [[]])
+    for function in functions:
+        _check_signature(function, _name(function), columns, {})
+
+
 def _check_signature(
     function: RewardFunction, name: str, columns: Mapping[str, Any], shared: Mapping[str, Any]
 ) -> None:

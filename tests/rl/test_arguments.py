@@ -74,7 +74,7 @@ def test_losses_get_their_clip_ranges():
         ({"budget_min": 9}, "budget_min=9 exceeds rollouts_per_prompt=8"),
         ({"budget_max": 4}, "budget_max=4 is below rollouts_per_prompt=8"),
         ({"budget_min": 4, "budget_max": 2}, "budget_max=2 is below budget_min=4"),
-        ({"pilot_rollouts": 9}, "pilot_rollouts=9 exceeds rollouts_per_prompt=8"),
+        ({"pilot_rollouts": 9}, "pilot_rollouts=9 leaves nothing of rollouts_per_prompt=8"),
         ({"allocator": "leave_one_out", "budget_min": 1}, "needs budget_min >= 2, got 1"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
@@ -87,6 +87,9 @@ def test_losses_get_their_clip_ranges():
         ({"gvm_gradient_norm": "mean"}, "needs allocator 'gvm', got 'uniform'"),
         ({"trainer": "grpo", "objective": "em"}, "needs advantage 'raft', got 'grpo'"),
         ({"reward_timeout": 0.0}, "reward_timeout must be positive"),
+        ({"fp16": True}, "fp16 is not supported.*bf16"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size must stay off"),
+        ({"save_strategy": "epoch"}, "save_strategy: epoch has no meaning here.*write steps"),
         ({"overlong_prompts": "cut"}, "overlong_prompts must be one of error, truncate, drop"),
     ],
 )

@@ -25,7 +25,7 @@ from rollouts.reward_functions import (
     math_verify,
     reasoning_gym,
 )
-from rollouts.rewards import RewardError, score
+from rollouts.rewards import RewardError, check_columns, score
 
 
 def prompt(i, **columns):
@@ -627,3 +627,12 @@ def test_an_error_inside_a_reward_file_is_shown_as_it_is(tmp_path):
 def test_an_unknown_name_is_answered_with_the_nearest(spec, message):
     with pytest.raises(ValueError, match=message):
         load_reward(spec)
+
+
+def test_a_missing_column_is_said_before_anything_is_generated():
+    def needs(completions, solution, **columns):
+        return [1.0] * len(completions)
+
+    check_columns([exact_match], [prompt(0, answer="a")])
+    with pytest.raises(RewardError, match="needs a column 'solution'.*solutions"):
+        check_columns([exact_match, needs], [prompt(0, answer="a", solutions="b")])
