@@ -138,6 +138,8 @@ class Simulation:
         scale = self.allocation.scale
         if scale is allocation.thompson_std:
             scale = partial(scale, generator=step_generator(seed, "scale", 0))
+        stop = STOPPINGS[arm.stopping]
+        self.stopping = stop.make() if stop.make else None
         context = Context(posterior, self.policy, self.keys, seed)
         self.planner = Planner(
             posterior,
@@ -145,12 +147,13 @@ class Simulation:
             self.allocation.allocate,
             keys=self.keys,
             prompts_per_step=settings.prompts_per_step,
-            rollouts_per_step=settings.rollouts_per_step,
+            rollouts_per_step=settings.rollouts_per_step * stop.plan,
             scale=scale,
             minimum=2 if self.allocation.objective == "mean" else 1,
             run_seed=seed,
             **self.allocation.planner,
-            **STOPPINGS[arm.stopping][1],
+            stopping=self.stopping,
+            wave=stop.wave,
         )
         self.refill = (
             Refill(
@@ -185,6 +188,8 @@ class Simulation:
             cost_D = costs(self.allocation.objective, rate_D, policy.norm_D)
             self.planner.observe_gradient_norms(np.arange(len(cost_D)), np.sqrt(cost_D))
         step = _Step()
+        if self.stopping:
+            self.stopping.begin()
         accepted_P = self._refilled(step) if self.refill else None
         if accepted_P is None:
             self._wave(step)
@@ -211,9 +216,11 @@ class Simulation:
         keep = em if self.allocation.objective == "em" else DOWNSAMPLERS[self.arm.rows][1]
         kept = keep(batch)
         used_K = kept.weight_K != 0
-        rows_K = rows_N[kept.rows_K[used_K]]
+        rows_K, weight_K = rows_N[kept.rows_K[used_K]], kept.weight_K[used_K]
+        if self.stopping:
+            weight_K = weight_K * self.stopping.weight_P(len(index_P))[prompt_N[rows_K]]
         gradient = (
-            policy.gradient(index_P, prompt_N[rows_K], reward_N[rows_K], kept.weight_K[used_K])
+            policy.gradient(index_P, prompt_N[rows_K], reward_N[rows_K], weight_K)
             if len(rows_K)
             else None
         )

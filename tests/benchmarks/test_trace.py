@@ -237,6 +237,42 @@ def test_a_refill_trains_on_mixed_groups_only():
     assert totals["rollouts_trained"] == 8 * 8 * totals["updates"]
 
 
+def test_lots_undo_what_stopping_does_to_the_gradient():
+    # 40,000 groups of p = .9, Beta(1, 1): 4 alike have P(mixed) = 4/9 and are condemned.
+    size, p, generator = 40_000, 0.9, np.random.default_rng(0)
+    right_PS = (generator.random((size, 8)) < p).astype(float)
+    prompt_N = np.repeat(np.arange(size), 8)
+    chance_P = generator.random(size)
+    once_P = np.ones(size)
+    bias = {}
+    for name in ("early_alike", "early_unbiased"):
+        rule = STOPPINGS[name].make()
+        rule.begin()
+        four = right_PS[:, :4].sum(axis=1)
+        goes_on_P = rule(
+            four, 4 * once_P, once_P, once_P, left_P=np.full(size, 4), chance_P=chance_P
+        )
+        rule(four, 8 * once_P, once_P, once_P, left_P=np.zeros(size), chance_P=chance_P)
+        alike_P = (four == 0) | (four == 4)
+        assert goes_on_P[~alike_P].all()
+        assert goes_on_P[alike_P].mean() == pytest.approx(
+            0.5 * (name == "early_unbiased"), abs=0.02
+        )
+        advantage_PS = leave_one_out(right_PS.ravel(), prompt_N).reshape(size, 8)
+        # A stopped group has leave-one-out gradient 0: its rollouts are all alike.
+        gradient_P = goes_on_P * (advantage_PS * (right_PS - p)).mean(axis=1)
+        gradient_P = gradient_P * rule.weight_P(size)
+        error = gradient_P.std() / math.sqrt(size)
+        bias[name] = (gradient_P.mean() - p * (1 - p)) / error
+    assert abs(bias["early_unbiased"]) < 4
+    assert bias["early_alike"] < -8
+
+
+@pytest.mark.parametrize("name", ["early", "early_alike", "early_unbiased"])
+def test_stopping_generates_fewer_rollouts_per_update(name):
+    assert small(f"uniform/uniform/{name}", pool="half_dead")["updates"] > 5
+
+
 def test_excess_nats_by_hand():
     # Beta(1, 1) gives 4 of 8 the probability 1/9; the truth, at 1/2, gives C(8, 4) / 256.
     one = (np.array([1.0]), np.array([1.0]), np.array([0.5]), np.array([4]), np.array([8]))
