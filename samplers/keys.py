@@ -32,7 +32,11 @@ def stable_hash(*parts: str | SupportsIndex) -> int:
         TypeError: if a part is neither a string nor an integer. A float is refused because two
             ways of computing one number need not give the same bits.
     """
-    digest = hashlib.blake2b(digest_size=8)
+    return int.from_bytes(_digested(hashlib.blake2b(digest_size=8), parts).digest(), "big")
+
+
+def _digested(digest: "hashlib.blake2b", parts: Sequence[str | SupportsIndex]) -> "hashlib.blake2b":
+    """The digest, having taken in the parts."""
     for part in parts:
         if isinstance(part, str):
             tag, encoded = b"s", part.encode("utf-8", "surrogatepass")
@@ -45,7 +49,7 @@ def stable_hash(*parts: str | SupportsIndex) -> int:
                     f"of type {type(part).__name__}"
                 ) from None
         digest.update(tag + len(encoded).to_bytes(8, "big") + encoded)
-    return int.from_bytes(digest.digest(), "big")
+    return digest
 
 
 def rollout_seeds(run_seed: int, key: str, draw: int, slot_n: ArrayLike) -> NDArray[np.int64]:
@@ -65,8 +69,13 @@ def rollout_seeds(run_seed: int, key: str, draw: int, slot_n: ArrayLike) -> NDAr
     Returns:
         (n,) int64 seeds in [0, 2**63), in the order of `slot_n`. No slots give no seeds.
     """
-    slots = np.asarray(slot_n).tolist()
-    return np.array([stable_hash(run_seed, key, draw, slot) >> 1 for slot in slots], dtype=np.int64)
+    # Seeds differ in their last part only, so the others are taken in once.
+    common = _digested(hashlib.blake2b(digest_size=8), (run_seed, key, draw))
+    hashes = [
+        int.from_bytes(_digested(common.copy(), (slot,)).digest(), "big")
+        for slot in np.asarray(slot_n).tolist()
+    ]
+    return np.array([seed >> 1 for seed in hashes], dtype=np.int64)
 
 
 def step_generator(run_seed: int, purpose: str, step: int) -> np.random.Generator:

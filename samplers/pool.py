@@ -86,6 +86,10 @@ class Pool:
             return row_D
         return row_D[np.sort(generator.choice(len(row_D), size, replace=False))]
 
+    def whole(self, row_K: IntArray) -> bool:
+        """Whether the candidates are all rows from first to last, which need no picking."""
+        return self.in_row_order and len(row_K) == self.num_prompts
+
 
 def top(score_K: FloatArray, num_chosen: int, generator: np.random.Generator) -> IntArray:
     """Places of the largest scores, best first.

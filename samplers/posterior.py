@@ -69,10 +69,10 @@ class BetaPosterior:
             ValueError: if a row is repeated or out of range, or counts are not as above.
         """
         index_P, successes_P, failures_P = self._counts(index_P, successes_P, trials_P)
-        decay_D = np.full(self.num_prompts, self.decay_rest)
-        decay_D[index_P] = self.decay_chosen
-        self.alpha_D *= decay_D
-        self.beta_D *= decay_D
+        for count_D in (self.alpha_D, self.beta_D):
+            chosen_P = count_D[index_P] * self.decay_chosen
+            count_D *= self.decay_rest
+            count_D[index_P] = chosen_P
         self._add(index_P, successes_P, failures_P)
 
     def add(self, index_P: ArrayLike, successes_P: ArrayLike, trials_P: ArrayLike) -> None:
@@ -84,8 +84,14 @@ class BetaPosterior:
 
     def parameters(self, index: ArrayLike | None = None) -> tuple[FloatArray, FloatArray]:
         """Both parameters of the Beta, a = alpha + 1 and b = beta + 1, of `index` or of all."""
-        rows = slice(None) if index is None else np.asarray(index, dtype=np.int64)
-        return self.alpha_D[rows] + 1, self.beta_D[rows] + 1
+        if index is None:
+            return self.alpha_D + 1, self.beta_D + 1
+        rows = np.asarray(index, dtype=np.int64)
+        # `take` is faster than indexing where a million rows are picked.
+        a, b = np.take(self.alpha_D, rows), np.take(self.beta_D, rows)
+        a += 1
+        b += 1
+        return a, b
 
     def mean(self, index: ArrayLike | None = None) -> FloatArray:
         """Expected pass rate, a / (a + b), of `index` or of all prompts."""

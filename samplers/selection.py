@@ -189,9 +189,8 @@ class ThompsonSelector:
         excluded = self._pool.excluded(num_prompts, exclude)
         size = None if self._candidates is None else self._candidates * num_prompts
         row_K = self._pool.candidates(size, excluded, generator)
-        # A slice is much faster than D rows picked one by one.
-        whole = self._pool.in_row_order and len(row_K) == self._pool.num_prompts
-        pass_rate_K = self._posterior.draw(None if whole else row_K, generator=generator)
+        index = None if self._pool.whole(row_K) else row_K
+        pass_rate_K = self._posterior.draw(index, generator=generator)
         return row_K[top(checked_scores(self._score(pass_rate_K), row_K), num_prompts, generator)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -262,7 +261,8 @@ class PosteriorMeanSelector:
         """
         excluded = self._pool.excluded(num_prompts, exclude)
         row_K = self._pool.candidates(None, excluded, generator)
-        score_K = self._score(*self._posterior.parameters(row_K))
+        index = None if self._pool.whole(row_K) else row_K
+        score_K = self._score(*self._posterior.parameters(index))
         return row_K[top(checked_scores(score_K, row_K), num_prompts, generator)]
 
     def state_dict(self) -> dict[str, Any]:
