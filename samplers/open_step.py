@@ -40,6 +40,8 @@ class OpenStep:
     """Rollouts at most, where a stopping rule may end a prompt earlier; None without one."""
     active_P: NDArray[np.bool_] | None = None
     """Prompts the stopping rule has not ended; None without one."""
+    weight_P: FloatArray | None = None
+    """Weights the stopping rule gave; None without one, or if it gives none."""
 
     @classmethod
     def of(
@@ -66,6 +68,23 @@ class OpenStep:
         """(P,) rollouts the plan still has; only with a stopping rule."""
         assert self.plan_P is not None
         return self.plan_P - self.drawn_P
+
+    @property
+    def group_weight_P(self) -> FloatArray:
+        """(P,) weights of the groups' gradients."""
+        return np.ones(len(self.index_P)) if self.weight_P is None else self.weight_P
+
+    def answered(self, goes_on_P: NDArray[np.bool_], weight_P: FloatArray | None) -> None:
+        """Take in a stopping rule's answer: a stopped prompt stays stopped, and keeps its weight.
+
+        A prompt that has gone on with a weight above 1 keeps that whatever later answers say.
+        """
+        assert self.active_P is not None
+        if weight_P is not None:
+            highest_P = np.maximum(self.group_weight_P, weight_P)
+            latest_P = np.where(goes_on_P, highest_P, weight_P)
+            self.weight_P = np.where(self.active_P, latest_P, self.group_weight_P)
+        self.active_P = self.active_P & goes_on_P & (self.left_P > 0)
 
     def take_in(
         self, budget_P: IntArray, reward_N: FloatArray, success_N: FloatArray, prompt_N: IntArray

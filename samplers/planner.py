@@ -8,7 +8,7 @@ P prompts of the step, N rollouts of the round, n rollouts of one group, K measu
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,37 +18,11 @@ from samplers.keys import fingerprint, rollout_seeds, stable_hash, step_generato
 from samplers.open_step import GradientNorms, OpenStep, check_keys, check_pilots, check_rows, copied
 from samplers.posterior import BetaPosterior
 from samplers.proposal import Decision, Proposal, admit, checked_rewards
+from samplers.rules import Stopping
 from samplers.selection import Selector
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-
-
-class Stopping(Protocol):
-    """After a round: which prompts want more rollouts. See `samplers/stopping.py`."""
-
-    def __call__(
-        self,
-        successes_P: FloatArray,
-        trials_P: IntArray,
-        a_P: FloatArray,
-        b_P: FloatArray,
-        *,
-        left_P: IntArray,
-        chance_P: FloatArray,
-    ) -> NDArray[np.bool_]:
-        """(P,) True for prompts that go on.
-
-        Args:
-            successes_P, trials_P: of all rounds of this step; rollouts that were not scored are not
-                among the trials.
-            a_P, b_P: parameters of the posterior of earlier steps.
-            left_P: rollouts the plan still has; may be 0, and whole rounds are observed, so none is
-                in flight.
-            chance_P: one uniform number in [0, 1) per group, the same in every round, for rules
-                that go on at random.
-        """
-        ...
 
 
 class Planner:
@@ -80,7 +54,7 @@ class Planner:
             take a scale that accepts counts; a prompt none of whose pilots was scored has scale 0.
         pilots: "pool" counts pilots towards n_i (and a budget is at least the pilots); "discard"
             makes n_i fresh rollouts. Both generate `rollouts_per_step`.
-        stopping: the rule, None for none; not together with pilots.
+        stopping: the rule, for example one of `rules.py`; not together with pilots.
         wave: rollouts of one prompt between two questions to the rule.
         run_seed: of selection and rollouts.
         success_above: a reward above it is a success; None takes rewards in [0, 1] as (fractional)
@@ -160,6 +134,13 @@ class Planner:
     def is_open(self) -> bool:
         """Whether the step proposed last has further rounds, the one in flight included."""
         return self._last is not None and self._last.step == self._step
+
+    @property
+    def group_weight_P(self) -> FloatArray:
+        """(P,) what the gradients of the last step's groups are to be multiplied by: 1, unless a
+        stopping rule that keeps the objective says otherwise."""
+        assert self._last is not None, "no step has been proposed"
+        return self._last.group_weight_P.copy()
 
     def propose(self, *, num_prompts: int | None = None, exclude: ArrayLike = ()) -> Proposal:
         """The next round: prompts, budgets, draws and seeds.
@@ -388,22 +369,22 @@ class Planner:
             stable_hash(self._run_seed, "continue", self.keys[index], draw) / 2**64
             for index, draw in draws
         ]
-        goes_on_P = np.asarray(
-            self._stopping(
-                last.successes_P.copy(),
-                last.trials_P.copy(),
-                last.a_P.copy(),
-                last.b_P.copy(),
-                left_P=last.left_P,
-                chance_P=np.array(chances),
-            )
+        answer = self._stopping(
+            last.successes_P.copy(),
+            last.trials_P.copy(),
+            last.a_P.copy(),
+            last.b_P.copy(),
+            left_P=last.left_P,
+            chance_P=np.array(chances),
         )
+        goes_on_P, weight_P = answer if isinstance(answer, tuple) else (answer, None)
+        goes_on_P = np.asarray(goes_on_P)
         if goes_on_P.shape != last.index_P.shape or goes_on_P.dtype != bool:
             raise ValueError(
                 f"the stopping rule must give {len(last.index_P)} booleans, "
                 f"got shape {goes_on_P.shape} of {goes_on_P.dtype}"
             )
-        last.active_P = last.active_P & goes_on_P & (last.left_P > 0)
+        last.answered(goes_on_P, weight_P)
         return not last.active_P.any()
 
     def _scales(self, last: OpenStep, order_P: IntArray) -> FloatArray:
