@@ -1,0 +1,92 @@
+"""How well the posterior predicted what came: outcomes it had not yet seen, before it sees them.
+
+Axes: P prompts, B bins, R outcomes.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from samplers.stopping import success_distribution
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+def log_predictive(
+    a_P: ArrayLike, b_P: ArrayLike, successes_P: ArrayLike, trials_P: ArrayLike
+) -> FloatArray:
+    """log P(r of n) of each group under the beta-binomial that its posterior predicts, in nats.
+
+    Its negative mean over many groups is the log-loss, by which posteriors of different decays may
+    be compared. Parameters are those from before the group.
+
+    Args:
+        a_P, b_P: (P,) positive.
+        successes_P: (P,) integers in [0, trials]; a fractional reward has no such probability.
+        trials_P: (P,) integers, at least 0; a group of none has log-probability 0.
+
+    Raises:
+        ValueError: if shapes or counts are not as above.
+    """
+    return np.log([chance_R[r] for chance_R, r in _predicted(a_P, b_P, successes_P, trials_P)])
+
+
+def randomised_pit(
+    a_P: ArrayLike,
+    b_P: ArrayLike,
+    successes_P: ArrayLike,
+    trials_P: ArrayLike,
+    *,
+    generator: np.random.Generator,
+) -> FloatArray:
+    """F(r - 1) + u P(r) with u uniform: uniform on [0, 1] where the prediction is right.
+
+    Without u the histogram of a discrete outcome would not be flat. A hump in the middle says that
+    the posterior knows more than it thinks, horns at the ends that it thinks it knows more than it
+    does. (Czado, Gneiting and Held, 2009.)
+
+    Args:
+        a_P, b_P, successes_P, trials_P: as in `log_predictive`.
+        generator: draws one number per prompt.
+
+    Returns:
+        (P,) float64 in [0, 1].
+
+    Raises:
+        ValueError: as `log_predictive`.
+    """
+    groups = _predicted(a_P, b_P, successes_P, trials_P)
+    share_P = generator.random(len(groups))
+    return np.array(
+        [
+            chance_R[:r].sum() + share * chance_R[r]
+            for (chance_R, r), share in zip(groups, share_P, strict=True)
+        ]
+    )
+
+
+def _predicted(
+    a_P: ArrayLike, b_P: ArrayLike, successes_P: ArrayLike, trials_P: ArrayLike
+) -> list[tuple[FloatArray, int]]:
+    """Each group's predicted distribution, and what came."""
+    a_P, b_P = np.asarray(a_P, dtype=np.float64), np.asarray(b_P, dtype=np.float64)
+    successes_P, trials_P = np.asarray(successes_P), np.asarray(trials_P)
+    shapes = {a_P.shape, b_P.shape, successes_P.shape, trials_P.shape}
+    if len(shapes) != 1 or a_P.ndim != 1:
+        raise ValueError(f"a, b, successes and trials must be 1-d and equally long, got {shapes}")
+    whole_P = (successes_P == np.floor(successes_P)) & (trials_P == np.floor(trials_P))
+    valid_P = whole_P & (successes_P >= 0) & (successes_P <= trials_P) & (trials_P < np.inf)
+    if not valid_P.all():
+        at = int(np.flatnonzero(~valid_P)[0])
+        raise ValueError(
+            f"successes must be integers in [0, trials], got {successes_P[at]} of {trials_P[at]} "
+            f"for prompt {at}"
+        )
+    successes_P, trials_P = successes_P.astype(np.int64), trials_P.astype(np.int64)
+    groups: list[tuple[FloatArray, int]] = [(np.empty(0), 0)] * len(a_P)
+    for trials in np.unique(trials_P):
+        places = np.flatnonzero(trials_P == trials)
+        chance_PR = success_distribution(a_P[places], b_P[places], int(trials))
+        for place, chance_R in zip(places.tolist(), chance_PR, strict=True):
+            groups[place] = (chance_R, int(successes_P[place]))
+    return groups
