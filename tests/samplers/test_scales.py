@@ -1,4 +1,4 @@
-"""The scale functions of samplers/allocation.py."""
+"""The scale functions of samplers/scales.py, as allocation hands them on."""
 
 import itertools
 import math
@@ -40,6 +40,8 @@ PLUG_IN = [
     allocation.gvm_plug_in,
     allocation.inverse_sqrt,
     allocation.live,
+    allocation.reinforce_ada_std,
+    allocation.mean_pass_rate,
 ]
 POSTERIOR = [allocation.mean_std, allocation.posterior_std, allocation.gvm, allocation.log_std]
 
