@@ -300,7 +300,8 @@ def main() -> None:
     check_manifests({f"{r['arm']}-seed{r['seed']}": r["manifest"] for r in results})
     table = summarise(results)
     document = {
-        "command": "python " + " ".join(sys.argv),
+        "command": f"python benchmarks/allocation_arms.py --arms {' '.join(options.arms)} "
+        f"--seeds {options.seeds} --max_steps {options.max_steps} --config {options.config}",
         "manifest": results[0]["manifest"],
         "summary": table,
         "runs": [{k: v for k, v in r.items() if k != "manifest"} for r in results],
