@@ -85,6 +85,7 @@ from samplers.keys import step_generator
 from samplers.ledger import Ledger
 from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
+from samplers.proposal import Proposal
 from samplers.refill import Refill
 
 
@@ -248,19 +249,21 @@ class Simulation:
         number_P: list[int] = []
         while refill.missing:
             exclude = [row_of[group.key] for group in refill.held]
-            groups = self._wave(step, num_prompts=refill.missing, exclude=exclude)
-            numbers = [refill.dispatch(self.keys[row], draw) for row, draw, _, _ in groups]
-            for number, (_, _, reward_n, tokens) in zip(numbers, groups, strict=True):
-                refill.finish(number, reward_n, tokens=tokens)
+            proposal = self._wave(step, num_prompts=refill.missing, exclude=exclude)
+            dispatched = zip(proposal.index_P.tolist(), proposal.draw_P.tolist(), strict=True)
+            numbers = [refill.dispatch(self.keys[row], draw) for row, draw in dispatched]
+            for place, number in enumerate(numbers):  # without pilots a wave is one round
+                of_N = proposal.prompt_N == place
+                tokens = int(step.length[-1][of_N].sum())
+                refill.finish(number, step.reward[-1][of_N], tokens=tokens)
             number_P += numbers
         accepted = {group.number for group in refill.end().accepted}
         return np.array([number in accepted for number in number_P])
 
-    def _wave(self, step: _Step, **more: Any) -> list[tuple[int, int, FloatArray, int]]:
-        """Roll out one selection, all its rounds; row, draw, rewards and tokens of each group."""
+    def _wave(self, step: _Step, **more: Any) -> Proposal:
+        """Roll out one selection, all its rounds; the last of them."""
         planner, rate_D = self.planner, self.policy.rate_D
         first_place = sum(len(index) for index in step.index)
-        first_column = len(step.reward)
         a_P = b_P = np.empty(0)
         right_P = trials_P = np.empty(0, dtype=np.int64)
         while True:
@@ -286,15 +289,7 @@ class Simulation:
                 break
         step.errors.append(float(np.square(a_P / (a_P + b_P) - rate_D[index_P]).mean()))
         step.losses.append(excess_log_loss(a_P, b_P, rate_D[index_P], right_P, trials_P))
-        wave_reward_N = np.concatenate(step.reward[first_column:])
-        wave_prompt_N = np.concatenate(step.prompt[first_column:])
-        wave_length_N = np.concatenate(step.length[first_column:])
-        groups = []
-        for place, (row, draw) in enumerate(zip(index_P, proposal.draw_P, strict=True)):
-            of_N = wave_prompt_N == place + first_place
-            tokens = int(wave_length_N[of_N].sum())
-            groups.append((int(row), int(draw), wave_reward_N[of_N], tokens))
-        return groups
+        return proposal
 
     def _account(
         self,
@@ -527,6 +522,7 @@ def main() -> None:
     parser.add_argument("--traces", nargs="+", choices=TRACES)
     parser.add_argument("--seeds", type=int, help="seeds 1 to this")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--minutes", type=float, help="start no further seed after so long")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     results_path = ROOT / "benchmarks" / "results"
     parser.add_argument("--output", type=Path, default=results_path / "trace.json")
@@ -544,22 +540,28 @@ def main() -> None:
     traces = options.traces or (["learning"] if options.quick else list(TRACES))
 
     start = time.perf_counter()
-    # Off the learning trace nothing depends on what is learnt: only selection and budgets matter.
-    runs = [
-        (arm, pool, trace, seed, settings)
-        for trace in traces
-        for pool in pools
-        for arm in arms
-        if trace == "learning" or options.arms or is_selection(arm)
+    # The other traces are there for calibration and for what is selected: two pools will do.
+    blocks = [
+        [
+            (arm, pool, trace, seed, settings)
+            for pool in (pools if is_learning or options.traces else pools[:2])
+            for arm in arms
+            if is_learning or options.arms or arm == Arm(arm.selection)
+            for trace in traces
+            if (trace == "learning") == is_learning
+        ]
+        for is_learning in (True, False)
         for seed in seeds
     ]
-    results = []
+    results: list[dict[str, Any]] = []
     with ProcessPoolExecutor(options.jobs) as processes:
-        for done, result in enumerate(processes.map(_run, runs, chunksize=4), 1):
-            results.append(result)
-            if done % 100 == 0:
-                seconds = time.perf_counter() - start
-                print(f"{done} of {len(runs)} runs, {seconds:.0f} s", file=sys.stderr, flush=True)
+        for number, block in enumerate(filter(None, blocks), 1):
+            seconds = time.perf_counter() - start
+            if options.minutes and seconds > 60 * options.minutes:
+                print(f"time is up: {number - 1} blocks are done", file=sys.stderr, flush=True)
+                break
+            results += processes.map(_run, block, chunksize=2)
+            print(f"block {number}: {len(results)} runs", file=sys.stderr, flush=True)
     table = summarise(results)
     document = {
         "command": "python benchmarks/trace.py " + " ".join(sys.argv[1:]),
@@ -572,10 +574,6 @@ def main() -> None:
     options.output.write_text(json.dumps(document, indent=1) + "\n")
     draw(table, options.output.with_suffix(".png"))
     show(table)
-
-
-def is_selection(arm: Arm) -> bool:
-    return arm == Arm(arm.selection)
 
 
 def _run(run: tuple[Arm, str, str, int, Settings]) -> dict[str, Any]:
