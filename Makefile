@@ -31,7 +31,6 @@ run: setup
 # Tests use one thread each and no network: every model is built from its config.
 test check: export OMP_NUM_THREADS := 1
 test check: export HF_HUB_OFFLINE := 1
-test check: export WANDB_MODE := offline
 test: setup
 	$(BIN)/python -m pytest -n 2
 

@@ -146,13 +146,12 @@ def wants_more(completions, solution, **_):
         (raises, "raises.*KeyError: 'no such verifier'"),
         (hangs, "hangs.*took longer than 0.2 s"),
         (short, r"reward function short returned 35 rewards for 36 completions"),
-        (wants_more, r"wants_more needs a column 'solution'; the data set has .*'answer'"),
         (returns(float("nan")), "odd.*returned nan"),
         (returns(float("inf")), "odd.*returned inf"),
         (returns(None), "no reward function applied"),
         (returns("1"), "'1' of type str"),
     ],
-    ids=["raises", "hangs", "short", "column", "nan", "inf", "none", "text"],
+    ids=["raises", "hangs", "short", "nan", "inf", "none", "text"],
 )
 def test_a_failing_reward_stops_the_run_and_names_function_and_prompt(tmp_path, reward, message):
     made = tiny.trainer(tmp_path, reward=reward, reward_timeout=0.2)
@@ -160,9 +159,14 @@ def test_a_failing_reward_stops_the_run_and_names_function_and_prompt(tmp_path, 
     with pytest.raises(RewardError, match=message) as caught:
         made.train()
     assert time.monotonic() - started < 10
-    if reward not in (short, wants_more) and "type str" not in message:
+    if reward is not short and "type str" not in message:
         assert any(prompt.key in str(caught.value) for prompt in made.line.prompts)
     assert made.state.global_step == 0
+
+
+def test_a_column_a_reward_lacks_is_said_before_training(tmp_path):
+    with pytest.raises(RewardError, match=r"wants_more needs a column 'solution'.*'answer'"):
+        tiny.trainer(tmp_path, reward=wants_more)
 
 
 def test_a_reward_outside_0_and_1_says_what_to_write(tmp_path):
