@@ -42,7 +42,9 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/engine.py
-	$(BIN)/python benchmarks/allocation_arms.py
+	$(BIN)/python benchmarks/samplers.py
+	$(BIN)/python benchmarks/trace.py
+	$(BIN)/python benchmarks/allocation_arms.py --seeds 5 --max_steps 60
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache
