@@ -147,3 +147,12 @@ def test_without_a_rule_that_weighs_every_group_weighs_one():
 def test_a_share_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"rho must be in \(0, 1\], got 0"):
         rules.while_mixed_is_likely_unbiased(threshold=0.5, rho=0)
+
+
+def test_a_group_that_went_on_by_lot_keeps_its_weight_when_it_turns_out_mixed():
+    rule = rules.while_mixed_is_likely_unbiased(threshold=1.0, rho=0.5)
+    late = [[0] * 6 + [1, 0]] * 3  # alike until the last wave
+    found = set()
+    for seed in range(20):
+        found |= set(zip(*play(make(rule, wave=2, seed=seed), late), strict=True))
+    assert found == {(2, 0.0), (8, 2.0)}
