@@ -51,6 +51,17 @@ class Rollouts:
     """(N,) float64; None until scored."""
     advantage_N: Tensor | None = None
     """(N,) float; None until compared with its peers."""
+    stratum_N: Tensor | None = None
+    """(N,) int64: peers within the prompt, such as the number of tool calls; None: all are."""
+    weight_NT: Tensor | None = None
+    """(N, T) float: how much each decision counts in the loss; None until weighed."""
+    old_logprob_NT: Tensor | None = None
+    """(N, T) float, nats: recomputed by the trainer before the first update; None: not needed."""
+    reference_logprob_NT: Tensor | None = None
+    """(N, T) float, nats, under the reference policy; None without one."""
+    entropy_NT: Tensor | None = None
+    """(N, T) float, nats: entropy of the distribution each decision was drawn from; None until
+    computed."""
 
     def __post_init__(self) -> None:
         if self.mask_NT.ndim != 2 or self.mask_NT.dtype != torch.bool:
@@ -125,7 +136,8 @@ class TokenRollouts(Rollouts):
 
     token_NT: Tensor
     """(N, T) int64: ids of the completion. An end-of-sequence token that was drawn is part of it,
-    and of the mask. What stands off the mask means nothing."""
+    and of the mask. Off the mask, what stands before a row's last decision is context that others
+    wrote (tool output); what stands after it means nothing."""
     truncated_N: Tensor
     """(N,) bool: True where the length limit ended the rollout, not the policy."""
     seed_N: Tensor

@@ -78,7 +78,8 @@ __all__ = [
 IntArray = NDArray[np.int64]
 
 Allocator = Callable[..., IntArray]
-"""`allocate(std_P, total, *, minimum, maximum) -> budget_P`. Any function of this shape is one."""
+"""`allocate(std_P, total, *, minimum, maximum) -> budget_P`. Any function of this shape is one.
+`knapsack_posterior` takes a_P, b_P in the place of std_P: give the planner `scale=None` with it."""
 
 
 def align_total(total: int, multiple: int) -> int:

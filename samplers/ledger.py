@@ -1,6 +1,8 @@
 """The ledger: what was generated, and what became of every rollout and every token of it.
 
-    drawn = trained + filtered + surplus + failed          for rollouts and for tokens, every step
+    drawn + taken = trained + filtered + surplus + failed + buffered
+
+for rollouts and for tokens, at every step; what is buffered waits for a later step, which takes it.
 
 Names of the counts say their unit first: `rollouts_drawn`, `rollouts_filtered_all_fail`,
 `tokens_trained`, `seconds_rollout`, `updates`.
@@ -13,9 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-FATES = ("trained", "filtered", "surplus", "failed")
+FATES = ("trained", "filtered", "surplus", "failed", "buffered")
 """What can become of a rollout: used in an update; left out for what it is (a group without
-spread, a down-sampled row); left out because there were enough; or never scored."""
+spread, a down-sampled row); left out because there were enough; never scored; or kept for a later
+step."""
 
 Counts = dict[str, int | float]
 
@@ -59,6 +62,18 @@ class Ledger:
     def drawn(self, rollouts: int, tokens: int, *, kind: str = "rollout") -> None:
         """Count rollouts that were generated; any other kind ("pilot") is also counted by name."""
         self._count("drawn", rollouts, tokens, detail="" if kind == "rollout" else kind)
+
+    def taken(self, rollouts: int, tokens: int) -> None:
+        """Count rollouts of earlier steps that come out of the buffer; this step accounts for them.
+
+        Raises:
+            ValueError: if more are taken than were buffered, a count is negative or no step is open.
+        """
+        for unit, count in (("rollouts", rollouts), ("tokens", tokens)):
+            held = self._totals[f"{unit}_buffered"] - self._totals[f"{unit}_taken"]
+            if count > held:
+                raise ValueError(f"{count} {unit} taken from a buffer that holds {held}")
+        self._count("taken", rollouts, tokens, detail="")
 
     def account(self, fate: str, rollouts: int, tokens: int, *, reason: str = "") -> None:
         """Say what became of rollouts that were drawn.
@@ -113,14 +128,14 @@ class Ledger:
         if self.step is None:
             raise ValueError("no step is open: begin comes before end")
         for unit in ("rollouts", "tokens"):
-            drawn = self._step_counts[f"{unit}_drawn"]
+            drawn, taken = (self._step_counts[f"{unit}_{name}"] for name in ("drawn", "taken"))
             fates = {fate: self._step_counts[f"{unit}_{fate}"] for fate in FATES}
-            if drawn != sum(fates.values()):
+            if drawn + taken != sum(fates.values()):
                 parts = " + ".join(f"{count} {fate}" for fate, count in fates.items())
                 # Not an assert statement: this check holds under `python -O` too.
                 raise AssertionError(
-                    f"step {self.step} drew {drawn} {unit} but accounts for "
-                    f"{sum(fates.values())} = {parts}"
+                    f"step {self.step} drew {drawn} {unit} and took {taken} from the buffer, but "
+                    f"accounts for {sum(fates.values())} = {parts}"
                 )
         self.step = None
 
@@ -176,6 +191,8 @@ class Ledger:
 
 def _nothing() -> Counts:
     counts: Counts = {
-        f"{unit}_{name}": 0 for unit in ("rollouts", "tokens") for name in ("drawn", *FATES)
+        f"{unit}_{name}": 0
+        for unit in ("rollouts", "tokens")
+        for name in ("drawn", "taken", *FATES)
     }
     return counts | {"updates": 0}

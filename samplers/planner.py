@@ -8,6 +8,7 @@ P prompts of the step, N rollouts of the round, n rollouts of one group, K measu
 """
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any, Literal
 
 import numpy as np
@@ -46,7 +47,10 @@ class Planner:
         keys: (D,) prompt keys, one per row of the data set, distinct.
         prompts_per_step: P.
         rollouts_per_step: rollouts generated per step over all its rounds, pilots included.
-        scale: turns posterior parameters into what `allocate` is given.
+        scale: turns posterior parameters into what `allocate` is given. One that draws
+            (`thompson_std`) has a keyword `generator` and is given the step's. With None the
+            allocator is one of the posterior itself, `allocate(a_P, b_P, total, ...)`, such as
+            `allocation.knapsack_posterior`; gradient norms and `estimate="pilot"` need a scale.
         minimum, maximum: box of n_i, in rollouts; None for no maximum.
         pilot: pilots per prompt; 0 for none.
         estimate: what round 1 is allocated by: "posterior", which has seen the pilots by then, or
@@ -73,7 +77,7 @@ class Planner:
         keys: Sequence[str],
         prompts_per_step: int,
         rollouts_per_step: int,
-        scale: Scale = posterior_std,
+        scale: Scale | None = posterior_std,
         minimum: int = 1,
         maximum: int | None = None,
         pilot: int = 0,
@@ -107,6 +111,7 @@ class Planner:
         self.rollouts_per_step = rollouts_per_step
         self._allocate = allocate
         self._scale = scale
+        self._scale_draws = scale is not None and "generator" in signature(scale).parameters
         self._pilot = pilot
         self._estimate = estimate
         self._pooled = pilot if pilots == "pool" else 0
@@ -119,8 +124,10 @@ class Planner:
         self._success_above = success_above
         # A budget that cannot be spent, or a scale that cannot be computed, is told now and not
         # after the first rollouts.
+        if scale is None and estimate == "pilot":
+            raise ValueError("estimate='pilot' needs a scale that takes counts, got scale=None")
         even_P = np.ones(prompts_per_step)
-        self._spend(np.asarray(scale(even_P, even_P)))
+        self._spend(*self._columns(even_P, even_P, step=0))
 
         self._step = 0
         self._round = 0
@@ -219,8 +226,10 @@ class Planner:
             norm_K: (K,) norms, finite and non-negative.
 
         Raises:
-            ValueError: if either is not as above.
+            ValueError: if either is not as above, or there is no scale for norms to multiply.
         """
+        if self._scale is None:
+            raise ValueError("gradient norms multiply a scale, and this planner has scale=None")
         self._norms.observe(index_K, norm_K, self.keys)
 
     def state_dict(self) -> dict[str, Any]:
@@ -354,9 +363,11 @@ class Planner:
         # neither on its row nor on its place in the step, and no prompt is favoured for good.
         keys = [self.keys[index] for index in last.index_P]
         order_P = np.argsort([stable_hash(self._run_seed, "ties", last.step, key) for key in keys])
-        std_P = self._scales(last, order_P) * self._norms.of(last.index_P[order_P])
+        columns = self._scales(last, order_P)
+        if self._scale is not None:
+            columns = [columns[0] * self._norms.of(last.index_P[order_P])]
         budget_P = np.empty(len(order_P), dtype=np.int64)
-        budget_P[order_P] = self._spend(std_P)
+        budget_P[order_P] = self._spend(*columns)
         return budget_P
 
     def _all_stopped(self, last: OpenStep) -> bool:
@@ -387,17 +398,28 @@ class Planner:
         last.answered(goes_on_P, weight_P)
         return not last.active_P.any()
 
-    def _scales(self, last: OpenStep, order_P: IntArray) -> FloatArray:
-        """(P,) scales of the step's prompts taken in `order_P`."""
+    def _scales(self, last: OpenStep, order_P: IntArray) -> list[FloatArray]:
+        """What the allocator is given of the step's prompts, taken in `order_P`."""
         if self._estimate == "posterior":
-            return np.asarray(self._scale(*self.posterior.parameters(last.index_P[order_P])))
+            parameters = self.posterior.parameters(last.index_P[order_P])
+            return self._columns(*parameters, step=last.step)
         trials_P, successes_P = last.trials_P[order_P], last.successes_P[order_P]
         scored_P = trials_P > 0
         std_P = np.zeros(len(order_P))
-        std_P[scored_P] = self._scale(
-            successes_P[scored_P], trials_P[scored_P] - successes_P[scored_P]
+        counts = successes_P[scored_P], trials_P[scored_P] - successes_P[scored_P]
+        (std_P[scored_P],) = self._columns(*counts, step=last.step)
+        return [std_P]
+
+    def _columns(self, a_P: FloatArray, b_P: FloatArray, *, step: int) -> list[FloatArray]:
+        """The scale of these parameters, or they themselves where there is none."""
+        if self._scale is None:
+            return [a_P, b_P]
+        drawn = (
+            {"generator": step_generator(self._run_seed, "scale", step)}
+            if self._scale_draws
+            else {}
         )
-        return std_P
+        return [np.asarray(self._scale(a_P, b_P, **drawn))]
 
     def _total(self, num_prompts: int) -> int:
         """What the allocator spends on a step of so many prompts."""
@@ -409,21 +431,22 @@ class Planner:
             )
         return rollouts - self._discarded * num_prompts
 
-    def _spend(self, std_P: FloatArray) -> IntArray:
+    def _spend(self, *column_P: FloatArray) -> IntArray:
         """(P,) n_i, checked: a user's own allocator may be wrong."""
-        total = self._total(len(std_P))
+        num_prompts = len(column_P[0])
+        total = self._total(num_prompts)
         budget_P = np.asarray(
-            self._allocate(std_P, total, minimum=self._minimum, maximum=self._maximum)
+            self._allocate(*column_P, total, minimum=self._minimum, maximum=self._maximum)
         )
         if (
-            budget_P.shape != std_P.shape
+            budget_P.shape != (num_prompts,)
             or budget_P.dtype.kind not in "iu"
             or budget_P.sum() != total
             or budget_P.min() < self._minimum
             or (self._maximum is not None and budget_P.max() > self._maximum)
         ):
             raise ValueError(
-                f"the allocator must give {len(std_P)} integers of at least {self._minimum}, at "
+                f"the allocator must give {num_prompts} integers of at least {self._minimum}, at "
                 f"most {self._maximum}, that sum to {total}, got {budget_P.tolist()}"
             )
         return budget_P.astype(np.int64)

@@ -16,8 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
 
-Scale = Callable[[FloatArray, FloatArray], FloatArray]
-"""`scale(a_P, b_P) -> std_P` from the parameters of each prompt's Beta posterior."""
+Scale = Callable[..., FloatArray]
+"""`scale(a_P, b_P) -> std_P` from the parameters of each prompt's Beta posterior. One that draws
+also takes the keyword `generator`."""
 
 
 def plug_in_std(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
@@ -58,9 +59,8 @@ def thompson_std(a_P: ArrayLike, b_P: ArrayLike, *, generator: np.random.Generat
     """sqrt(q (1 - q)) at one fresh draw q of each posterior.
 
     Here to be compared with: a draw is a good way to choose prompts and a bad way to allocate. In
-    expectation its budgets are worse than uniform ones, where `posterior_std` is better. Bind the
-    generator first, `functools.partial(thompson_std, generator=...)`; a run that is resumed must
-    bring it back in the same state.
+    expectation its budgets are worse than uniform ones, where `posterior_std` is better. The planner
+    gives it the generator of the step, so that a resumed run draws the same.
     """
     pass_rate_P = generator.beta(*_beta_parameters(a_P, b_P, least=0))
     return np.sqrt(pass_rate_P * (1 - pass_rate_P))

@@ -30,6 +30,8 @@ def test_by_hand():
         "rollouts_filtered_all_pass": 1,
         "rollouts_surplus": 0,
         "rollouts_failed": 1,
+        "rollouts_buffered": 0,
+        "rollouts_taken": 0,
         "tokens_drawn": 70,
         "tokens_drawn_pilot": 20,
         "tokens_trained": 40,
@@ -38,6 +40,8 @@ def test_by_hand():
         "tokens_filtered_all_pass": 4,
         "tokens_surplus": 0,
         "tokens_failed": 5,
+        "tokens_buffered": 0,
+        "tokens_taken": 0,
         "seconds_rollout": 1.75,
         "updates": 2,
     }
@@ -66,9 +70,17 @@ def test_a_step_starts_at_zero_and_the_run_goes_on():
 @pytest.mark.parametrize(
     ("rollouts", "tokens", "message"),
     [
-        (3, 41, "step 7 drew 3 rollouts but accounts for 2 = 2 trained"),
-        (1, 41, "step 7 drew 1 rollouts but accounts for 2"),
-        (2, 40, "step 7 drew 40 tokens but accounts for 41 = 41 trained"),
+        (
+            3,
+            41,
+            "step 7 drew 3 rollouts and took 0 from the buffer, but accounts for 2 = 2 trained",
+        ),
+        (1, 41, "step 7 drew 1 rollouts and took 0 from the buffer, but accounts for 2"),
+        (
+            2,
+            40,
+            "step 7 drew 40 tokens and took 0 from the buffer, but accounts for 41 = 41 trained",
+        ),
     ],
 )
 def test_a_step_that_does_not_add_up_stops(rollouts, tokens, message):
@@ -95,6 +107,31 @@ def test_steps_add_up_whatever_the_fates(events):
         assert totals[f"{unit}_drawn"] == sum(event[at] for event in events)
         for fate in FATES:
             assert totals[f"{unit}_{fate}"] == sum(e[at] for e in events if e[0] == fate)
+
+
+def test_what_is_buffered_is_taken_by_a_later_step_and_accounted_for_there():
+    ledger = Ledger()
+    ledger.begin(0)
+    ledger.drawn(5, 50)
+    ledger.account("trained", 2, 20)
+    ledger.account("buffered", 3, 30)
+    ledger.end()
+    ledger.begin(1)
+    with pytest.raises(ValueError, match="4 rollouts taken from a buffer that holds 3"):
+        ledger.taken(4, 30)
+    ledger.taken(2, 21)
+    ledger.drawn(1, 7)
+    ledger.account("trained", 2, 17)
+    with pytest.raises(AssertionError, match="drew 1 rollouts and took 2 from the buffer, but"):
+        ledger.end()
+    ledger.account("surplus", 1, 11, reason="aged")
+    ledger.end()
+    totals = ledger.totals
+    for unit, drawn, held in [("rollouts", 6, 1), ("tokens", 57, 9)]:
+        assert totals[f"{unit}_drawn"] == drawn
+        assert totals[f"{unit}_buffered"] - totals[f"{unit}_taken"] == held
+        fates = sum(totals[f"{unit}_{fate}"] for fate in FATES)
+        assert drawn + totals[f"{unit}_taken"] == fates
 
 
 def test_saved_and_loaded_goes_on_in_the_middle_of_a_step():
@@ -144,7 +181,9 @@ def test_it_says_what_is_wrong():
     ledger.begin(2)
     with pytest.raises(ValueError, match="step 2 must end before step 3 begins"):
         ledger.begin(3)
-    with pytest.raises(ValueError, match="one of trained, filtered, surplus, failed, got 'lost'"):
+    with pytest.raises(
+        ValueError, match="one of trained, filtered, surplus, failed, buffered, got 'lost'"
+    ):
         ledger.account("lost", 1, 1)
     with pytest.raises(ValueError, match="tokens must be non-negative, got -1"):
         ledger.drawn(1, -1)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samplers import allocation
-from samplers.keys import rollout_seeds
+from samplers.keys import rollout_seeds, step_generator
 from samplers.ledger import Ledger
 from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
@@ -22,6 +22,8 @@ MODES = [
     {"pilot": 2, "pilots": "discard", "estimate": "pilot", "scale": allocation.inverse_sqrt},
     {"allocate": allocation.leave_one_out, "minimum": 2, "maximum": 9},
     {"scale": allocation.gvm, "success_above": 0.3},
+    {"scale": allocation.thompson_std},
+    {"scale": None, "allocate": allocation.knapsack_posterior, "minimum": 2},
 ]
 
 
@@ -328,6 +330,39 @@ def test_allocation_reads_the_posterior_itself():
     assert planner.propose().budget_P.tolist()[0] < 5
 
 
+def test_an_allocator_of_the_posterior_is_given_its_parameters():
+    seen = []
+
+    def allocate(a_P, b_P, total, *, minimum, maximum):
+        seen.append((a_P, b_P))
+        return allocation.uniform(a_P, total, minimum=minimum, maximum=maximum)
+
+    planner = make(allocate=allocate, scale=None)
+    for _ in range(3):
+        proposal = planner.propose()
+        a_P, b_P = planner.posterior.parameters(proposal.index_P)
+        # The planner asks in an order of its own, that of a hash.
+        assert sorted(zip(*seen[-1], strict=True)) == sorted(zip(a_P, b_P, strict=True))
+        planner.observe(proposal, rewards(proposal), proposal.prompt_N)
+    with pytest.raises(ValueError, match="gradient norms multiply a scale"):
+        planner.observe_gradient_norms([0], [1.0])
+    with pytest.raises(ValueError, match="needs a scale that takes counts, got scale=None"):
+        make(allocate=allocate, scale=None, pilot=1, estimate="pilot")
+
+
+def test_a_scale_that_draws_is_given_the_generator_of_the_step():
+    seen = []
+
+    def scale(a_P, b_P, *, generator):
+        seen.append(generator.random())
+        return np.ones(len(a_P))
+
+    planner = make(scale=scale)
+    rounds(planner, 3)
+    assert seen[0] == seen[1]  # the trial of the settings draws what step 0 will
+    assert seen[1:] == [step_generator(0, "scale", step).random() for step in range(3)]
+
+
 def test_no_evidence_means_uniform_budgets():
     planner = make(prompts_per_step=10, rollouts_per_step=30)
     assert planner.propose().budget_P.tolist() == [3] * 10
@@ -367,7 +402,8 @@ def test_a_run_killed_anywhere_and_resumed_decides_the_same(mode, kill):
     # Even kills fall between rounds, odd ones while a round is in flight.
     def prepare():
         planner = make(**mode)
-        planner.observe_gradient_norms([0, 5], [0.5, 2.0])
+        if mode.get("scale", "default") is not None:
+            planner.observe_gradient_norms([0, 5], [0.5, 2.0])
         return planner
 
     whole = rounds(prepare(), 12)
