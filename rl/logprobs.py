@@ -1,4 +1,4 @@
-"""Log-probabilities of recorded rollouts under the model being trained.
+"""Log-probabilities and entropies of recorded rollouts under the model being trained.
 
 A row is laid out as [left padding | prompt | completion | right padding], so that all completions
 of a micro-batch start in one column and only their logits are asked for. Padding reaches the
@@ -8,21 +8,38 @@ Assumes a causal language model with the interface of transformers: `model(input
 attention_mask=...)` gives an object with `logits`. Wrappers (DistributedDataParallel, DeepSpeed,
 PEFT, compiled modules) are called through, never around.
 
+The functions here serve every such model and hold its logits once, in its own dtype.
+`rl.fused_head` has the same two functions without any (N, T, V) tensor, for heads that allow it.
+
 Axes: N rollouts, T decision steps (columns of the rollouts), S columns of the model's input,
-V vocabulary, C width of the head's input.
+V vocabulary, C width of the head's input, M decisions of the mask, L decisions of a chunk.
 """
 
 import inspect
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 
 from rollouts.batch import TokenRollouts
 
-CHUNK = 2**23
-"""Logits that are worked on in float32 at a time: 32 MiB."""
+CHUNK = 2**20
+"""Logits that are worked on in float32 at a time on a CPU: 4 MiB, which stay in its caches."""
+CHUNK_OF_ACCELERATOR = 2**26
+"""The same on an accelerator, 256 MiB: few launches, and products of many rows."""
+
+
+class Statistics(NamedTuple):
+    """What a model says about recorded decisions; 0 where the mask is False."""
+
+    logprob_NT: Tensor
+    """(N, T) float, nats: log-probability of each recorded token, differentiable."""
+    entropy_NT: Tensor
+    """(N, T) float, nats: entropy of the distribution over the whole vocabulary, detached."""
 
 
 def completion_logprobs(
@@ -32,8 +49,10 @@ def completion_logprobs(
 
         logprob_nt = z_nt[token_nt] - logsumexp_v z_nt[v],    z = logits / temperature
 
-    The logits stay in the model's dtype; float32 copies are made of a few positions at a time,
-    forwards and backwards, so no (N, T, V) tensor in float32 ever stands beside one in bfloat16.
+    The logits stay in the dtype the head gives them, also under the mixed precision of
+    accelerate, which casts a model's outputs to float32; float32 copies are made of a few
+    positions at a time, forwards and backwards, so no (N, T, V) tensor in float32 ever stands
+    beside one in bfloat16.
 
     Args:
         model: gradients flow to its parameters unless they are switched off around the call.
@@ -50,15 +69,25 @@ def completion_logprobs(
     Raises:
         ValueError: without rows, for an empty prompt, or for a temperature that is not positive.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    layout = _layout(model, rollouts, pad_id)
-    logits_NTV = layout.predicting(model(**layout.inputs).logits)
-    num_steps = logits_NTV.shape[1]
-    logprob_NT = _SelectedLogprob.apply(
-        logits_NTV, rollouts.token_NT[:, :num_steps], rollouts.mask_NT[:, :num_steps], temperature
-    )
-    return nn.functional.pad(logprob_NT, (0, rollouts.mask_NT.shape[1] - num_steps))
+    return _scored(model, rollouts, temperature, pad_id, entropy=False).logprob_NT
+
+
+def completion_statistics(
+    model: nn.Module, rollouts: TokenRollouts, *, temperature: float = 1.0, pad_id: int
+) -> Statistics:
+    """Log-probabilities as `completion_logprobs`, and the entropy of each decision.
+
+        entropy_nt = -sum_v p_ntv log p_ntv,    p = softmax(logits / temperature)
+
+    over the whole vocabulary, before any top-k or top-p. A logit of -inf has probability 0 and adds
+    nothing. The entropy is detached: no loss differentiates it.
+
+    Args and Raises: as `completion_logprobs`.
+
+    Returns:
+        Both (N, T), in nats and the dtype of `completion_logprobs`; exactly 0 off the mask.
+    """
+    return _scored(model, rollouts, temperature, pad_id, entropy=True)
 
 
 @torch.no_grad()
@@ -83,8 +112,8 @@ def head_inputs(model: nn.Module, rollouts: TokenRollouts, *, pad_id: int) -> Te
         ValueError: as `completion_logprobs`; if the head is not an `nn.Linear`; or if the model
             changes its logits after the head.
     """
-    layout = _layout(model, rollouts, pad_id)
-    head = _innermost(model).get_output_embeddings()
+    layout = layout_of(model, rollouts, pad_id)
+    head = innermost(model).get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ValueError(
             f"the gradient norm needs a head that is an nn.Linear, got {type(head).__name__}"
@@ -115,7 +144,9 @@ def head_inputs(model: nn.Module, rollouts: TokenRollouts, *, pad_id: int) -> Te
     return nn.functional.pad(hidden_NTC, (0, 0, 0, rollouts.mask_NT.shape[1] - num_steps))
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
+    """The model's input, and where in its output the completions are predicted."""
+
     inputs: dict[str, Any]
     num_steps: int
 
@@ -124,7 +155,8 @@ class _Layout(NamedTuple):
         return value_NSX[:, value_NSX.shape[1] - self.num_steps - 1 : -1]
 
 
-def _layout(model: nn.Module, rollouts: TokenRollouts, pad_id: int) -> _Layout:
+def layout_of(model: nn.Module, rollouts: TokenRollouts, pad_id: int) -> Layout:
+    """The rows as one input of `model`, with the arguments that its signature takes."""
     if len(rollouts) == 0:
         raise ValueError(
             "rollouts has no row; a process without rows takes part with a row of weight 0"
@@ -134,7 +166,7 @@ def _layout(model: nn.Module, rollouts: TokenRollouts, pad_id: int) -> _Layout:
         row = [len(prompt) for prompt in prompts].index(0)
         raise ValueError(f"row {row} has an empty prompt: nothing predicts its first token")
     device = rollouts.token_NT.device
-    end_N = _end(rollouts.mask_NT)
+    end_N = ends(rollouts.mask_NT)
     num_steps, width = int(end_N.max()), max(map(len, prompts))
 
     prompt_NS = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
@@ -147,27 +179,28 @@ def _layout(model: nn.Module, rollouts: TokenRollouts, pad_id: int) -> _Layout:
         "input_ids": torch.cat([prompt_NS.to(device), token_NT], dim=1),
         "attention_mask": real_NS.long(),
     }
-    taken = inspect.signature(type(_innermost(model)).forward).parameters
+    taken = inspect.signature(type(innermost(model)).forward).parameters
     if "position_ids" in taken:
         inputs["position_ids"] = (real_NS.long().cumsum(1) - 1).clamp(min=0)
     if "logits_to_keep" in taken:
         inputs["logits_to_keep"] = num_steps + 1
     if "use_cache" in taken:
         inputs["use_cache"] = False
-    return _Layout(inputs, num_steps)
+    return Layout(inputs, num_steps)
 
 
-def _end(mask_NT: Tensor) -> Tensor:
-    """One past the last True of each row; 0 for a row without any."""
+def ends(mask_NT: Tensor) -> Tensor:
+    """(N,) one past the last True of each row, the columns a row takes; 0 for a row without any."""
     step_T = torch.arange(1, mask_NT.shape[1] + 1, device=mask_NT.device)
     if not len(step_T):
         return mask_NT.new_zeros(len(mask_NT), dtype=torch.int64)
     return (mask_NT * step_T).amax(dim=1)
 
 
-def _innermost(model: Any) -> Any:
-    """The language model inside its wrappers, whose signature is the one that counts."""
+def wrappers(model: Any) -> Iterator[Any]:
+    """The model and what it wraps, from the outside in; the last is the language model itself."""
     while True:
+        yield model
         if isinstance(getattr(model, "module", None), nn.Module):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
@@ -175,7 +208,53 @@ def _innermost(model: Any) -> Any:
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
         else:
-            return model
+            return
+
+
+def innermost(model: Any) -> Any:
+    """The language model inside its wrappers, whose signature is the one that counts."""
+    *_, inner = wrappers(model)
+    return inner
+
+
+@contextmanager
+def _outputs_as_computed(model: nn.Module) -> Iterator[None]:
+    """Without accelerate's cast of half-precision outputs to float32; its autocast stays."""
+    with ExitStack() as stack:
+        for module in wrappers(model):
+            forward = vars(module).get("forward")
+            convert = getattr(forward, "__wrapped__", None)
+            if not isinstance(convert, ConvertOutputsToFp32):
+                continue
+            plain = convert.model_forward
+            module.forward = MethodType(plain, module) if isinstance(forward, MethodType) else plain
+            stack.callback(setattr, module, "forward", forward)
+        yield
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless it is positive."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def _scored(
+    model: nn.Module, rollouts: TokenRollouts, temperature: float, pad_id: int, *, entropy: bool
+) -> Statistics:
+    check_temperature(temperature)
+    layout = layout_of(model, rollouts, pad_id)
+    with _outputs_as_computed(model):
+        logits_NTV = layout.predicting(model(**layout.inputs).logits)
+    num_steps = logits_NTV.shape[1]
+    values = _SelectedLogprob.apply(
+        logits_NTV,
+        rollouts.token_NT[:, :num_steps],
+        rollouts.mask_NT[:, :num_steps],
+        temperature,
+        entropy,
+    )
+    rest = rollouts.mask_NT.shape[1] - num_steps
+    return Statistics(*(nn.functional.pad(value_NT, (0, rest)) for value_NT in values))
 
 
 class _SelectedLogprob(torch.autograd.Function):
@@ -185,40 +264,82 @@ class _SelectedLogprob(torch.autograd.Function):
     only the logits are kept, and the gradient is written in their dtype:
 
         d logprob_t / d logits_tv = (1[v = token_t] - softmax_tv) / temperature
+
+    Gives the log-probabilities and the entropies, which have no gradient and are 0 if not asked for.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits_NTV: Tensor, token_NT: Tensor, mask_NT: Tensor, temperature: float
-    ) -> Tensor:
+        ctx: Any,
+        logits_NTV: Tensor,
+        token_NT: Tensor,
+        mask_NT: Tensor,
+        temperature: float,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(logits_NTV.dtype, torch.float32)
         logprob_NT = torch.zeros(mask_NT.shape, dtype=dtype, device=logits_NTV.device)
-        normaliser_NT = torch.zeros_like(logprob_NT)
+        normaliser_NT, entropy_NT = torch.zeros_like(logprob_NT), torch.zeros_like(logprob_NT)
         for at in _chunks(mask_NT, logits_NTV.shape[-1]):
-            z_LV = logits_NTV[at].to(dtype) / temperature
-            normaliser_NT[at] = z_LV.logsumexp(-1)
-            logprob_NT[at] = z_LV.gather(1, token_NT[at][:, None])[:, 0] - normaliser_NT[at]
+            logprob_NT[at], normaliser_NT[at], entropy_L = selected(
+                logits_NTV[at].to(dtype).div_(temperature), token_NT[at], entropy=entropy
+            )
+            if entropy_L is not None:
+                entropy_NT[at] = entropy_L
         ctx.save_for_backward(logits_NTV, token_NT, mask_NT, normaliser_NT)
         ctx.temperature = temperature
-        return logprob_NT
+        ctx.mark_non_differentiable(entropy_NT)
+        return logprob_NT, entropy_NT
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits_NTV, token_NT, mask_NT, normaliser_NT = ctx.saved_tensors
-        (grad_NT,) = grads
+        grad_NT = grads[0]
         grad_NTV = torch.zeros_like(logits_NTV)
-        for at in _chunks(mask_NT, logits_NTV.shape[-1]):
-            z_LV = logits_NTV[at].to(grad_NT.dtype) / ctx.temperature
-            grad_LV = -(z_LV - normaliser_NT[at][:, None]).exp()
-            token_L1 = token_NT[at][:, None]
-            grad_LV.scatter_add_(1, token_L1, torch.ones_like(token_L1, dtype=grad_LV.dtype))
-            grad_LV *= grad_NT[at][:, None] / ctx.temperature
-            grad_NTV[at] = grad_LV.to(grad_NTV.dtype)
-        return grad_NTV, None, None, None
+        for at in _chunks(mask_NT & (grad_NT != 0), logits_NTV.shape[-1]):
+            z_LV = logits_NTV[at].to(grad_NT.dtype).div_(ctx.temperature)
+            grad_L = grad_NT[at] / ctx.temperature
+            grad_NTV[at] = logit_gradient(z_LV, normaliser_NT[at], token_NT[at], grad_L).to(
+                grad_NTV.dtype
+            )
+        return grad_NTV, None, None, None, None
+
+
+def selected(
+    z_LV: Tensor, token_L: Tensor, *, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probability of `token_L`, normaliser and entropy of softmax(z); overwrites `z_LV`.
+
+    normaliser = logsumexp_v z_v,    entropy = -sum_v p_v log p_v
+    """
+    top_L1 = z_LV.amax(dim=-1, keepdim=True)
+    below_LV = z_LV.sub_(top_L1)
+    share_LV = below_LV.exp()
+    total_L = share_LV.sum(dim=-1)
+    log_total_L = total_L.log()
+    logprob_L = below_LV.gather(1, token_L[:, None])[:, 0] - log_total_L
+    entropy_L = None
+    if entropy:
+        # 0 * -inf, of a logit that leaves its token out, has to be 0.
+        below_LV.clamp_(min=torch.finfo(z_LV.dtype).min)
+        entropy_L = log_total_L - share_LV.mul_(below_LV).sum(dim=-1) / total_L
+    return logprob_L, log_total_L + top_L1[:, 0], entropy_L
+
+
+def logit_gradient(z_LV: Tensor, normaliser_L: Tensor, token_L: Tensor, grad_L: Tensor) -> Tensor:
+    """grad_l (1[v = token_l] - softmax(z_l)_v), written over `z_LV`."""
+    grad_LV = z_LV.sub_(normaliser_L[:, None]).exp_().mul_(-grad_L[:, None])
+    return grad_LV.scatter_add_(1, token_L[:, None], grad_L[:, None])
+
+
+def chunk_size(vocabulary: int, device: torch.device) -> int:
+    """Positions whose logits are worked on at a time."""
+    chunk = CHUNK if device.type == "cpu" else CHUNK_OF_ACCELERATOR
+    return max(1, chunk // vocabulary)
 
 
 def _chunks(mask_NT: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The positions of the mask, as many at a time as fit CHUNK logits: rows and columns (L,)."""
+    """The positions of the mask, a chunk at a time: rows and columns (L,)."""
     row_M, step_M = mask_NT.nonzero(as_tuple=True)
-    size = max(1, CHUNK // vocabulary)
+    size = chunk_size(vocabulary, mask_NT.device)
     yield from zip(row_M.split(size), step_M.split(size), strict=True)

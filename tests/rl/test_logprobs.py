@@ -164,7 +164,7 @@ def test_half_precision_gives_float32_logprobs_of_the_half_precision_logits():
     torch.testing.assert_close(actual.double(), by_loop(model, batch), atol=0.15, rtol=0)
     logits_NTV = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)).bfloat16() * 5
     token_NT, mask_NT = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool)
-    selected = _SelectedLogprob.apply(logits_NTV, token_NT, mask_NT, 1.0)
+    selected = _SelectedLogprob.apply(logits_NTV, token_NT, mask_NT, 1.0, False)[0]
     exact = logits_NTV.double().log_softmax(-1).gather(2, token_NT[..., None])[..., 0]
     torch.testing.assert_close(selected.double(), exact, atol=2e-6, rtol=0)
 
@@ -175,7 +175,7 @@ def test_selected_logprob_has_the_gradient_of_its_values():
     token_NT = torch.randint(0, 5, (3, 4), generator=generator)
     mask_NT = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
     assert torch.autograd.gradcheck(
-        lambda z: _SelectedLogprob.apply(z, token_NT, mask_NT, 0.6), (logits_NTV,)
+        lambda z: _SelectedLogprob.apply(z, token_NT, mask_NT, 0.6, False)[0], (logits_NTV,)
     )
 
 
@@ -199,7 +199,7 @@ def test_nan_logits_off_the_mask_reach_neither_value_nor_gradient():
     logits_NTV[0, 2] = float("nan")
     logits_NTV.requires_grad_()
     token_NT, mask_NT = torch.tensor([[0, 1, 2]]), torch.tensor([[True, True, False]])
-    logprob_NT = _SelectedLogprob.apply(logits_NTV, token_NT, mask_NT, 1.0)
+    logprob_NT = _SelectedLogprob.apply(logits_NTV, token_NT, mask_NT, 1.0, False)[0]
     # Uniform over four tokens: log(1/4) twice, and nothing for the third.
     expected = torch.tensor([[0.25, 0.25, 1.0]], dtype=torch.float64).log()
     torch.testing.assert_close(logprob_NT, expected)
