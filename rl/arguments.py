@@ -1,80 +1,62 @@
 """Every setting of a run, documented once and validated together.
 
 `RolloutConfig` adds to `transformers.TrainingArguments` what decides where rollouts go and how they
-train. Methods are named in YAML and looked up in the plain tables below; a method is added by one
-entry here. `trainer: grpo | raft | raft++` is a preset: it fills the fields left unset, nothing more.
+train. Methods are named in YAML and looked up in the plain tables of `rl/methods.py`; a method is
+added by one entry there. `trainer: grpo | raft | raft++` is a preset: it fills the fields left unset,
+nothing more.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
-import numpy as np
+import torch
 from transformers import TrainingArguments
 
-from rl import advantages, losses
-from samplers import allocation
+from rl.methods import (
+    ADVANTAGES,
+    ALLOCATORS,
+    BUDGET_MINIMA,
+    DOWN_SAMPLERS,
+    LOSS_DEFAULTS,
+    LOSSES,
+    PRESETS,
+    SELECTORS,
+    STOPPINGS,
+    allocator_of,
+    loss_of,
+)
+from rl.validation import choice, nearest, validate
+from samplers.allocation import align_total
 
-ADVANTAGES: dict[str, Callable] = {
-    "leave_one_out": advantages.leave_one_out,
-    "grpo": advantages.grpo,
-    "centred": advantages.centred,
-    "raft": advantages.raft,
-}
-LOSSES: dict[str, Callable] = {
-    "raft": losses.raft,
-    "raft_pp": losses.raft_pp,
-    "grpo": losses.clipped_surrogate,
-    "dapo": losses.clipped_surrogate,
-}
-ALLOCATORS: dict[str, tuple[Callable, Callable]] = {
-    # name -> (integer solver, posterior scale); `gvm` binds its alpha and beta in `allocator_of`.
-    "uniform": (allocation.uniform, allocation.posterior_std),
-    "neyman": (allocation.neyman, allocation.posterior_std),
-    "leave_one_out": (allocation.leave_one_out, allocation.posterior_std),
-    "gvm": (allocation.neyman, allocation.gvm),
-}
-SELECTORS = ("uniform",)
-OBJECTIVES = ("mean", "log", "em", "flat")
-LENGTH_WEIGHTS = ("row_mean", "token_sum", "token_mean")
+__all__ = [
+    "ADVANTAGES",
+    "ALLOCATORS",
+    "DECISIVE",
+    "DOWN_SAMPLERS",
+    "LOSSES",
+    "PRESETS",
+    "SELECTORS",
+    "STOPPINGS",
+    "RolloutConfig",
+    "allocator_of",
+    "loss_of",
+    "nearest",
+]
 
 DECISIVE = (
-    *("seed", "selector", "prompts_per_step", "rollouts_per_prompt", "allocator"),
-    *("budget_min", "budget_max", "gvm_alpha", "gvm_beta", "gvm_gradient_norm"),
+    *("seed", "selector", "selection_score", "selection_candidates", "selection_target"),
+    *("selection_column", "selection_gamma", "band_low", "band_high", "band_short"),
+    *("prompts_per_step", "rollouts_per_prompt", "rollouts_multiple_of", "allocator"),
+    *("allocation_scale", "budget_min", "budget_max"),
+    *("gvm_alpha", "gvm_beta", "gvm_gradient_norm"),
     *("pilot_rollouts", "pilot_estimate", "pilot_use", "success_above"),
+    *("stopping", "stopping_wave", "stopping_needed", "stopping_threshold", "stopping_rho"),
+    *("refill", "refill_max_draws", "refill_wave", "refill_at_cap", "refill_max_age"),
     *("posterior_decay_chosen", "posterior_decay_rest"),
     *("temperature", "top_p", "top_k", "min_p", "max_completion_length", "stop"),
     *("max_prompt_length", "overlong_prompts", "reward_weights"),
 )
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "grpo": {
-        "advantage": "grpo",
-        "loss": "grpo",
-        "objective": "mean",
-        "length_weight": "row_mean",
-        "epsilon_high": 0.2,
-    },
-    "raft": {
-        "advantage": "raft",
-        "loss": "raft",
-        "objective": "em",
-        "length_weight": "row_mean",
-        "epsilon_high": 0.2,
-    },
-    "raft++": {
-        "advantage": "raft",
-        "loss": "raft_pp",
-        "objective": "em",
-        "length_weight": "row_mean",
-        "epsilon_high": 0.2,
-    },
-}
-LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
-    "dapo": {"length_weight": "token_mean", "epsilon_high": 0.28},
-}
+"""Settings that decide which rollouts are made; a resumed run must share them."""
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -99,17 +81,58 @@ class RolloutConfig(TrainingArguments):
     trainer: str = _setting(
         "raft++", "Preset for advantage, loss, objective: grpo, raft or raft++."
     )
-    selector: str = _setting("uniform", "Which prompts are rolled out: uniform.")
-    prompts_per_step: int = _setting(32, "Prompts of one step.")
+    selector: str = _setting(
+        "uniform",
+        "Which prompts are rolled out: uniform (by epoch), vade (Thompson draws of the pass rate), "
+        "mopps, posterior_mean, band (posterior mean in a band), static_band, diverse.",
+    )
+    selection_score: str = _setting(
+        "vade", "What vade, posterior_mean and diverse prefer: vade p(1-p)^2 or variance p(1-p)."
+    )
+    selection_candidates: int | None = _setting(
+        None, "Candidates drawn per chosen prompt, for vade, mopps, diverse. Default: all prompts."
+    )
+    selection_target: float = _setting(0.5, "Pass rate that mopps wants its draws near to.")
+    selection_column: str | None = _setting(
+        None,
+        "Column of the data set: pass rates of the starting policy for static_band, embeddings for "
+        "diverse.",
+    )
+    selection_gamma: float | None = _setting(
+        None,
+        "Weight of diverse's distances, in score per distance; no default fits all embeddings.",
+    )
+    band_low: float = _setting(0.3, "Lower end of the band.")
+    band_high: float = _setting(0.7, "Upper end of the band.")
+    band_short: str = _setting(
+        "nearest", "If the band holds too few prompts: raise, nearest (to the band) or uniform."
+    )
+    prompts_per_step: int = _setting(
+        32, "Prompts of one step; with refill, groups that carry gradient."
+    )
     rollouts_per_prompt: int = _setting(
         8,
-        "Mean rollouts per prompt; a step generates prompts_per_step times as many, pilots included.",
+        "Mean rollouts per prompt; a step generates prompts_per_step times as many, pilots included. "
+        "With a stopping rule the most, on average.",
+    )
+    rollouts_multiple_of: int = _setting(
+        1,
+        "The rollouts of a step are rounded down to a multiple of this before they are allocated.",
     )
     allocator: str = _setting(
-        "uniform", "How many rollouts each prompt gets: uniform, neyman, leave_one_out or gvm."
+        "uniform",
+        "How many rollouts each prompt gets: uniform, neyman, leave_one_out, dr_grpo, gvm, log, "
+        "accepted, reinforce_ada, knapsack or knapsack_posterior.",
+    )
+    allocation_scale: str = _setting(
+        "posterior_std",
+        "The reward's std as neyman, leave_one_out and dr_grpo see it: posterior_std, plug_in_std, "
+        "mean_std or thompson_std.",
     )
     budget_min: int | None = _setting(
-        None, "Fewest rollouts of a prompt. Default: 2 for leave_one_out, else 1."
+        None,
+        "Fewest rollouts of a prompt. Default: 2 for leave_one_out and knapsack, 3 for dr_grpo, "
+        "else 1.",
     )
     budget_max: int | None = _setting(None, "Most rollouts of a prompt. Default: no cap.")
     gvm_alpha: float = _setting(1e-3, "GVM's regulariser alpha (0: none).")
@@ -128,12 +151,72 @@ class RolloutConfig(TrainingArguments):
     pilot_use: str = _setting(
         "pool", "pool: pilots are ordinary rollouts and train; discard: counted, not trained on."
     )
+    stopping: str = _setting(
+        "none",
+        "When a group ends before its budget: none, positive (enough passed), balanced (enough "
+        "passed and failed), early (unlikely to become mixed), early_unbiased (the same, some by "
+        "lot only). All but the last change the objective.",
+    )
+    stopping_wave: int | None = _setting(
+        None, "Rollouts of a prompt between two looks of the stopping rule."
+    )
+    stopping_needed: int | None = _setting(
+        None, "Passes that positive waits for (default 1); rows that balanced can keep (default 4)."
+    )
+    stopping_threshold: float = _setting(
+        0.5, "early and early_unbiased stop a group less likely than this to become mixed."
+    )
+    stopping_rho: float = _setting(
+        0.5, "early_unbiased: chance that a group goes on all the same, and weighs 1/rho."
+    )
+    refill: bool = _setting(
+        False, "Draw more prompts until prompts_per_step groups are mixed (DAPO's filter)."
+    )
+    refill_max_draws: int = _setting(
+        4, "Groups drawn for each group wanted, at most; those of the buffer are not drawn again."
+    )
+    refill_wave: int | None = _setting(
+        None,
+        "Prompts of a wave at least; more than are missing means fewer waves and a surplus. Default: "
+        "as many as are missing.",
+    )
+    refill_at_cap: str = _setting(
+        "partial",
+        "If groups are still missing: raise, partial (fewer, and divide by fewer) or pad (fewer, and "
+        "divide by all).",
+    )
+    refill_max_age: int = _setting(
+        0, "Steps for which surplus mixed groups wait to be trained on; 0: they are dropped."
+    )
     posterior_decay_chosen: float = _setting(0.2, "Memory of a chosen prompt's counts, per step.")
     posterior_decay_rest: float = _setting(0.999, "Memory of the other prompts' counts, per step.")
     success_above: float | None = _setting(
         None,
         "A reward above this is a success for the posterior. Default: rewards lie in [0, 1] and "
         "count as fractions.",
+    )
+
+    # -- which rows train
+    down_sampling: str = _setting(
+        "none",
+        "Rows that train: none (all), d3s (largest variance of advantages in the batch), "
+        "d3s_two_stage, max_variance (of advantages, per prompt), pods (of rewards, per prompt, "
+        "compared anew), half, balanced (Reinforce-Ada).",
+    )
+    row_fraction_initial: float = _setting(
+        0.25, "Share of rows d3s keeps at the start; project default, not from the paper."
+    )
+    row_fraction_final: float = _setting(1.0, "Share of rows d3s keeps at the end.")
+    rows_per_prompt: int | None = _setting(
+        None, "Rows of a prompt that max_variance, pods, half and balanced keep."
+    )
+    weight_rows: str = _setting(
+        "trained",
+        "A prompt's weight is shared by its rows that reach the loss (trained) or by all drawn ones "
+        "(drawn), which makes prompts with dropped rows count less.",
+    )
+    mask_truncated_completions: bool = _setting(
+        False, "Leave completions that hit max_completion_length out of the loss."
     )
 
     # -- generation
@@ -217,177 +300,32 @@ class RolloutConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = _has_bf16_gpu() and not self.use_cpu and not self.fp16
-        _choice("trainer", self.trainer, PRESETS)
+            gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = gpu and not self.use_cpu and not self.fp16
+        choice("trainer", self.trainer, PRESETS)
         preset = dict(PRESETS[self.trainer])
         loss = self.loss if self.loss is not None else preset["loss"]
-        _choice("loss", loss, LOSSES)
+        choice("loss", loss, LOSSES)
         preset |= LOSS_DEFAULTS.get(loss, {})
         for name, value in preset.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.budget_min is None:
-            self.budget_min = 2 if self.allocator == "leave_one_out" else 1
+            self.budget_min = BUDGET_MINIMA.get(self.allocator, 1)
+        if self.stopping_needed is None:
+            self.stopping_needed = 4 if self.stopping == "balanced" else 1
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "pass_rate"
-        _validate(self)
+        validate(self)
         super().__post_init__()
 
     @property
     def rollouts_per_step(self) -> int:
         """Rollouts generated in one step, pilots included."""
-        return self.prompts_per_step * self.rollouts_per_prompt
+        return align_total(
+            self.prompts_per_step * self.rollouts_per_prompt, self.rollouts_multiple_of
+        )
 
     def decisive_settings(self) -> dict[str, Any]:
         """Settings that decide which rollouts are made; a resumed run must share them."""
         return {name: getattr(self, name) for name in DECISIVE}
-
-
-def allocator_of(config: RolloutConfig) -> tuple[Callable, Callable]:
-    """The integer solver and the scale function (a_P, b_P) -> std_P named by `config`."""
-    solve, scale = ALLOCATORS[config.allocator]
-    if config.allocator == "gvm":
-        plug_in = config.pilot_rollouts > 0 and config.pilot_estimate == "pilot"
-        scale = allocation.gvm_plug_in if plug_in else allocation.gvm
-        scale = partial(scale, alpha=config.gvm_alpha, beta=config.gvm_beta)
-    return solve, scale
-
-
-def loss_of(config: RolloutConfig) -> Callable:
-    """The loss named by `config`, its clip ranges bound."""
-    if config.loss == "raft":
-        return losses.raft
-    clip: dict[str, Any] = {"epsilon_low": config.epsilon, "epsilon_high": config.epsilon_high}
-    if config.loss == "raft_pp":
-        return partial(losses.raft_pp, **clip)
-    return partial(losses.clipped_surrogate, **clip, dual_clip=config.delta)
-
-
-def nearest(word: str, known: Any) -> str:
-    """' Did you mean X?' for the known name nearest to `word`, or nothing."""
-    close = get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def _choice(name: str, value: Any, known: Any) -> None:
-    if value not in known:
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(str, known))}, got {value!r}."
-            f"{nearest(str(value), known)}"
-        )
-
-
-def _has_bf16_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-
-
-def _at_least(config: RolloutConfig, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not (np.isfinite(value) and value >= least):
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def _validate(config: RolloutConfig) -> None:
-    _choice("selector", config.selector, SELECTORS)
-    _choice("allocator", config.allocator, ALLOCATORS)
-    _choice("advantage", config.advantage, ADVANTAGES)
-    _choice("objective", config.objective, OBJECTIVES)
-    _choice("length_weight", config.length_weight, LENGTH_WEIGHTS)
-    _choice("gvm_gradient_norm", config.gvm_gradient_norm, ("none", "mean", "rms"))
-    _choice("pilot_estimate", config.pilot_estimate, ("posterior", "pilot"))
-    if config.pilot_estimate == "pilot" and not config.pilot_rollouts:
-        raise ValueError("pilot_estimate 'pilot' needs pilot_rollouts of at least 1, got 0")
-    _choice("pilot_use", config.pilot_use, ("pool", "discard"))
-    _choice("overlong_prompts", config.overlong_prompts, ("error", "truncate", "drop"))
-    _choice("if_run_exists", config.if_run_exists, ("error", "resume"))
-    _at_least(config, 1, "prompts_per_step", "rollouts_per_prompt", "max_completion_length")
-    _at_least(config, 1, "generation_batch_size", "updates_per_step", "eval_rollouts_per_prompt")
-    _at_least(config, 1, "max_prompt_length", "max_empty_steps", "gvm_beta", "completions_rows")
-    _at_least(config, 0, "budget_min", "pilot_rollouts", "gvm_alpha", "top_k", "reward_retries")
-    _at_least(config, 0, "temperature", "min_p", "epsilon", "epsilon_high", "completions_every")
-    _at_least(config, 0, "posterior_decay_chosen", "posterior_decay_rest", "max_failed_share")
-    _budgets(config)
-    if config.temperature == 0:
-        raise ValueError("temperature must be positive for training rollouts, got 0")
-    for name in (
-        "posterior_decay_chosen",
-        "posterior_decay_rest",
-        "top_p",
-        "min_p",
-        "max_failed_share",
-    ):
-        if getattr(config, name) > 1:
-            raise ValueError(f"{name} must be at most 1, got {getattr(config, name)}")
-    if not config.top_p > 0:
-        raise ValueError(f"top_p must be positive, got {config.top_p}")
-    if not 0 < config.log_floor <= 1:
-        raise ValueError(f"log_floor must lie in (0, 1], got {config.log_floor}")
-    if config.reward_timeout is not None and not config.reward_timeout > 0:
-        raise ValueError(f"reward_timeout must be positive, got {config.reward_timeout}")
-    cap = 1 + (config.epsilon_high or 0)
-    if config.delta is not None and not config.delta > cap:
-        raise ValueError(f"delta={config.delta} must exceed 1 + epsilon_high = {cap}")
-    if config.auto_find_batch_size:
-        raise ValueError(
-            "auto_find_batch_size must stay off: its retry would find the planner already moved on; "
-            "lower per_device_train_batch_size, which changes memory alone"
-        )
-    if config.fp16:
-        raise ValueError(
-            "fp16 is not supported: its gradient scaler fails on steps without training signal; "
-            "write bf16: true, or neither"
-        )
-    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-        if str(getattr(config, name)).endswith("epoch"):
-            raise ValueError(
-                f"{name}: epoch has no meaning here, a run is counted in steps: write steps"
-            )
-    if config.gradient_accumulation_steps != 1:
-        raise ValueError(
-            f"gradient_accumulation_steps must stay 1, got {config.gradient_accumulation_steps}: a "
-            "step splits its rows into micro-batches of per_device_train_batch_size by itself"
-        )
-    if config.gvm_gradient_norm != "none" and config.allocator != "gvm":
-        raise ValueError(
-            f"gvm_gradient_norm={config.gvm_gradient_norm!r} needs allocator 'gvm', "
-            f"got {config.allocator!r}"
-        )
-    if config.objective == "em" and config.advantage != "raft":
-        raise ValueError(
-            f"objective 'em' weights accepted rollouts and needs advantage 'raft', got "
-            f"{config.advantage!r}; write objective: mean, log or flat, or advantage: raft"
-        )
-
-
-def _budgets(config: RolloutConfig) -> None:
-    total, least = config.rollouts_per_prompt, config.budget_min
-    assert least is not None
-    if config.budget_max is not None and config.budget_max < max(least, 1):
-        raise ValueError(
-            f"budget_max={config.budget_max} is below budget_min={least}; every prompt needs a box"
-        )
-    if least > total:
-        raise ValueError(
-            f"budget_min={least} exceeds rollouts_per_prompt={total}: "
-            f"{config.prompts_per_step} prompts cannot all get it; lower budget_min or raise "
-            "rollouts_per_prompt"
-        )
-    if config.budget_max is not None and config.budget_max < total:
-        raise ValueError(
-            f"budget_max={config.budget_max} is below rollouts_per_prompt={total}: the step's "
-            f"{config.rollouts_per_step} rollouts do not fit; raise budget_max"
-        )
-    if config.allocator == "leave_one_out" and least < 2:
-        raise ValueError(f"allocator 'leave_one_out' needs budget_min >= 2, got {least}")
-    if config.pilot_rollouts >= total and config.pilot_rollouts:
-        raise ValueError(
-            f"pilot_rollouts={config.pilot_rollouts} leaves nothing of rollouts_per_prompt={total} to "
-            "allocate; pilots are part of the total"
-        )
-    if config.budget_max is not None and config.budget_max < config.pilot_rollouts:
-        raise ValueError(
-            f"budget_max={config.budget_max} is below pilot_rollouts={config.pilot_rollouts}"
-        )

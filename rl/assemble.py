@@ -16,9 +16,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rl.arguments import ADVANTAGES, RolloutConfig, allocator_of, loss_of
+from rl.arguments import RolloutConfig
 from rl.distributed import Ranks
 from rl.line import Line
+from rl.methods import (
+    NEEDS_COLUMN,
+    SELECTORS,
+    STOPPINGS,
+    advantage_after_of,
+    advantage_of,
+    allocator_of,
+    down_sampler_of,
+    loss_of,
+)
+from rl.waves import GroupBuffer
 from rollouts.engine import Engine, SamplingParams
 from rollouts.prompts import Prompt, PromptReport, ensure_pad_token, make_prompts
 from rollouts.reward_functions import load_reward
@@ -28,13 +39,14 @@ from samplers.allocation import Allocator, Scale
 from samplers.ledger import Ledger
 from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
-from samplers.selection import UniformSelector
+from samplers.refill import Refill
 
 
 def make_planner(
     config: RolloutConfig,
     keys: list[str],
     *,
+    columns: Callable[[str], list[Any]] | None = None,
     allocate: Allocator | None = None,
     scale: Scale | None = None,
 ) -> Planner:
@@ -43,10 +55,12 @@ def make_planner(
     Args:
         config: the settings.
         keys: one key per data-set row.
+        columns: a column of the data set by its name, for selectors that need one.
         allocate, scale: an integer solver and a scale of your own, instead of those `config` names.
 
     Raises:
-        ValueError: if a step has more prompts than the data set.
+        ValueError: if a step has more prompts than the data set, or a selector's column is not
+            there or not what it needs.
     """
     if len(keys) < config.prompts_per_step:
         raise ValueError(
@@ -60,9 +74,15 @@ def make_planner(
     )
     named, named_scale = allocator_of(config)
     assert config.budget_min is not None
+    column_D: list[Any] | None = None
+    if config.selector in NEEDS_COLUMN:
+        if columns is None:
+            raise ValueError(f"selector {config.selector!r} needs the columns of the data set")
+        column_D = columns(config.selection_column or "")
+    stopping = STOPPINGS[config.stopping](config)
     return Planner(
         posterior,
-        UniformSelector(len(keys), seed=config.seed, keys=keys),
+        SELECTORS[config.selector](config, posterior, keys, column_D),
         allocate or named,
         keys=keys,
         prompts_per_step=config.prompts_per_step,
@@ -73,6 +93,8 @@ def make_planner(
         pilot=config.pilot_rollouts,
         estimate=config.pilot_estimate,  # type: ignore[arg-type]
         pilots=config.pilot_use,  # type: ignore[arg-type]
+        stopping=stopping,
+        wave=config.stopping_wave if stopping else None,
         run_seed=config.seed,
         success_above=config.success_above,
     )
@@ -122,7 +144,10 @@ def make_line(
             timeout=config.reward_timeout,
             retries=config.reward_retries,
         ),
-        advantage=ADVANTAGES[config.advantage or ""],
+        advantage=advantage_of(config),
+        advantage_after=advantage_after_of(config),
+        down_sample=down_sampler_of(config),
+        buffer=_buffer(config, planner),
         objective=config.objective or "",
         length_weight=config.length_weight or "",
         loss=loss_of(config),
@@ -132,10 +157,44 @@ def make_line(
     )
 
 
+def column_of(prompts: Sequence[Prompt]) -> Callable[[str], list[Any]]:
+    """`column(name)`: one value per prompt; ValueError where a row has none."""
+
+    def column(name: str) -> list[Any]:
+        for row, prompt in enumerate(prompts):
+            if prompt.columns.get(name) is None:
+                known = ", ".join(sorted(prompt.columns)) or "none"
+                raise ValueError(
+                    f"selection_column {name!r} is missing in row {row} of the data set, whose "
+                    f"columns are {known}"
+                )
+        return [prompt.columns[name] for prompt in prompts]
+
+    return column
+
+
+def _buffer(config: RolloutConfig, planner: Planner) -> GroupBuffer | None:
+    if not config.refill:
+        return None
+    return GroupBuffer(
+        Refill(
+            config.prompts_per_step,
+            max_drawn=config.refill_max_draws * config.prompts_per_step,
+            at_cap=config.refill_at_cap,  # type: ignore[arg-type]
+            max_age=config.refill_max_age,
+            decide=planner.admit,
+        )
+    )
+
+
 def load_policy(
-    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None
+    model: PreTrainedModel | str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    peft_config: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, loaded in float32 if it is a folder or hub id, and its tokenizer if none is given.
+
+    With `peft_config` it has an adapter, which alone trains. Dropout is off.
 
     Raises:
         ValueError: if the tokenizer has no pad token, or the model does not say where its own is.
@@ -147,6 +206,11 @@ def load_policy(
         tokenizer = AutoTokenizer.from_pretrained(source)
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)  # type: ignore[assignment]
+    without_dropout(model)
     return model, ensure_pad_token(tokenizer)
 
 

@@ -3,19 +3,20 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl.arguments import RolloutConfig
 from rl.distributed import Ranks
-from rl.roll_out import Scored
+from rl.waves import GroupBuffer, Wave
 from rollouts.batch import TokenRollouts
 from rollouts.engine import Engine, SamplingParams
 from rollouts.prompts import Prompt
 from rollouts.rewards import RewardResult
 from samplers.ledger import Ledger
-from samplers.planner import Planner, Proposal
+from samplers.planner import Planner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +30,31 @@ class Line:
     sampling: SamplingParams
     tokenizer: PreTrainedTokenizerBase
     reward: Callable[..., RewardResult]  # (prompts, texts, token ids, *, max_failed_share)
-    advantage: Callable[..., torch.Tensor]
+    advantage: Callable[[TokenRollouts], torch.Tensor]  # of full groups
+    advantage_after: Callable[[TokenRollouts], torch.Tensor] | None  # of the rows kept (PODS)
+    down_sample: Callable[[TokenRollouts, float], torch.Tensor]  # (rollouts, progress) -> rows_K
+    buffer: GroupBuffer | None  # draws until enough groups are mixed; None: one wave a step
     objective: str
     length_weight: str
     loss: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
     ledger: Ledger
     ranks: Ranks
     config: RolloutConfig
+
+    def state_dict(self) -> dict[str, Any]:
+        """What later steps depend on: nested dicts of arrays and plain values."""
+        return {
+            "planner": self.planner.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "buffer": None if self.buffer is None else self.buffer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()` exactly."""
+        self.planner.load_state_dict(state["planner"])
+        self.ledger.load_state_dict(state["ledger"])
+        if self.buffer is not None:
+            self.buffer.load_state_dict(state["buffer"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +65,5 @@ class Batch:
     weight_K: torch.Tensor  # per-prompt weights of the objective
     denominator: float
     prompts: list[Prompt]  # P, as `rollouts.prompt_N` counts them
-    proposals: list[Proposal]
-    scored: list[Scored]  # one per round, everything that was generated
+    waves: list[Wave]  # everything that was generated
     metrics: dict[str, float] = field(default_factory=dict)

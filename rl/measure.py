@@ -10,7 +10,7 @@ import torch
 from rl import gradient_norm
 from rl.advantages import raft
 from rl.logprobs import head_inputs
-from rollouts.batch import concatenate
+from rl.metrics import drawn
 
 if TYPE_CHECKING:
     from rl.line import Batch, Line
@@ -27,7 +27,9 @@ def gradient_norms(line: Line, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         (K,) int64 data-set rows and (K,) float64 norms.
     """
-    rollouts = concatenate([scored.rollouts for scored in batch.scored])
+    if not batch.waves:
+        return np.zeros(0, dtype=np.int64), np.zeros(0)
+    rollouts = drawn(batch.waves)
     reward_N, prompt_N = rollouts.reward_N, rollouts.prompt_N
     assert reward_N is not None
     accepted = ((raft(reward_N, prompt_N) > 0) & (rollouts.length_N > 0)).nonzero().flatten()
@@ -52,4 +54,5 @@ def gradient_norms(line: Line, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     prompt_K, norm_K = reduce[line.config.gvm_gradient_norm](
         norm_N, prompt_N[accepted], torch.ones(len(accepted), dtype=torch.bool)
     )
-    return batch.proposals[0].index_P[prompt_K.numpy()], norm_K.numpy()
+    index_P = np.concatenate([wave.index_P for wave in batch.waves])
+    return index_P[prompt_K.numpy()], norm_K.numpy()

@@ -13,19 +13,24 @@ from torch import Tensor
 
 from rollouts.batch import TokenRollouts, concatenate
 from rollouts.prompts import Prompt
+from samplers.downsampling import selection_metrics
 
 if TYPE_CHECKING:
     from rl.line import Batch, Line
-    from rl.roll_out import Scored
+    from rl.waves import Wave
 
 
-def of_rollouts(rounds: list[Scored], kept: TokenRollouts, *, num_prompts: int) -> dict[str, float]:
+def of_rollouts(waves: list[Wave], kept: TokenRollouts) -> dict[str, float]:
     """Metrics of everything a step generated, and of what it trains on.
 
     Groups are the prompts of the step with at least one scored rollout; a constant group is all-pass
-    if its reward is positive, else all-fail. `reward_trained` is absent when nothing trains.
+    if its reward is positive, else all-fail. `reward_trained` is absent when nothing trains, and all
+    of them when nothing was generated because the buffer held enough.
     """
-    rollouts = concatenate([scored.rollouts for scored in rounds])
+    if not waves:
+        return {}
+    rollouts, rounds = drawn(waves), [scored for wave in waves for scored in wave.rounds]
+    num_prompts = sum(len(wave.prompts) for wave in waves)
     reward_N, prompt_N = rollouts.reward_N, rollouts.prompt_N
     assert reward_N is not None
     groups = [reward_N[prompt_N == p] for p in prompt_N.unique().tolist()]
@@ -39,6 +44,7 @@ def of_rollouts(rounds: list[Scored], kept: TokenRollouts, *, num_prompts: int) 
         "frac_reward_zero_std": len(constant) / num_groups,
         "groups/unscored_prompts": float(num_prompts - len(groups)),
         "rows/trained_share": len(kept) / max(len(rollouts), 1),
+        "rounds": float(len(rounds)),
     }
     if len(rollouts):
         metrics |= {
@@ -60,6 +66,27 @@ def of_rollouts(rounds: list[Scored], kept: TokenRollouts, *, num_prompts: int) 
         if values:
             metrics[f"rewards/{name}/mean"] = float(np.mean(values))
     return metrics
+
+
+def drawn(waves: list[Wave]) -> TokenRollouts:
+    """Every scored rollout of the waves as one batch; prompts count on from wave to wave."""
+    of_waves = [concatenate([scored.rollouts for scored in wave.rounds]) for wave in waves]
+    sizes = [len(wave.prompts) for wave in waves]
+    return concatenate(of_waves, offsets=np.cumsum([0, *sizes[:-1]]).tolist())
+
+
+def of_selection(method: str, everything: TokenRollouts, chosen: Tensor) -> dict[str, float]:
+    """What a down-sampler did to the groups; nothing where there was none."""
+    if method == "none" or not len(everything):
+        return {}
+    assert everything.reward_N is not None and everything.advantage_N is not None
+    return selection_metrics(
+        chosen.numpy(),
+        reward_N=everything.reward_N.numpy(),
+        advantage_N=everything.advantage_N.numpy(),
+        prompt_N=everything.prompt_N.numpy(),
+        length_N=everything.length_N.numpy(),
+    )
 
 
 def of_update(sums: dict[str, float]) -> dict[str, float]:
@@ -102,25 +129,35 @@ def require_finite(
 
 def record_of(line: Line, batch: Batch, *, step: int) -> dict[str, Any]:
     """A step's decisions, one JSON line of the run folder: what was chosen, given and earned."""
-    totals: dict[int, list[float]] = {}
-    for scored in batch.scored:
-        pairs = zip(scored.rollouts.prompt_N.tolist(), scored.reward_N.tolist(), strict=True)
-        for p, reward in pairs:
-            totals.setdefault(p, []).append(reward)
-    first = batch.proposals[0]
-    budget_P = sum(proposal.budget_P for proposal in batch.proposals)
+    totals: dict[int, float] = {}
+    rounds = [scored for wave in batch.waves for scored in wave.rounds]
+    proposals = [proposal for wave in batch.waves for proposal in wave.proposals]
+    first = [wave.proposals[0] for wave in batch.waves]
+    keys = [prompt.key for wave in batch.waves for prompt in wave.prompts]
+    if batch.waves:
+        rollouts = drawn(batch.waves)
+        assert rollouts.reward_N is not None
+        for p, reward in zip(rollouts.prompt_N.tolist(), rollouts.reward_N.tolist(), strict=True):
+            totals[p] = totals.get(p, 0.0) + reward
+    budgets = [
+        budget
+        for wave in batch.waves
+        for budget in np.sum([q.budget_P for q in wave.proposals], axis=0).tolist()
+    ]
     mean_D = line.planner.posterior.mean()
     return {
         "step": step,
-        "prompts": [prompt.key for prompt in batch.prompts],
-        "draws": first.draw_P.tolist(),
-        "budgets": np.asarray(budget_P).tolist(),
-        "reward_sums": [float(sum(totals.get(p, []))) for p in range(len(batch.prompts))],
-        "pass_rates_before": [round(float(p), 6) for p in first.pass_rate_P],
+        "prompts": keys,
+        "draws": [draw for proposal in first for draw in proposal.draw_P.tolist()],
+        "budgets": budgets,
+        "reward_sums": [totals.get(p, 0.0) for p in range(len(keys))],
+        "pass_rates_before": [round(p, 6) for q in first for p in q.pass_rate_P.tolist()],
         "seed_checksum": int(
-            np.bitwise_xor.reduce(np.concatenate([p.seed_N for p in batch.proposals]))
+            np.bitwise_xor.reduce(
+                np.concatenate([p.seed_N for p in proposals] or [np.zeros(1, int)])
+            )
         ),
-        "failures": [failure for scored in batch.scored for failure in scored.failures],
+        "failures": [failure for scored in rounds for failure in scored.failures],
         "posterior_histogram": np.histogram(mean_D, bins=20, range=(0, 1))[0].tolist(),
     }
 
@@ -128,10 +165,11 @@ def record_of(line: Line, batch: Batch, *, step: int) -> dict[str, Any]:
 def completions_of(batch: Batch, *, rows: int, step: int) -> list[dict[str, Any]]:
     """The first `rows` rollouts of a step as a table: prompt, completion, rewards, length."""
     table: list[dict[str, Any]] = []
-    for scored in batch.scored:
+    rounds = [(wave.prompts, scored) for wave in batch.waves for scored in wave.rounds]
+    for prompts, scored in rounds:
         rollouts = scored.rollouts
         for i in range(min(rows - len(table), len(rollouts))):
-            prompt = batch.prompts[int(rollouts.prompt_N[i])]
+            prompt = prompts[int(rollouts.prompt_N[i])]
             table.append(
                 {
                     "step": step,

@@ -1,100 +1,35 @@
 """One training step, the map of the project: `collect` decides and gathers, `update` learns.
 
-    propose -> roll out -> reward -> observe everything (-> second round) -> advantages -> row weights
-    -> rows without signal leave -> deal to ranks -> micro-batches -> loss -> backward
+    propose -> roll out -> reward -> observe everything (-> more rounds, more waves)     rl/waves.py
+    -> advantages -> down-sample -> row weights -> rows without signal leave             rl/weigh.py
+    -> deal to ranks -> micro-batches -> loss -> backward
 
 Axes: P prompts, N rollouts (flat rows), K rows kept, T tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
 from rl import metrics, step_weights
 from rl.line import Batch, Line
 from rl.logprobs import completion_logprobs
-from rl.roll_out import Request, Scored, roll_out
-from rollouts.batch import TokenRollouts, concatenate
-from rollouts.prompts import Prompt
-from samplers.planner import Proposal
-
-
-def size(rollouts: TokenRollouts) -> tuple[int, int]:
-    """Rollouts and tokens, as the ledger counts them."""
-    return len(rollouts), int(rollouts.length_N.sum())
+from rl.waves import groups_of, roll_out_wave
+from rl.weigh import weigh
 
 
 def collect(line: Line, *, version: int) -> Batch:
-    """Decide where this step's rollouts go, make them, observe them all, and weigh them."""
+    """Decide where this step's rollouts go, make them, observe them all, and weigh them.
+
+    Waves are rolled out until enough groups are mixed, where the line has a buffer; else one is.
+    """
     line.ledger.begin(version)
-    proposals: list[Proposal] = []
-    rounds: list[Scored] = []
-    while not proposals or not proposals[-1].is_last:
-        proposal = line.planner.propose()
-        prompts = [line.prompts[i] for i in proposal.index_P]
-        request = Request(prompts=prompts, budget_P=proposal.budget_P, seed_N=proposal.seed_N)
-        scored = roll_out(line, request, line.sampling, version=version)
-        rollouts = scored.rollouts
-        line.ledger.drawn(*size(rollouts))
-        if scored.failed is not None:
-            line.ledger.drawn(*size(scored.failed))
-            line.ledger.account("failed", *size(scored.failed))
-        line.planner.observe(proposal, scored.reward_N.numpy(), rollouts.prompt_N.numpy())
-        proposals.append(proposal)
-        rounds.append(scored)
-    return weigh(line, prompts, proposals, rounds)
-
-
-def weigh(
-    line: Line, prompts: list[Prompt], proposals: list[Proposal], rounds: list[Scored]
-) -> Batch:
-    """Advantages and objective weights on full groups; rows without signal leave, accounted for."""
-    config = line.config
-    training = rounds
-    if config.pilot_use == "discard" and len(rounds) > 1:
-        line.ledger.account("filtered", *size(rounds[0].rollouts), reason="pilot")
-        training = rounds[1:]
-    rollouts = concatenate([scored.rollouts for scored in training])
-    rollouts = rollouts.take(rollouts.prompt_N.argsort(stable=True))
-    reward_N, prompt_N, length_N = rollouts.reward_N, rollouts.prompt_N, rollouts.length_N
-    assert reward_N is not None
-    advantage_N = line.advantage(reward_N, prompt_N)
-    weight_N = step_weights.objective_weight(
-        line.objective,
-        reward_N,
-        prompt_N,
-        num_prompts=len(prompts),
-        pass_rate_P=torch.tensor(proposals[0].pass_rate_P),
-        floor=config.log_floor,
-    )
-    denominator = 1.0  # of an empty sum, where every reward failed
-    if len(rollouts):
-        denominator = step_weights.denominator(
-            line.objective,
-            line.length_weight,
-            num_prompts=len(prompts),
-            num_rollouts=len(rollouts),
-            row_weight_N=weight_N,
-            length_N=length_N,
-        )
-    signal_N = (advantage_N * weight_N != 0) & (length_N > 0)
-    for p in prompt_N[~signal_N].unique().tolist():
-        reason: str = line.planner.admit(reward_N[prompt_N == p].numpy()).reason
-        dropped = rollouts.take((~signal_N & (prompt_N == p)).nonzero().flatten())
-        reason = "no_advantage" if reason == "mixed" else reason
-        line.ledger.account("filtered", *size(dropped), reason=reason)
-    kept = replace(rollouts, advantage_N=advantage_N).take(signal_N.nonzero().flatten())
-    line.ledger.account("trained", *size(kept))
-    return Batch(
-        rollouts=kept,
-        weight_K=weight_N[signal_N],
-        denominator=denominator,
-        prompts=prompts,
-        proposals=proposals,
-        scored=rounds,
-        metrics=metrics.of_rollouts(rounds, kept, num_prompts=len(prompts)),
-    )
+    if line.buffer is not None:
+        groups, waves = line.buffer.collect(line, version=version)
+    else:
+        waves = [roll_out_wave(line, version=version)]
+        groups = groups_of(line, waves[0])
+    return weigh(line, groups, waves, progress=min(version / line.config.max_steps, 1.0))
 
 
 def update(

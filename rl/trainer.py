@@ -23,13 +23,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from rl import checkpoint, metrics, tracking
 from rl.arguments import RolloutConfig
 from rl.assemble import (
+    column_of,
     load_policy,
     load_rewards,
     make_line,
     make_planner,
     prompt_maker,
     refuse_overlap,
-    without_dropout,
 )
 from rl.evaluation import evaluate
 from rl.line import Batch
@@ -80,7 +80,7 @@ class RolloutTrainer(Trainer):
         engine: Engine | None = None,
         **kwargs: Any,
     ) -> None:
-        policy, processing_class = load_policy(model, processing_class)
+        policy, processing_class = load_policy(model, processing_class, peft_config)
         rewards = load_rewards(reward_funcs, args.reward_weights)
         self._make_prompts = prompt_maker(args, processing_class)
         prompts, self.prompt_report = self._make_prompts(train_dataset)
@@ -88,11 +88,6 @@ class RolloutTrainer(Trainer):
             self._make_prompts(eval_dataset)[0] if eval_dataset is not None else []
         )
         refuse_overlap(prompts, self.eval_prompts)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            policy = get_peft_model(policy, peft_config)  # type: ignore[assignment]
-        without_dropout(policy)
         if args.max_steps <= 0:
             args.max_steps = -(-int(args.num_train_epochs * len(prompts)) // args.prompts_per_step)
         super().__init__(
@@ -103,10 +98,11 @@ class RolloutTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        make = planner or partial(make_planner, args, columns=column_of(prompts))
         self.line = make_line(
             args,
             prompts=prompts,
-            planner=(planner or partial(make_planner, args))([p.key for p in prompts]),
+            planner=make([p.key for p in prompts]),
             engine=engine,
             model=policy,
             policy=self._policy,
@@ -255,8 +251,7 @@ class RolloutTrainer(Trainer):
                 + "; ".join(f"{n} was {old!r}, is {new!r}" for n, (old, new) in changed.items())
                 + "; write the old values, or another output_dir"
             )
-        self.planner.load_state_dict(state["planner"])
-        self.ledger.load_state_dict(state["ledger"])
+        self.line.load_state_dict(state["line"])
         self._empty_steps = state["empty_steps"]
         self._steps_since_log = state["steps_since_log"]
         return state["step"]
@@ -292,8 +287,7 @@ class RolloutTrainer(Trainer):
         return {
             "step": self.state.global_step,
             "settings": self.args.decisive_settings(),
-            "planner": self.planner.state_dict(),
-            "ledger": self.ledger.state_dict(),
+            "line": self.line.state_dict(),
             "empty_steps": self._empty_steps,
             "steps_since_log": self._steps_since_log,
         }

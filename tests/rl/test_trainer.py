@@ -365,7 +365,7 @@ def test_gradient_norms_reach_the_planner_and_are_those_of_autograd(tmp_path):
     )
     batch = collect(made.line, version=0)
     index_K, norm_K = gradient_norms(made.line, batch)
-    rollouts = batch.scored[0].rollouts
+    rollouts = batch.waves[0].rounds[0].rollouts
     expected = {}
     for row in (rollouts.reward_N > 0).nonzero().flatten().tolist():
         one = rollouts.take(torch.tensor([row]))
@@ -373,7 +373,7 @@ def test_gradient_norms_reach_the_planner_and_are_those_of_autograd(tmp_path):
         completion_logprobs(model, one, temperature=0.7, pad_id=0).sum().backward()
         place = int(rollouts.prompt_N[row])
         expected.setdefault(place, []).append(float(model.lm_head.weight.grad.norm()))
-    expected = {int(batch.proposals[0].index_P[p]): np.mean(norms) for p, norms in expected.items()}
+    expected = {int(batch.waves[0].index_P[p]): np.mean(norms) for p, norms in expected.items()}
     assert dict(zip(index_K.tolist(), norm_K.tolist(), strict=True)) == pytest.approx(
         expected, rel=1e-4
     )

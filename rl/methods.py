@@ -1,0 +1,297 @@
+"""Every method by the name it has in YAML: plain tables, one per stage of the line.
+
+A method is added by its function, in the file that owns its stage, and one entry here. Entries take
+the settings they need from `RolloutConfig`, whose fields say what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+
+from rl import advantages, losses
+from rollouts.batch import TokenRollouts
+from samplers import allocation, downsampling, rules
+from samplers.difficulty_band import OnlineBandSelector, StaticBandSelector
+from samplers.diversity import DiverseSelector
+from samplers.posterior import BetaPosterior
+from samplers.selection import (
+    PosteriorMeanSelector,
+    Selector,
+    ThompsonSelector,
+    UniformSelector,
+    mopps,
+)
+
+if TYPE_CHECKING:
+    from rl.arguments import RolloutConfig
+
+T = TypeVar("T")
+
+
+def _set(value: T | None) -> T:
+    """A setting that `validate` has seen to."""
+    assert value is not None
+    return value
+
+
+# -- which prompts: make(config, posterior, keys, column_D) -> Selector
+
+
+def _uniform(c: RolloutConfig, posterior: BetaPosterior, keys: list[str], _: Any) -> Selector:
+    return UniformSelector(len(keys), seed=c.seed, keys=keys)
+
+
+def _vade(c: RolloutConfig, posterior: BetaPosterior, keys: list[str], _: Any) -> Selector:
+    return ThompsonSelector(
+        posterior, score=c.selection_score, candidates=c.selection_candidates, keys=keys
+    )
+
+
+def _mopps(c: RolloutConfig, posterior: BetaPosterior, keys: list[str], _: Any) -> Selector:
+    return mopps(posterior, target=c.selection_target, candidates=c.selection_candidates, keys=keys)
+
+
+def _posterior_mean(
+    c: RolloutConfig, posterior: BetaPosterior, keys: list[str], _: Any
+) -> Selector:
+    return PosteriorMeanSelector(posterior, score=c.selection_score, keys=keys)
+
+
+def _band(c: RolloutConfig, posterior: BetaPosterior, keys: list[str], _: Any) -> Selector:
+    return OnlineBandSelector(posterior, **_bounds(c), keys=keys)
+
+
+def _static_band(c: RolloutConfig, _: BetaPosterior, keys: list[str], column_D: Any) -> Selector:
+    return StaticBandSelector(column_D, **_bounds(c), keys=keys)
+
+
+def _bounds(c: RolloutConfig) -> dict[str, Any]:
+    return {"low": c.band_low, "high": c.band_high, "short": c.band_short}
+
+
+def _diverse(
+    c: RolloutConfig, posterior: BetaPosterior, keys: list[str], column_D: Any
+) -> Selector:
+    return DiverseSelector(
+        posterior,
+        np.stack([np.asarray(embedding, dtype=np.float64) for embedding in column_D]),
+        gamma=_set(c.selection_gamma),
+        score=c.selection_score,
+        candidates=c.selection_candidates,
+        keys=keys,
+    )
+
+
+SELECTORS: dict[str, Callable[..., Selector]] = {
+    "uniform": _uniform,
+    "vade": _vade,
+    "mopps": _mopps,
+    "posterior_mean": _posterior_mean,
+    "band": _band,
+    "static_band": _static_band,
+    "diverse": _diverse,
+}
+NEEDS_COLUMN = {"static_band": "pass rates in [0, 1]", "diverse": "embeddings, equally long lists"}
+
+# -- how many rollouts: integer solver, and what it is given of the posterior (a_P, b_P)
+
+ALLOCATORS: dict[str, tuple[Callable, Callable | None]] = {
+    # `gvm` binds its alpha and beta in `allocator_of`; None: the solver takes the posterior itself.
+    "uniform": (allocation.uniform, allocation.posterior_std),
+    "neyman": (allocation.neyman, allocation.posterior_std),
+    "leave_one_out": (allocation.leave_one_out, allocation.posterior_std),
+    "dr_grpo": (allocation.dr_grpo, allocation.posterior_std),
+    "gvm": (allocation.neyman, allocation.gvm),
+    "log": (allocation.neyman, allocation.log_std),
+    "accepted": (allocation.neyman, allocation.accepted_std),
+    "reinforce_ada": (allocation.neyman, allocation.reinforce_ada_std),
+    "knapsack": (allocation.knapsack, allocation.mean_pass_rate),
+    "knapsack_posterior": (allocation.knapsack_posterior, None),
+}
+BUDGET_MINIMA = {"leave_one_out": 2, "dr_grpo": 3, "knapsack": 2, "knapsack_posterior": 2}
+SCALES: dict[str, Callable] = {
+    # In place of `posterior_std`, where that is an allocator's scale.
+    "posterior_std": allocation.posterior_std,
+    "plug_in_std": allocation.plug_in_std,
+    "mean_std": allocation.mean_std,
+    "thompson_std": allocation.thompson_std,
+}
+
+
+def allocator_of(config: RolloutConfig) -> tuple[Callable, Callable | None]:
+    """The integer solver and the scale function (a_P, b_P) -> std_P named by `config`."""
+    solve, scale = ALLOCATORS[config.allocator]
+    if scale is allocation.posterior_std:
+        scale = SCALES[config.allocation_scale]
+    if config.allocator == "gvm":
+        plug_in = config.pilot_rollouts > 0 and config.pilot_estimate == "pilot"
+        scale = allocation.gvm_plug_in if plug_in else allocation.gvm
+        scale = partial(scale, alpha=config.gvm_alpha, beta=config.gvm_beta)
+    return solve, scale
+
+
+# -- when to stop a group early: make(config) -> rule
+
+STOPPINGS: dict[str, Callable[[RolloutConfig], rules.Stopping | None]] = {
+    "none": lambda c: None,
+    "positive": lambda c: rules.until_positive(needed=_set(c.stopping_needed)),
+    "balanced": lambda c: rules.until_balanced(keep=_set(c.stopping_needed)),
+    "early": lambda c: rules.while_mixed_is_likely(threshold=c.stopping_threshold),
+    "early_unbiased": lambda c: rules.while_mixed_is_likely_unbiased(
+        threshold=c.stopping_threshold, rho=c.stopping_rho
+    ),
+}
+
+# -- advantages of full groups: function, and the columns it takes besides rewards and prompts
+
+ADVANTAGES: dict[str, tuple[Callable, tuple[str, ...]]] = {
+    "leave_one_out": (advantages.leave_one_out, ()),
+    "grpo": (advantages.grpo, ()),
+    "centred": (advantages.centred, ()),
+    "raft": (advantages.raft, ()),
+}
+
+
+def advantage_of(config: RolloutConfig) -> Callable[[TokenRollouts], torch.Tensor]:
+    """The estimator named by `config`, of a batch with rewards."""
+    function, columns = ADVANTAGES[config.advantage or ""]
+
+    def advantage(rollouts: TokenRollouts) -> torch.Tensor:
+        more = [_column(rollouts, name) for name in columns]
+        return function(rollouts.reward_N, rollouts.prompt_N, *more)
+
+    return advantage
+
+
+def _column(rollouts: TokenRollouts, name: str) -> torch.Tensor:
+    value = getattr(rollouts, name)
+    # Without tools nobody is set apart, and every rollout of a prompt is a peer.
+    return torch.zeros_like(rollouts.prompt_N) if value is None else value
+
+
+# -- which rows train: rows(config, reward_N, advantage_N, prompt_N, progress) -> rows_K
+
+
+def _all(c: RolloutConfig, reward_N: Any, *_: Any) -> np.ndarray:
+    return np.arange(len(reward_N))
+
+
+def _d3s(c: RolloutConfig, _: Any, advantage_N: Any, __: Any, progress: float) -> np.ndarray:
+    return downsampling.d3s(advantage_N, row_fraction=_row_fraction(c, progress))
+
+
+def _d3s_two_stage(
+    c: RolloutConfig, _: Any, advantage_N: Any, prompt_N: Any, progress: float
+) -> np.ndarray:
+    share = _row_fraction(c, progress)
+    return downsampling.d3s_two_stage(advantage_N, prompt_N, row_fraction=share)
+
+
+def _row_fraction(c: RolloutConfig, progress: float) -> float:
+    return downsampling.row_fraction(
+        progress, initial=c.row_fraction_initial, final=c.row_fraction_final
+    )
+
+
+def _max_variance(c: RolloutConfig, _: Any, advantage_N: Any, prompt_N: Any, __: Any) -> np.ndarray:
+    return downsampling.max_variance(advantage_N, prompt_N, keep=_set(c.rows_per_prompt))
+
+
+def _pods(c: RolloutConfig, reward_N: Any, _: Any, prompt_N: Any, __: Any) -> np.ndarray:
+    return downsampling.max_variance(reward_N, prompt_N, keep=_set(c.rows_per_prompt))
+
+
+def _half(c: RolloutConfig, reward_N: Any, _: Any, prompt_N: Any, __: Any) -> np.ndarray:
+    return downsampling.half(reward_N, prompt_N, keep=_set(c.rows_per_prompt))
+
+
+def _balanced(c: RolloutConfig, reward_N: Any, _: Any, prompt_N: Any, __: Any) -> np.ndarray:
+    threshold = c.success_above if c.success_above is not None else 0.7
+    return downsampling.balanced(
+        reward_N, prompt_N, keep=_set(c.rows_per_prompt), success_above=threshold
+    )
+
+
+DOWN_SAMPLERS: dict[str, Callable[..., np.ndarray]] = {
+    "none": _all,
+    "d3s": _d3s,
+    "d3s_two_stage": _d3s_two_stage,
+    "max_variance": _max_variance,
+    "pods": _pods,
+    "half": _half,
+    "balanced": _balanced,
+}
+KEEPS_PER_PROMPT = ("max_variance", "pods", "half", "balanced")
+
+
+def down_sampler_of(config: RolloutConfig) -> Callable[[TokenRollouts, float], torch.Tensor]:
+    """`rows(rollouts, progress) -> rows_K`, increasing, of the method named by `config`."""
+    method = DOWN_SAMPLERS[config.down_sampling]
+
+    def rows(rollouts: TokenRollouts, progress: float) -> torch.Tensor:
+        assert rollouts.reward_N is not None and rollouts.advantage_N is not None
+        columns = (rollouts.reward_N.numpy(), rollouts.advantage_N.double().numpy())
+        return torch.from_numpy(method(config, *columns, rollouts.prompt_N.numpy(), progress))
+
+    return rows
+
+
+def advantage_after_of(config: RolloutConfig) -> Callable[[TokenRollouts], torch.Tensor] | None:
+    """PODS compares the rows it keeps with each other, by the unbiased std (arXiv:2504.13818)."""
+    if config.down_sampling != "pods":
+        return None
+    again = partial(advantages.grpo, correction=1, eps=1e-4)
+    return lambda rollouts: again(_set(rollouts.reward_N), rollouts.prompt_N)
+
+
+# -- losses and the presets that fill settings left unset
+
+LOSSES: dict[str, Callable] = {
+    "raft": losses.raft,
+    "raft_pp": losses.raft_pp,
+    "grpo": losses.clipped_surrogate,
+    "dapo": losses.clipped_surrogate,
+}
+LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dapo": {"length_weight": "token_mean", "epsilon_high": 0.28},
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {
+        "advantage": "grpo",
+        "loss": "grpo",
+        "objective": "mean",
+        "length_weight": "row_mean",
+        "epsilon_high": 0.2,
+    },
+    "raft": {
+        "advantage": "raft",
+        "loss": "raft",
+        "objective": "em",
+        "length_weight": "row_mean",
+        "epsilon_high": 0.2,
+    },
+    "raft++": {
+        "advantage": "raft",
+        "loss": "raft_pp",
+        "objective": "em",
+        "length_weight": "row_mean",
+        "epsilon_high": 0.2,
+    },
+}
+OBJECTIVES: Sequence[str] = ("mean", "log", "em", "flat")
+LENGTH_WEIGHTS: Sequence[str] = ("row_mean", "token_sum", "token_mean")
+
+
+def loss_of(config: RolloutConfig) -> Callable:
+    """The loss named by `config`, its clip ranges bound."""
+    if config.loss == "raft":
+        return losses.raft
+    clip: dict[str, Any] = {"epsilon_low": config.epsilon, "epsilon_high": config.epsilon_high}
+    if config.loss == "raft_pp":
+        return partial(losses.raft_pp, **clip)
+    return partial(losses.clipped_surrogate, **clip, dual_clip=config.delta)

@@ -1,0 +1,222 @@
+"""Whether the settings of a run fit each other: told before anything is loaded."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rl.methods import (
+    ADVANTAGES,
+    ALLOCATORS,
+    BUDGET_MINIMA,
+    DOWN_SAMPLERS,
+    KEEPS_PER_PROMPT,
+    LENGTH_WEIGHTS,
+    NEEDS_COLUMN,
+    OBJECTIVES,
+    SCALES,
+    SELECTORS,
+    STOPPINGS,
+    allocator_of,
+)
+from samplers.scores import SCORES
+
+if TYPE_CHECKING:
+    from rl.arguments import RolloutConfig
+
+
+def nearest(word: str, known: Any) -> str:
+    """' Did you mean X?' for the known name nearest to `word`, or nothing."""
+    close = get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def choice(name: str, value: Any, known: Any) -> None:
+    """Raise ValueError unless `value` is one of the known names; the message suggests the nearest."""
+    if value not in known:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(str, known))}, got {value!r}."
+            f"{nearest(str(value), known)}"
+        )
+
+
+def _at_least(config: RolloutConfig, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (np.isfinite(value) and value >= least):
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def validate(config: RolloutConfig) -> None:
+    """Raise ValueError for the first setting that is out of range or does not fit another."""
+    choice("allocator", config.allocator, ALLOCATORS)
+    _selection(config)
+    _stopping_and_rows(config)
+    choice("advantage", config.advantage, ADVANTAGES)
+    choice("objective", config.objective, OBJECTIVES)
+    choice("length_weight", config.length_weight, LENGTH_WEIGHTS)
+    choice("gvm_gradient_norm", config.gvm_gradient_norm, ("none", "mean", "rms"))
+    choice("pilot_estimate", config.pilot_estimate, ("posterior", "pilot"))
+    if config.pilot_estimate == "pilot" and not config.pilot_rollouts:
+        raise ValueError("pilot_estimate 'pilot' needs pilot_rollouts of at least 1, got 0")
+    choice("pilot_use", config.pilot_use, ("pool", "discard"))
+    choice("overlong_prompts", config.overlong_prompts, ("error", "truncate", "drop"))
+    choice("if_run_exists", config.if_run_exists, ("error", "resume"))
+    _at_least(config, 1, "prompts_per_step", "rollouts_per_prompt", "max_completion_length")
+    _at_least(config, 1, "generation_batch_size", "updates_per_step", "eval_rollouts_per_prompt")
+    _at_least(config, 1, "max_prompt_length", "max_empty_steps", "gvm_beta", "completions_rows")
+    _at_least(config, 0, "budget_min", "pilot_rollouts", "gvm_alpha", "top_k", "reward_retries")
+    _at_least(config, 0, "temperature", "min_p", "epsilon", "epsilon_high", "completions_every")
+    _at_least(config, 0, "posterior_decay_chosen", "posterior_decay_rest", "max_failed_share")
+    _budgets(config)
+    if config.temperature == 0:
+        raise ValueError("temperature must be positive for training rollouts, got 0")
+    for name in (
+        "posterior_decay_chosen",
+        "posterior_decay_rest",
+        "top_p",
+        "min_p",
+        "max_failed_share",
+    ):
+        if getattr(config, name) > 1:
+            raise ValueError(f"{name} must be at most 1, got {getattr(config, name)}")
+    if not config.top_p > 0:
+        raise ValueError(f"top_p must be positive, got {config.top_p}")
+    if not 0 < config.log_floor <= 1:
+        raise ValueError(f"log_floor must lie in (0, 1], got {config.log_floor}")
+    if config.reward_timeout is not None and not config.reward_timeout > 0:
+        raise ValueError(f"reward_timeout must be positive, got {config.reward_timeout}")
+    cap = 1 + (config.epsilon_high or 0)
+    if config.delta is not None and not config.delta > cap:
+        raise ValueError(f"delta={config.delta} must exceed 1 + epsilon_high = {cap}")
+    if config.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size must stay off: its retry would find the planner already moved on; "
+            "lower per_device_train_batch_size, which changes memory alone"
+        )
+    if config.fp16:
+        raise ValueError(
+            "fp16 is not supported: its gradient scaler fails on steps without training signal; "
+            "write bf16: true, or neither"
+        )
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if str(getattr(config, name)).endswith("epoch"):
+            raise ValueError(
+                f"{name}: epoch has no meaning here, a run is counted in steps: write steps"
+            )
+    if config.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps must stay 1, got {config.gradient_accumulation_steps}: a "
+            "step splits its rows into micro-batches of per_device_train_batch_size by itself"
+        )
+    if config.gvm_gradient_norm != "none" and config.allocator != "gvm":
+        raise ValueError(
+            f"gvm_gradient_norm={config.gvm_gradient_norm!r} needs allocator 'gvm', "
+            f"got {config.allocator!r}"
+        )
+    if config.objective == "em" and config.advantage != "raft":
+        raise ValueError(
+            f"objective 'em' weights accepted rollouts and needs advantage 'raft', got "
+            f"{config.advantage!r}; write objective: mean, log or flat, or advantage: raft"
+        )
+
+
+def _selection(config: RolloutConfig) -> None:
+    choice("selector", config.selector, SELECTORS)
+    choice("selection_score", config.selection_score, SCORES)
+    choice("allocation_scale", config.allocation_scale, SCALES)
+    choice("band_short", config.band_short, ("raise", "nearest", "uniform"))
+    _at_least(config, 1, "selection_candidates", "rollouts_multiple_of")
+    _at_least(config, 0, "selection_gamma", "selection_target", "band_low")
+    if not config.band_low <= config.band_high <= 1:
+        raise ValueError(
+            f"the band must have 0 <= band_low <= band_high <= 1, got {config.band_low} and "
+            f"{config.band_high}"
+        )
+    what = NEEDS_COLUMN.get(config.selector)
+    if what is not None and config.selection_column is None:
+        raise ValueError(
+            f"selector {config.selector!r} needs selection_column, the data set's column of {what}"
+        )
+    if config.selector == "diverse" and config.selection_gamma is None:
+        raise ValueError("selector 'diverse' needs selection_gamma, the weight of distances")
+
+
+def _stopping_and_rows(config: RolloutConfig) -> None:
+    choice("stopping", config.stopping, STOPPINGS)
+    choice("down_sampling", config.down_sampling, DOWN_SAMPLERS)
+    choice("weight_rows", config.weight_rows, ("trained", "drawn"))
+    choice("refill_at_cap", config.refill_at_cap, ("raise", "partial", "pad"))
+    _at_least(config, 1, "stopping_wave", "stopping_needed", "rows_per_prompt", "refill_max_draws")
+    _at_least(config, 1, "refill_wave")
+    _at_least(config, 0, "stopping_threshold", "refill_max_age")
+    for name in ("stopping_threshold", "stopping_rho"):
+        if getattr(config, name) > 1:
+            raise ValueError(f"{name} must be at most 1, got {getattr(config, name)}")
+    for name in ("stopping_rho", "row_fraction_initial", "row_fraction_final"):
+        if not 0 < getattr(config, name) <= 1:
+            raise ValueError(f"{name} must lie in (0, 1], got {getattr(config, name)}")
+    if config.stopping != "none" and config.stopping_wave is None:
+        raise ValueError(
+            f"stopping {config.stopping!r} needs stopping_wave, rollouts of a prompt between two looks"
+        )
+    if config.stopping != "none" and config.pilot_rollouts:
+        raise ValueError("a stopping rule has waves of its own: write pilot_rollouts: 0")
+    if config.stopping == "balanced" and (config.stopping_needed or 0) < 2:
+        raise ValueError(
+            f"stopping 'balanced' needs stopping_needed of at least 2, got {config.stopping_needed}"
+        )
+    if config.down_sampling in KEEPS_PER_PROMPT and config.rows_per_prompt is None:
+        raise ValueError(f"down_sampling {config.down_sampling!r} needs rows_per_prompt")
+    if config.down_sampling == "pods" and config.advantage == "raft":
+        raise ValueError(
+            "down_sampling 'pods' compares the rows it keeps by their std: write trainer: grpo, or "
+            "down_sampling: balanced"
+        )
+    if config.refill and config.rollouts_per_step % config.prompts_per_step:
+        raise ValueError(
+            f"refill asks for parts of a step, but {config.rollouts_per_step} rollouts do not divide "
+            f"among {config.prompts_per_step} prompts; write another rollouts_multiple_of"
+        )
+
+
+def _budgets(config: RolloutConfig) -> None:
+    total, least = config.rollouts_per_prompt, config.budget_min
+    assert least is not None
+    if config.budget_max is not None and config.budget_max < max(least, 1):
+        raise ValueError(
+            f"budget_max={config.budget_max} is below budget_min={least}; every prompt needs a box"
+        )
+    if least > total:
+        raise ValueError(
+            f"budget_min={least} exceeds rollouts_per_prompt={total}: "
+            f"{config.prompts_per_step} prompts cannot all get it; lower budget_min or raise "
+            "rollouts_per_prompt"
+        )
+    if config.budget_max is not None and config.budget_max < total:
+        raise ValueError(
+            f"budget_max={config.budget_max} is below rollouts_per_prompt={total}: the step's "
+            f"{config.rollouts_per_step} rollouts do not fit; raise budget_max"
+        )
+    lowest = BUDGET_MINIMA.get(config.allocator, 0)
+    if least < lowest:
+        raise ValueError(
+            f"allocator {config.allocator!r} needs budget_min >= {lowest}, got {least}"
+        )
+    _, scale = allocator_of(config)
+    if scale is None and (config.pilot_estimate == "pilot" or config.gvm_gradient_norm != "none"):
+        raise ValueError(
+            f"allocator {config.allocator!r} reads the posterior itself: write pilot_estimate: "
+            "posterior and gvm_gradient_norm: none, or allocator: knapsack"
+        )
+    if config.pilot_rollouts >= total and config.pilot_rollouts:
+        raise ValueError(
+            f"pilot_rollouts={config.pilot_rollouts} leaves nothing of rollouts_per_prompt={total} to "
+            "allocate; pilots are part of the total"
+        )
+    if config.budget_max is not None and config.budget_max < config.pilot_rollouts:
+        raise ValueError(
+            f"budget_max={config.budget_max} is below pilot_rollouts={config.pilot_rollouts}"
+        )

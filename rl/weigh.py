@@ -1,0 +1,118 @@
+"""From groups to the rows that train: advantages on full groups, rows chosen, what each counts.
+
+Axes: P prompts, N rollouts (flat rows), K rows kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from rl import metrics, step_weights
+from rl.line import Batch
+from rl.waves import Groups, Wave, size
+
+if TYPE_CHECKING:
+    from rl.line import Line
+    from rollouts.batch import TokenRollouts
+
+
+def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> Batch:
+    """Advantages, then down-sampling, then objective weights; rows without signal leave, accounted for.
+
+    Advantages are those of full groups, whatever is dropped afterwards; PODS alone computes them
+    again on the rows it keeps.
+
+    Args:
+        line: the stages of the run.
+        groups: what may train.
+        waves: everything that was drawn, for the metrics.
+        progress: share of the run that is done, in [0, 1]; schedules read it.
+    """
+    config = line.config
+    everything = groups.rollouts
+    everything = replace(everything, advantage_N=line.advantage(everything))
+    chosen = line.down_sample(everything, progress) if len(everything) else torch.arange(0)
+    if config.mask_truncated_completions:
+        chosen = chosen[~everything.truncated_N[chosen]]
+    rollouts = everything.take(chosen)
+    if line.advantage_after is not None and len(rollouts):
+        rollouts = replace(rollouts, advantage_N=line.advantage_after(rollouts))
+    weight_K, denominator = _objective(line, groups, everything, chosen)
+    assert rollouts.advantage_N is not None
+    trains_K = (rollouts.advantage_N * weight_K != 0) & (rollouts.length_N > 0)
+    kept = rollouts.take(trains_K.nonzero().flatten())
+    trained_N = torch.zeros(len(everything), dtype=torch.bool)
+    trained_N[chosen[trains_K]] = True
+    _account(line, everything, chosen, trained_N)
+    return Batch(
+        rollouts=kept,
+        weight_K=weight_K[trains_K],
+        denominator=denominator,
+        prompts=groups.prompts,
+        waves=waves,
+        metrics=metrics.of_rollouts(waves, kept)
+        | metrics.of_selection(config.down_sampling, everything, chosen),
+    )
+
+
+def _objective(
+    line: Line, groups: Groups, everything: TokenRollouts, chosen: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """Weights of the chosen rows, and what the weighted sum of the step is divided by.
+
+    A prompt's weight is shared by its rows that reach the loss (`weight_rows: trained`), so that a
+    prompt of which few rows were kept counts no less, or by all that were drawn (`drawn`).
+    """
+    num_prompts = len(groups.prompts)
+    counted = everything.take(chosen) if line.config.weight_rows == "trained" else everything
+    if not len(counted):
+        return torch.zeros(0, dtype=torch.float64), 1.0  # of an empty sum: every reward failed
+    assert counted.reward_N is not None
+    weight_N = step_weights.objective_weight(
+        line.objective,
+        counted.reward_N,
+        counted.prompt_N,
+        num_prompts=num_prompts,
+        pass_rate_P=groups.pass_rate_P,
+        floor=line.config.log_floor,
+    )
+    denominator = step_weights.denominator(
+        line.objective,
+        line.length_weight,
+        num_prompts=num_prompts,
+        num_rollouts=len(counted),
+        row_weight_N=weight_N,
+        length_N=counted.length_N,
+    )
+    weight_N = weight_N * groups.weight_P[counted.prompt_N]
+    weight_K = weight_N if line.config.weight_rows == "trained" else weight_N[chosen]
+    return weight_K, denominator * (num_prompts + groups.num_padded) / num_prompts
+
+
+def _account(
+    line: Line, everything: TokenRollouts, chosen: torch.Tensor, trained_N: torch.Tensor
+) -> None:
+    """Tell the ledger what became of every row."""
+    reward_N, prompt_N = everything.reward_N, everything.prompt_N
+    assert reward_N is not None
+    chosen_N = torch.zeros_like(trained_N)
+    chosen_N[chosen] = True
+    group_reason = {
+        p: line.planner.admit(reward_N[prompt_N == p].numpy()).reason
+        for p in prompt_N.unique().tolist()
+    }
+    rows_of: dict[str, list[int]] = {}
+    for row in (~trained_N).nonzero().flatten().tolist():
+        reason: str = group_reason[int(prompt_N[row])]
+        if reason == "mixed" and chosen_N[row]:
+            reason = "no_advantage"
+        elif reason == "mixed":
+            cut = line.config.mask_truncated_completions and everything.truncated_N[row]
+            reason = "truncated" if cut else "down_sampled"
+        rows_of.setdefault(reason, []).append(row)
+    for reason, rows in rows_of.items():
+        line.ledger.account("filtered", *size(everything.take(torch.tensor(rows))), reason=reason)
+    line.ledger.account("trained", *size(everything.take(trained_N.nonzero().flatten())))

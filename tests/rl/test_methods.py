@@ -1,0 +1,256 @@
+"""Every method that YAML can name, in the trainer: what trains, what is accounted for, resume."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from rl.methods import ADVANTAGES, ALLOCATORS, DOWN_SAMPLERS, SELECTORS, STOPPINGS
+from rl.weigh import weigh
+from samplers.ledger import FATES
+from samplers.refill import RefillError
+from tests import tiny
+
+
+def rows():
+    """Eight prompts with the columns that some selectors read."""
+    return [
+        row | {"start": i / 8, "place": [float(i % 3), float(i)]}
+        for i, row in enumerate(tiny.rows("a"))
+    ]
+
+
+SELECTIONS = {
+    "static_band": {"selection_column": "start"},
+    "diverse": {"selection_column": "place", "selection_gamma": 0.1},
+    "mopps": {"selection_candidates": 2},
+}
+STOPS = {"early": {"stopping_threshold": 1.0}, "early_unbiased": {"stopping_threshold": 1.0}}
+METHODS: dict[str, dict] = (
+    {f"select {n}": {"selector": n} | SELECTIONS.get(n, {}) for n in SELECTORS}
+    | {f"allocate {n}": {"allocator": n} for n in ALLOCATORS}
+    | {f"scale {n}": {"allocator": "neyman", "allocation_scale": n} for n in ("thompson_std",)}
+    | {
+        f"stop {n}": {"stopping": n, "stopping_wave": 2} | STOPS.get(n, {})
+        for n in STOPPINGS
+        if n != "none"
+    }
+    | {
+        f"rows {n}": {"down_sampling": n, "rows_per_prompt": 4, "trainer": "grpo"}
+        for n in DOWN_SAMPLERS
+        if n != "none"
+    }
+    | {f"advantage {n}": {"trainer": "grpo", "advantage": n} for n in ADVANTAGES}
+    | {
+        "refill": {"refill": True, "prompts_per_step": 3},
+        "refill with a buffer": {
+            "refill": True,
+            "prompts_per_step": 3,
+            "refill_wave": 5,
+            "refill_max_age": 1,
+        },
+        "refill and stop": {
+            "refill": True,
+            "prompts_per_step": 3,
+            "stopping": "positive",
+            "stopping_wave": 2,
+            "selector": "vade",
+        },
+        "all together": {
+            "trainer": "grpo",
+            "selector": "posterior_mean",
+            "allocator": "leave_one_out",
+            "stopping": "early_unbiased",
+            "stopping_wave": 3,
+            "advantage": "leave_one_out",
+            "down_sampling": "d3s",
+            "updates_per_step": 2,
+            "mask_truncated_completions": True,
+        },
+    }
+)
+
+
+def settings_of(name):
+    return {
+        "data": rows(),
+        "reward": tiny.small_digit,
+        "max_steps": 4,
+        "prompts_per_step": 4,
+        "allocator": "uniform",
+    } | METHODS[name]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_accounts_for_everything_and_resumes_exactly(tmp_path, name):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    settings = settings_of(name) | {"save_strategy": "steps", "save_steps": 2}
+    whole = tiny.run(tmp_path / "whole", **settings)
+    tiny.run(tmp_path / "cut", callbacks=[Stop()], **settings)  # at step 3, saved at step 2
+    resumed = tiny.run(tmp_path / "cut", resume=True, **settings)
+    weights, expected = tiny.parameters(resumed), tiny.parameters(whole)
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    assert tiny.lines(tmp_path / "cut") == tiny.lines(tmp_path / "whole")
+
+    start = tiny.model().state_dict()
+    assert any(not torch.equal(expected[key], start[key]) for key in start)  # something trained
+    held = 0
+    for log, step in zip(
+        tiny.step_logs(tmp_path / "whole"), tiny.lines(tmp_path / "whole"), strict=True
+    ):
+        counts = {fate: log[f"ledger/rollouts_{fate}"] for fate in (*FATES, "drawn", "taken")}
+        assert counts["drawn"] == sum(step["budgets"])
+        assert counts["taken"] == held
+        held = counts["buffered"]
+        assert counts["drawn"] + counts["taken"] == sum(counts[fate] for fate in FATES)
+        assert len(set(zip(step["prompts"], step["draws"], strict=True))) == len(step["prompts"])
+
+
+def test_a_stopping_rule_saves_rollouts_and_its_weights_reach_the_rows(tmp_path):
+    settings = settings_of("stop early_unbiased") | {"trainer": "grpo", "max_steps": 1}
+    made = tiny.trainer(tmp_path, **(settings | {"advantage": "leave_one_out"}))
+    seen = {}
+
+    def spy(line, groups, waves, *, progress):
+        batch = weigh(line, groups, waves, progress=progress)
+        seen["groups"], seen["batch"], seen["waves"] = groups, batch, waves
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rl.step.weigh", spy)
+        made.train()
+    (wave,) = seen["waves"]
+    assert len(wave.proposals) > 1
+    assert sum(p.budget_P.sum() for p in wave.proposals) < 4 * 6
+    groups, batch = seen["groups"], seen["batch"]
+    assert set(groups.weight_P.tolist()) <= {0.0, 1.0, 2.0}  # stopped, never condemned, 1 / rho
+    assert (groups.weight_P != 1).any()
+    size_P = groups.rollouts.prompt_N.bincount(minlength=4)
+    expected = groups.weight_P[batch.rollouts.prompt_N] / size_P[batch.rollouts.prompt_N]
+    assert torch.allclose(batch.weight_K, expected.to(batch.weight_K))
+    assert (batch.weight_K > 0).all()
+
+
+def test_refill_trains_on_mixed_groups_only_and_on_as_many_as_asked_for(tmp_path):
+    made = tiny.trainer(tmp_path, **(settings_of("refill") | {"trainer": "grpo", "max_steps": 2}))
+    made.train()
+    for log, step in zip(tiny.step_logs(tmp_path), tiny.lines(tmp_path), strict=True):
+        mixed = [
+            (n, r) for n, r in zip(step["budgets"], step["reward_sums"], strict=True) if 0 < r < n
+        ]
+        assert len(mixed) >= 3
+        # The first three in order of dispatch train, whatever else is mixed is surplus.
+        assert log["ledger/rollouts_trained"] == sum(n for n, _ in mixed[:3])
+        assert log["ledger/rollouts_surplus"] == sum(n for n, _ in mixed[3:])
+
+
+def test_what_waits_in_the_buffer_trains_first_and_too_old_it_is_dropped(tmp_path):
+    made = tiny.trainer(tmp_path, **(settings_of("refill with a buffer") | {"max_steps": 8}))
+    made.train()
+    logs = tiny.step_logs(tmp_path)
+    assert sum(log["ledger/rollouts_taken"] for log in logs) > 0
+    # With five drawn and three wanted the surplus grows until it is enough: then nothing is drawn.
+    idle = [log for log in logs if not log["ledger/rollouts_drawn"]]
+    assert idle and all(log["ledger/rollouts_trained"] for log in idle)
+    totals = made.line.buffer.refill.metrics()
+    assert totals["refill_total/groups_accepted"] == 3 * 8
+
+
+@pytest.mark.parametrize("at_cap", ["raise", "partial", "pad"])
+def test_the_three_things_that_can_happen_at_the_cap(tmp_path, at_cap):
+    settings = settings_of("refill") | {
+        "reward": tiny.one_prompt,  # mixed for one prompt alone
+        "trainer": "grpo",
+        "advantage": "leave_one_out",
+        "refill_at_cap": at_cap,
+        "refill_max_draws": 2,
+        "max_steps": 1,
+    }
+    made = tiny.trainer(tmp_path, **settings)
+    if at_cap == "raise":
+        with pytest.raises(RefillError, match="of 3 groups carry gradient after 6 were drawn"):
+            made.train()
+        return
+    from rl.step import collect
+
+    batch = collect(made.line, version=0)
+    assert len(batch.prompts) <= 1
+    if len(batch.rollouts):
+        assert batch.denominator == pytest.approx(1.0 if at_cap == "partial" else 3.0)
+
+
+def test_pods_compares_the_rows_it_keeps(tmp_path):
+    from rl.step import collect
+
+    made = tiny.trainer(tmp_path, **settings_of("rows pods"))
+    batch = collect(made.line, version=0)
+    rollouts = batch.rollouts
+    for p in rollouts.prompt_N.unique():
+        of_prompt = rollouts.prompt_N == p
+        reward_n, advantage_n = rollouts.reward_N[of_prompt], rollouts.advantage_N[of_prompt]
+        assert len(reward_n) == 4
+        expected = (reward_n - reward_n.mean()) / (reward_n.std() + 1e-4)
+        assert torch.allclose(advantage_n, expected)
+
+
+@pytest.mark.parametrize(("weight_rows", "share"), [("trained", 1 / 4), ("drawn", 1 / 6)])
+def test_a_prompts_weight_is_shared_by_the_rows_that_train_or_by_those_drawn(
+    tmp_path, weight_rows, share
+):
+    from rl.step import collect
+
+    settings = settings_of("rows balanced") | {"weight_rows": weight_rows}
+    batch = collect(tiny.trainer(tmp_path, **settings).line, version=0)
+    assert torch.allclose(batch.weight_K, torch.full_like(batch.weight_K, share))
+
+
+def test_d3s_keeps_its_share_by_schedule_and_leaves_advantages_alone(tmp_path):
+    from rl.step import collect
+
+    for progress, keep in [(0, 6), (2, 15), (4, 24)]:
+        made = tiny.trainer(tmp_path / str(progress), **settings_of("rows d3s"))
+        made.line.planner._step = 0
+        batch = collect(made.line, version=progress)
+        assert batch.metrics["select/rows_kept"] == keep
+        full = made.line.advantage(batch.waves[0].rounds[0].rollouts)
+        assert set(batch.rollouts.advantage_N.tolist()) <= set(full.tolist())
+
+
+def test_truncated_completions_leave_and_are_counted(tmp_path):
+    from rl.step import collect
+
+    settings = settings_of("advantage leave_one_out") | {"max_completion_length": 2}
+    plain = collect(tiny.trainer(tmp_path / "a", **settings).line, version=0)
+    settings["mask_truncated_completions"] = True
+    made = tiny.trainer(tmp_path / "b", **settings)
+    masked = collect(made.line, version=0)
+    assert plain.rollouts.truncated_N.any()
+    assert not masked.rollouts.truncated_N.any()
+    whole = ~plain.rollouts.truncated_N
+    assert torch.equal(masked.rollouts.seed_N, plain.rollouts.seed_N[whole])
+    # Advantages are those of full groups.
+    assert torch.equal(masked.rollouts.advantage_N, plain.rollouts.advantage_N[whole])
+    counted = made.ledger.totals["rollouts_filtered_truncated"]
+    assert counted >= int((~whole).sum()) > 0
+
+
+def test_a_selector_needs_its_column(tmp_path):
+    with pytest.raises(ValueError, match="selection_column 'nope' is missing in row 0"):
+        tiny.trainer(
+            tmp_path,
+            data=rows(),
+            prompts_per_step=4,
+            selector="static_band",
+            selection_column="nope",
+        )
+
+
+def test_selection_by_the_posterior_prefers_what_it_has_seen_to_be_hard_and_possible(tmp_path):
+    settings = {"selector": "posterior_mean", "prompts_per_step": 2, "max_steps": 1}
+    made = tiny.trainer(tmp_path, data=rows(), **settings)
+    planner = made.planner
+    planner.posterior.add(np.arange(8), [0, 4, 2, 8, 8, 8, 8, 8], [8] * 8)
+    assert set(planner.propose().index_P.tolist()) == {1, 2}  # .0875 and .0955 before .0682
