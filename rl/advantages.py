@@ -4,8 +4,10 @@ Rollouts of one prompt share a value of `prompt_N`. Groups may differ in size an
 may lie anywhere in the batch, so nothing here reshapes to (prompts, group size). A group is one
 draw of a prompt: a prompt drawn twice is two groups and comes with two ids.
 
-Every estimator takes all scored rows of a step, before any row is dropped. Statistics are float64
-and the result has the rewards' dtype; no gradient flows through it.
+Every estimator takes all scored rows of a step, over all processes and before any row is dropped.
+Statistics are float64 and the result has the rewards' dtype; no gradient flows through it. For
+`batch_whitened` and `batch_scaled` "all" is part of the definition: leaving out groups without
+signal first raises the batch's std and so changes every advantage.
 
 Axes: N rollouts, P prompts (groups).
 """
@@ -16,8 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Advantage = Callable[[Tensor, Tensor], Tensor]
-"""`advantage(reward_N, prompt_N) -> advantage_N`. Any function of this shape is an estimator."""
+Advantage = Callable[..., Tensor]
+"""`advantage(reward_N, prompt_N) -> advantage_N`; `stratified` takes `stratum_N` third. Any function
+of this shape is an estimator."""
+
+FALLBACKS = ("blend", "group")
+"""What `stratified` does where a stratum is too small; see there."""
 
 
 class _Groups(NamedTuple):
@@ -71,6 +77,20 @@ def _groups(reward_N: Tensor, prompt_N: Tensor) -> _Groups:
         max_N=max_P[group_N],
         mixed_N=(max_P > min_P)[group_N],
     )
+
+
+def _check_std(correction: int, eps: float) -> None:
+    if correction not in (0, 1):
+        raise ValueError(f"correction must be 0 or 1, got {correction}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+
+
+def _standardised(g: _Groups, correction: int, eps: float) -> Tensor:
+    """(r - mean) / (std + eps) of each row's group, in float64; exactly 0 where not mixed."""
+    deviation_N = g.reward_N - g.sum_N / g.size_N
+    variance_N = g.total(deviation_N.square()) / (g.size_N - correction).clamp(min=1)
+    return torch.where(g.mixed_N, deviation_N / (variance_N.sqrt() + eps), 0.0)
 
 
 def centred(reward_N: Tensor, prompt_N: Tensor) -> Tensor:
@@ -149,15 +169,148 @@ def grpo(reward_N: Tensor, prompt_N: Tensor, *, correction: int = 0, eps: float 
         ValueError: if shapes differ, a reward is not finite or not floating point, or a setting
             is out of range.
     """
-    if correction not in (0, 1):
-        raise ValueError(f"correction must be 0 or 1, got {correction}")
-    if not eps >= 0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
+    _check_std(correction, eps)
+    return _standardised(_groups(reward_N, prompt_N), correction, eps).to(reward_N.dtype)
+
+
+def batch_whitened(
+    reward_N: Tensor, prompt_N: Tensor, *, correction: int = 0, eps: float = 1e-6
+) -> Tensor:
+    """Reward minus the mean of the whole batch, in units of the batch's std.
+
+        A_i = (r_i - mean_B r) / (std_B r + eps)
+
+    One baseline for all prompts, so a prompt needs one rollout only and a prompt that always
+    succeeds is still reinforced; the price is that easy prompts are pushed up and hard ones down
+    whatever was done on them. (REINFORCE++: Hu et al., 2025, arXiv:2501.03262.) Statistics are
+    over rows; over tokens, as in some code, they would weigh rows by length. Kind of std and eps
+    are project defaults, not from the paper, and so is leaving a KL term to the reward.
+
+    Args:
+        reward_N: (N,) finite floating-point rewards of the whole step.
+        prompt_N: (N,) integers, the group of each rollout; only checked, no group is formed.
+        correction: 0 for the population std, 1 for the unbiased one.
+        eps: added to the std, outside the root; >= 0.
+
+    Returns:
+        (N,) advantages in the dtype of `reward_N`. A batch of one row, or of equal rewards, gets
+        exactly 0; a group of one within a batch does not.
+
+    Raises:
+        ValueError: as `grpo`.
+    """
+    _check_std(correction, eps)
+    _groups(reward_N, prompt_N)  # the checks, which name the prompt
+    batch = _groups(reward_N, torch.zeros_like(prompt_N))
+    return _standardised(batch, correction, eps).to(reward_N.dtype)
+
+
+def batch_scaled(
+    reward_N: Tensor, prompt_N: Tensor, *, correction: int = 0, eps: float = 1e-6
+) -> Tensor:
+    """Reward minus the mean reward of the prompt, in units of one std for the whole batch.
+
+        c_i = r_i - mean_j r_j,    A_i = c_i / (std_B c + eps)
+
+    The baseline is the prompt's, the scale everyone's, so that prompts keep their relative weight
+    where `grpo` gives each of them unit variance. The mean of c over the batch is 0 and need not
+    be subtracted. (REINFORCE++ with baseline: Hu et al., 2025, arXiv:2501.03262, in words; kind of
+    std and eps are project defaults, not from the paper.) TRL's `scale_rewards="batch"` divides by
+    the std of the raw rewards instead, which contains the spread between prompts.
+
+    Args:
+        reward_N: (N,) finite floating-point rewards of the whole step.
+        prompt_N: (N,) integers, the group of each rollout.
+        correction: 0 for the population std, 1 for the unbiased one.
+        eps: added to the std, outside the root; >= 0.
+
+    Returns:
+        (N,) advantages in the dtype of `reward_N`. A group of one, or of equal rewards, gets
+        exactly 0, and counts in the std of the batch as rows of deviation 0.
+
+    Raises:
+        ValueError: as `grpo`.
+    """
+    _check_std(correction, eps)
     g = _groups(reward_N, prompt_N)
-    deviation_N = g.reward_N - g.sum_N / g.size_N
-    variance_N = g.total(deviation_N.square()) / (g.size_N - correction).clamp(min=1)
-    scaled_N = deviation_N / (variance_N.sqrt() + eps)
+    deviation_N = torch.where(g.mixed_N, g.reward_N - g.sum_N / g.size_N, 0.0)
+    variance = deviation_N.square().sum() / max(len(deviation_N) - correction, 1)
+    scaled_N = deviation_N / (variance.sqrt() + eps)
     return torch.where(g.mixed_N, scaled_N, 0.0).to(reward_N.dtype)
+
+
+def stratified(
+    reward_N: Tensor,
+    prompt_N: Tensor,
+    stratum_N: Tensor,
+    *,
+    alpha: float = 0.6,
+    fallback: str = "blend",
+    min_stratum_size: int = 2,
+    correction: int = 0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Advantage against the prompt's rollouts of the same stratum, blended with the group's.
+
+        A_SAN,i = (r_i - mean_k r) / (std_k r + eps)       k the stratum of i within its prompt
+        A_GN,i  = (r_i - mean_j r) / (std_j r + eps)       the whole prompt: `grpo`
+        A_i     = alpha A_SAN,i + (1 - alpha) A_GN,i
+
+    Rollouts with three searches are compared with others that searched three times: the group mean
+    would credit a row with the offset between its stratum and the group. (Stratified GRPO:
+    arXiv:2510.06214.) SAN is `grpo` with the group key (prompt, stratum), so with one stratum per
+    prompt (and no minimum above 2), or alpha = 0, the result is `grpo` bit for bit; a stratum never
+    reaches across prompts.
+
+    alpha = 1 is an ablation: where the stratum decides the reward, A_SAN is 0 everywhere and the
+    choice of the stratum is not learnt. The label is the policy's own doing, so as a baseline it
+    depends on the action and the gradient is not the unbiased one of `leave_one_out`. alpha = 0.6
+    is reported for one base model; kind of std, eps and what small strata get are project
+    defaults, not from the paper.
+
+    Args:
+        reward_N: (N,) finite floating-point rewards.
+        prompt_N: (N,) integers, the group of each rollout.
+        stratum_N: (N,) integers, categorical; any ids, reused freely between prompts.
+        alpha: share of A_SAN, in [0, 1].
+        fallback: for strata of fewer than `min_stratum_size` rows; "blend" takes A_SAN = 0, so
+            (1 - alpha) A_GN is left, "group" takes A_GN whole, after which the advantages of the
+            group no longer sum to 0.
+        min_stratum_size: at least 1; below 2 it does nothing.
+        correction: 0 for the population std, 1 for the unbiased one, in strata and groups alike.
+        eps: added to both stds, outside the root; >= 0.
+
+    Returns:
+        (N,) advantages in the dtype of `reward_N`. A stratum that is large enough but of equal
+        rewards has A_SAN = 0 exactly under either fallback; a group of one, or of equal rewards,
+        gets exactly 0.
+
+    Raises:
+        ValueError: as `grpo`; if `stratum_N` is not (N,) integers; if a setting is out of range.
+    """
+    _check_std(correction, eps)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    if fallback not in FALLBACKS:
+        raise ValueError(f"fallback must be one of {', '.join(FALLBACKS)}, got {fallback!r}")
+    if min_stratum_size < 1:
+        raise ValueError(f"min_stratum_size must be at least 1, got {min_stratum_size}")
+    if stratum_N.shape != reward_N.shape:
+        raise ValueError(
+            f"stratum_N must have one label per reward, shape {tuple(reward_N.shape)}, "
+            f"got {tuple(stratum_N.shape)}"
+        )
+    if stratum_N.is_floating_point() or stratum_N.dtype == torch.bool:
+        raise ValueError(f"stratum_N must be integers, got {stratum_N.dtype}")
+    whole = _groups(reward_N, prompt_N)
+    label_K, label_N = stratum_N.unique(return_inverse=True)
+    strata = _groups(reward_N, whole.group_N * len(label_K) + label_N)
+    group_N = _standardised(whole, correction, eps)
+    within_N = _standardised(strata, correction, eps)
+    instead_N = group_N if fallback == "group" else torch.zeros_like(group_N)
+    within_N = torch.where(strata.size_N < min_stratum_size, instead_N, within_N)
+    # lerp gives group_N and within_N exactly at 0 and 1, and where they are equal.
+    return torch.lerp(group_N, within_N, alpha).to(reward_N.dtype)
 
 
 def raft(reward_N: Tensor, prompt_N: Tensor) -> Tensor:

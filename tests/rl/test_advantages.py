@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 
-from rl.advantages import centred, grpo, leave_one_out, raft
+from rl.advantages import batch_scaled, batch_whitened, centred, grpo, leave_one_out, raft
 
 CENTRED = [centred, leave_one_out, grpo]
+BATCH = [batch_whitened, batch_scaled]
 ESTIMATORS = [*CENTRED, raft]
+EVERY = [*ESTIMATORS, *BATCH]
 
 
 def ragged(seed=0):
@@ -26,6 +28,11 @@ def by_loop(name, reward_N, prompt_N):
     """The definitions, one rollout at a time, in plain Python."""
     advantage = []
     rewards, prompts = reward_N.tolist(), prompt_N.tolist()
+    if name == "batch_scaled":
+        centred_N = by_loop("centred", reward_N, prompt_N).tolist()
+        return by_loop("batch_whitened", torch.tensor(centred_N, dtype=torch.float64), prompt_N)
+    if name == "batch_whitened":
+        prompts = [0] * len(prompts)
     for i, (r, p) in enumerate(zip(rewards, prompts, strict=True)):
         group = [s for s, q in zip(rewards, prompts, strict=True) if q == p]
         others = [s for j, s in enumerate(rewards) if j != i and prompts[j] == p]
@@ -83,7 +90,7 @@ def test_golden_values_of_one_and_four_successes_in_eight(estimate, of_1, of_4):
     assert advantage_N[1::2].tolist() == pytest.approx([of_4] * 4 + [-of_4] * 4, abs=5e-7)
 
 
-@pytest.mark.parametrize("estimate", ESTIMATORS)
+@pytest.mark.parametrize("estimate", EVERY)
 @pytest.mark.parametrize("seed", range(5))
 def test_matches_the_definition_on_ragged_interleaved_groups(estimate, seed):
     reward_N, prompt_N = ragged(seed)
@@ -104,7 +111,7 @@ def test_grpo_is_torchs_std_group_by_group(correction, eps):
         torch.testing.assert_close(advantage_N[prompt_N == prompt], expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("estimate", CENTRED)
+@pytest.mark.parametrize("estimate", [*CENTRED, batch_scaled])
 def test_a_prompts_own_shift_changes_nothing(estimate):
     reward_N, prompt_N = ragged()
     shifted_N = reward_N + 0.25 * prompt_N
@@ -113,23 +120,26 @@ def test_a_prompts_own_shift_changes_nothing(estimate):
     )
 
 
-@pytest.mark.parametrize(("estimate", "power"), [(centred, 1), (leave_one_out, 1), (grpo, 0)])
+@pytest.mark.parametrize(
+    ("estimate", "power"),
+    [(centred, 1), (leave_one_out, 1), (grpo, 0), (batch_whitened, 0), (batch_scaled, 0)],
+)
 def test_scale(estimate, power):
     reward_N, prompt_N = ragged()
-    settings = {"eps": 0} if estimate is grpo else {}
+    settings = {"eps": 0} if power == 0 else {}
     actual = estimate(3 * reward_N, prompt_N, **settings)
     expected = 3**power * estimate(reward_N, prompt_N, **settings)
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("estimate", CENTRED)
+@pytest.mark.parametrize("estimate", [*CENTRED, batch_scaled])
 def test_advantages_of_a_prompt_sum_to_0(estimate):
     reward_N, prompt_N = ragged()
     sums = torch.zeros(30).double().index_add(0, prompt_N, estimate(reward_N, prompt_N))
     torch.testing.assert_close(sums, torch.zeros(30).double(), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("estimate", ESTIMATORS)
+@pytest.mark.parametrize("estimate", EVERY)
 def test_rows_may_come_in_any_order(estimate):
     reward_N, prompt_N = ragged()
     order = torch.randperm(len(reward_N), generator=torch.Generator().manual_seed(1))
@@ -152,7 +162,7 @@ def test_two_prompts_together_are_two_calls(estimate):
         )
 
 
-@pytest.mark.parametrize("estimate", CENTRED)
+@pytest.mark.parametrize("estimate", [*CENTRED, *BATCH])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rewards", [[0.7] * 8, [1.0], [0.0], [-3.1] * 3, [1e30] * 3])
 def test_equal_rewards_and_lone_rows_get_exactly_0(estimate, dtype, rewards):
@@ -184,18 +194,18 @@ def test_raft_accepts_the_best_and_nothing_where_all_fail():
     assert raft(reward_N, prompt_N).tolist() == [0, 0, 0, 1, 1, 0, 0, 1]
 
 
-@pytest.mark.parametrize("estimate", ESTIMATORS)
+@pytest.mark.parametrize("estimate", EVERY)
 def test_no_rows_give_no_advantages(estimate):
     assert estimate(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).tolist() == []
 
 
-@pytest.mark.parametrize("estimate", ESTIMATORS)
+@pytest.mark.parametrize("estimate", EVERY)
 def test_no_gradient_flows_through_an_advantage(estimate):
     reward_N, prompt_N = ragged()
     assert not estimate(reward_N.requires_grad_(), prompt_N).requires_grad
 
 
-@pytest.mark.parametrize("estimate", ESTIMATORS)
+@pytest.mark.parametrize("estimate", EVERY)
 def test_float32_rewards_are_averaged_in_float64(estimate):
     reward_N, prompt_N = ragged()
     reward_N = reward_N.float() + 1000  # float32 sums of these would lose four digits
@@ -217,7 +227,7 @@ def test_gradient_is_unbiased_where_the_group_mean_shrinks_it(estimate, factor):
     assert abs(mean - factor * p * (1 - p)) < 4 * 0.126 / trials**0.5
 
 
-@pytest.mark.parametrize("estimate", ESTIMATORS)
+@pytest.mark.parametrize("estimate", EVERY)
 def test_estimators_say_what_is_wrong(estimate):
     prompt_N = torch.tensor([4, 4])
     with pytest.raises(ValueError, match=r"equally long, got \(2,\) and \(3,\)"):
@@ -232,8 +242,81 @@ def test_estimators_say_what_is_wrong(estimate):
         estimate(torch.tensor([math.inf, 0.0]), prompt_N)
 
 
-def test_grpo_says_what_is_wrong():
+@pytest.mark.parametrize("estimate", [grpo, *BATCH])
+def test_settings_out_of_range_are_refused(estimate):
     with pytest.raises(ValueError, match="correction must be 0 or 1, got 2"):
-        grpo(torch.zeros(2), torch.zeros(2).long(), correction=2)
+        estimate(torch.zeros(2), torch.zeros(2).long(), correction=2)
     with pytest.raises(ValueError, match=r"eps must be at least 0, got -0\.1"):
-        grpo(torch.zeros(2), torch.zeros(2).long(), eps=-0.1)
+        estimate(torch.zeros(2), torch.zeros(2).long(), eps=-0.1)
+
+
+def quarters():
+    """Prompts with 1, 3 and 4 of 4 correct."""
+    reward_N = torch.tensor([1, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.float64)
+    return reward_N, torch.arange(3).repeat_interleave(4)
+
+
+def test_batch_scaled_golden_values():
+    # c = (.75, -.25 x3, .25 x3, -.75, 0 x4): sum of squares 1.5 over 12 rows, std .353553.
+    reward_N, prompt_N = quarters()
+    high, low = 2.121320, 0.707107
+    expected = [high] + [-low] * 3 + [low] * 3 + [-high] + [0] * 4
+    advantage_N = batch_scaled(reward_N, prompt_N, eps=0)
+    assert advantage_N.tolist() == pytest.approx(expected, abs=5e-7)
+    assert centred(reward_N, prompt_N).std(correction=0).item() == pytest.approx(0.353553, abs=5e-7)
+
+
+@pytest.mark.parametrize(("correction", "std"), [(0, 0.471405), (1, 0.492366)])
+def test_batch_scaled_is_not_trls_batch_scale_which_has_the_spread_between_prompts(correction, std):
+    reward_N, prompt_N = quarters()
+    raw = reward_N.std(correction=correction)
+    assert raw.item() == pytest.approx(std, abs=5e-7)
+    trl_N = centred(reward_N, prompt_N) / raw
+    ours_N = batch_scaled(reward_N, prompt_N, correction=correction, eps=0)
+    assert (ours_N / trl_N)[:8].min() > 1.3
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+@pytest.mark.parametrize("estimate", BATCH)
+def test_with_one_prompt_the_batch_is_the_group(estimate, correction):
+    reward_N, _ = ragged()
+    prompt_N = torch.full((len(reward_N),), 9)
+    settings = {"correction": correction, "eps": 1e-4}
+    torch.testing.assert_close(
+        estimate(reward_N, prompt_N, **settings),
+        grpo(reward_N, prompt_N, **settings),
+        atol=1e-14,
+        rtol=0,
+    )
+
+
+def test_batch_whitened_has_mean_0_and_variance_1_over_the_batch_and_needs_no_groups():
+    reward_N, prompt_N = ragged()
+    advantage_N = batch_whitened(reward_N, prompt_N, eps=0)
+    assert advantage_N.mean().item() == pytest.approx(0, abs=1e-14)
+    assert advantage_N.var(correction=0).item() == pytest.approx(1, abs=1e-14)
+    assert torch.equal(batch_whitened(reward_N, torch.arange(len(reward_N)), eps=0), advantage_N)
+    # A lone row, and a group of equal rewards, still differ from the batch.
+    assert (advantage_N[prompt_N == 2] != 0).all() and (advantage_N[prompt_N == 11] != 0).all()
+
+
+def test_batch_whitened_by_hand():
+    # Mean 2, deviations -1, 0, 1, population variance 2/3; unbiased 1.
+    reward_N, prompt_N = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([5, 5, 6])
+    expected = [-(1.5**0.5), 0, 1.5**0.5]
+    assert batch_whitened(reward_N, prompt_N, eps=0).tolist() == pytest.approx(expected, abs=1e-15)
+    unbiased_N = batch_whitened(reward_N, prompt_N, correction=1, eps=0)
+    assert unbiased_N.tolist() == pytest.approx([-1, 0, 1], abs=1e-15)
+
+
+@pytest.mark.parametrize("estimate", BATCH)
+def test_dropping_groups_without_signal_first_changes_the_batch_estimators_alone(estimate):
+    reward_N, prompt_N = quarters()
+    kept = slice(0, 8)
+    before_N, after_N = (
+        estimate(reward_N, prompt_N)[kept],
+        estimate(reward_N[kept], prompt_N[kept]),
+    )
+    assert (before_N - after_N).abs().max() > 0.1
+    for group in CENTRED:
+        assert torch.equal(group(reward_N, prompt_N)[kept], group(reward_N[kept], prompt_N[kept]))
