@@ -3,9 +3,14 @@ import math
 import pytest
 import torch
 
-from rl.losses import clipped_surrogate, raft, raft_pp
+from rl.losses import cispo, clipped_surrogate, raft, raft_pp, sapo
 
-LOSSES = [clipped_surrogate, raft, raft_pp]
+
+def capped(*args, **settings):
+    return cispo(*args, **({"ratio_cap": 1.1} | settings))
+
+
+LOSSES = [clipped_surrogate, raft, raft_pp, capped, sapo]
 
 
 def batch(seed=0, num_rollouts=6, num_steps=5, binary=True):
@@ -261,13 +266,15 @@ def test_advantages_may_vary_within_a_row(loss):
     assert doubled != rowwise
 
 
-@pytest.mark.parametrize("loss", [clipped_surrogate, raft_pp])
-def test_a_runaway_ratio_does_not_overflow(loss):
+@pytest.mark.parametrize(
+    ("loss", "expected"), [(clipped_surrogate, 1.2), (raft_pp, 1.2), (sapo, 4)]
+)
+def test_a_runaway_ratio_does_not_overflow(loss, expected):
     logprob_NT = torch.zeros(1, 1, requires_grad=True)
     value, statistics = loss(
         logprob_NT, torch.full((1, 1), -200.0), torch.ones(1), torch.ones(1, 1), denominator=1.0
     )
-    assert value.item() == pytest.approx(-1.2)
+    assert value.item() == pytest.approx(-expected)
     assert statistics["ratio"].isfinite() and statistics["kl_old"].isfinite()
     assert gradient(value, logprob_NT) == 0
 
@@ -299,6 +306,105 @@ def test_losses_say_what_is_wrong(loss):
         loss(rows[0], rows[1], rows[2][1:], rows[3], denominator=1.0)
 
 
+def test_clip_ranges_may_differ_between_decisions():
+    logprob_NT, old_NT, advantage_N, weight_NT = batch(binary=False)
+    generator = torch.Generator().manual_seed(5)
+    low_NT, high_NT = torch.rand(2, 6, 5, dtype=torch.float64, generator=generator) * 0.4
+    whole, statistics = clipped_surrogate(
+        logprob_NT,
+        old_NT,
+        advantage_N,
+        weight_NT,
+        denominator=2.0,
+        epsilon_low=torch.where(weight_NT == 0, math.nan, low_NT),
+        epsilon_high=high_NT,
+    )
+    parts = []
+    for n, t in weight_NT.nonzero().tolist():
+        at = (slice(n, n + 1), slice(t, t + 1))
+        parts.append(
+            clipped_surrogate(
+                logprob_NT[at],
+                old_NT[at],
+                advantage_N[n : n + 1],
+                weight_NT[at],
+                denominator=2.0,
+                epsilon_low=low_NT[n, t].item(),
+                epsilon_high=high_NT[n, t].item(),
+            )
+        )
+    torch.testing.assert_close(sum(value for value, _ in parts), whole, atol=1e-12, rtol=0)
+    for name, total in statistics.items():
+        torch.testing.assert_close(sum(s[name] for _, s in parts), total, atol=1e-12, rtol=0)
+    assert statistics["clipped_low"] > 0 and statistics["clipped_high"] > 0
+    torch.testing.assert_close(
+        gradient(whole, logprob_NT),
+        gradient(sum(value for value, _ in parts), logprob_NT),
+        atol=1e-12,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_clip_range_is_the_same_as_a_number_and_as_a_tensor(dtype):
+    rows = [x.to(dtype) for x in batch(binary=False)]
+    number, counts = clipped_surrogate(*rows, denominator=2.0, epsilon_low=0.25, epsilon_high=0.125)
+    low_NT, high_NT = torch.full((6, 5), 0.25), torch.full((6, 5), 0.125)
+    tensor, others = clipped_surrogate(
+        *rows, denominator=2.0, epsilon_low=low_NT, epsilon_high=high_NT
+    )
+    assert number.item() == tensor.item() and number.dtype == tensor.dtype
+    assert {k: v.item() for k, v in counts.items()} == {k: v.item() for k, v in others.items()}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "slope"),
+    [(1.0, 2.0, -2.0), (1.05, -2.0, 2.1), (3.0, 1.0, -1.1), (3.0, -1.0, 1.1), (0.2, 1.0, -0.2)],
+)
+def test_cispo_caps_the_weight_and_keeps_the_gradient(ratio, advantage, slope):
+    # d loss / d logprob = -min(rho, 1.1) A; the value is that times logprob = log rho.
+    value, grad, statistics = one(ratio, advantage, capped)
+    assert grad == pytest.approx(slope, abs=1e-12)
+    assert value == pytest.approx(slope * math.log(ratio), abs=1e-12)
+    assert statistics["capped"] == (ratio > 1.1)
+    assert statistics["clipped_high"] == 0
+
+
+def test_an_epsilon_given_as_ratio_cap_is_refused():
+    rows = batch()
+    with pytest.raises(
+        ValueError, match=r"ratio_cap must be at least 1, got 0\.2; it caps the ratio"
+    ):
+        cispo(*rows, denominator=1.0, ratio_cap=0.2)
+    with pytest.raises(TypeError, match="ratio_cap"):
+        cispo(*rows, denominator=1.0)
+
+
+@pytest.mark.parametrize(("advantage", "tau"), [(1.0, 1.0), (2.0, 1.0), (-1.0, 1.05), (-3.0, 1.05)])
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 1.5, 6.0])
+def test_sapo_is_a_sigmoid_gate_of_slope_1_at_ratio_1(ratio, advantage, tau):
+    value, grad, _ = one(ratio, advantage, sapo)
+    gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
+    assert value == pytest.approx(-4 / tau * gate * advantage, abs=1e-12)
+    # d gate = tau gate (1 - gate) d rho, and d rho / d logprob = rho.
+    assert grad == pytest.approx(-4 * gate * (1 - gate) * ratio * advantage, abs=1e-12)
+    if ratio == 1.0:
+        assert grad == pytest.approx(-advantage, abs=1e-12)
+
+
+def test_sapo_golden_value():
+    assert one(1.5, 1.0, sapo)[0] == pytest.approx(-2.489837, abs=5e-7)
+
+
+def test_on_policy_every_token_loss_has_one_gradient():
+    logprob_NT, _, advantage_N, weight_NT = batch(binary=False)
+    rows = (logprob_NT, logprob_NT.detach(), advantage_N, weight_NT)
+    expected = -weight_NT * advantage_N[:, None] / 3.0
+    for loss in (clipped_surrogate, raft, capped, sapo):
+        grads = gradient(loss(*rows, denominator=3.0)[0], logprob_NT)
+        torch.testing.assert_close(grads, expected, atol=1e-14, rtol=0)
+
+
 def test_settings_out_of_range_are_refused():
     rows = batch()
     with pytest.raises(ValueError, match=r"epsilon_high must be at least 0, got 0\.2 and -1"):
@@ -309,3 +415,9 @@ def test_settings_out_of_range_are_refused():
         clipped_surrogate(*rows, denominator=1.0, dual_clip=1)
     with pytest.raises(ValueError, match=r"advantages must be at least 0, got -1\.0"):
         raft_pp(rows[0], rows[1], rows[2] - 1, rows[3], denominator=1.0)
+    with pytest.raises(ValueError, match=r"got 0\.2 and -0\.5"):
+        clipped_surrogate(*rows, denominator=1.0, epsilon_high=torch.full((6, 5), -0.5))
+    with pytest.raises(ValueError, match=r"numbers or of shape \(6, 5\), got \(5,\)"):
+        clipped_surrogate(*rows, denominator=1.0, epsilon_low=torch.full((5,), 0.5))
+    with pytest.raises(ValueError, match=r"must be positive, got 1\.0 and 0"):
+        sapo(*rows, denominator=1.0, temperature_negative=0)
