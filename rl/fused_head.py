@@ -36,6 +36,10 @@ from rl.logprobs import (
 )
 from rollouts.batch import TokenRollouts
 
+LEAST = 128
+"""Positions of a chunk, at least: each chunk reads the whole weight and its gradient once. With a
+vocabulary of 152k their logits are 74 MiB in float32."""
+
 
 def fused_logprobs(
     model: nn.Module, rollouts: TokenRollouts, *, temperature: float = 1.0, pad_id: int
@@ -239,7 +243,7 @@ class _FusedHead(torch.autograd.Function):
             logprob_M = hidden_MC.new_zeros(len(hidden_MC), dtype=exact)
             normaliser_M, entropy_M = torch.zeros_like(logprob_M), torch.zeros_like(logprob_M)
             weight, bias = weight_VC.to(ctx.dtype), None if bias_V is None else bias_V.to(ctx.dtype)
-            for at in _slices(len(hidden_MC), chunk_size(len(weight), hidden_MC.device)):
+            for at in _slices(len(hidden_MC), _chunk_of(weight)):
                 logits_LV = nn.functional.linear(hidden_MC[at], weight, bias)
                 logprob_M[at], normaliser_M[at], entropy_L = selected(
                     logits_LV.to(exact).div_(temperature), token_M[at], entropy=entropy
@@ -262,7 +266,7 @@ class _FusedHead(torch.autograd.Function):
             grad_hidden_MC = torch.zeros_like(hidden_MC) if for_hidden else None
             grad_weight_VC = torch.zeros_like(weight, dtype=exact) if for_weight else None
             grad_bias_V = weight.new_zeros(len(weight), dtype=exact) if for_bias else None
-            for at in index_A.split(chunk_size(len(weight), hidden_MC.device)):
+            for at in index_A.split(_chunk_of(weight)):
                 hidden_LC = hidden_MC[at]
                 z_LV = nn.functional.linear(hidden_LC, weight, bias).to(exact)
                 delta_LV = logit_gradient(
@@ -294,6 +298,10 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
         torch.addmm(total, one, other, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(one.to(total.dtype), other.to(total.dtype))
+
+
+def _chunk_of(weight_VC: Tensor) -> int:
+    return chunk_size(len(weight_VC), weight_VC.device, least=LEAST)
 
 
 def _slices(length: int, size: int) -> list[slice]:

@@ -332,10 +332,10 @@ def logit_gradient(z_LV: Tensor, normaliser_L: Tensor, token_L: Tensor, grad_L: 
     return grad_LV.scatter_add_(1, token_L[:, None], grad_L[:, None])
 
 
-def chunk_size(vocabulary: int, device: torch.device) -> int:
+def chunk_size(vocabulary: int, device: torch.device, *, least: int = 1) -> int:
     """Positions whose logits are worked on at a time."""
     chunk = CHUNK if device.type == "cpu" else CHUNK_OF_ACCELERATOR
-    return max(1, chunk // vocabulary)
+    return max(least, chunk // vocabulary)
 
 
 def _chunks(mask_NT: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -44,7 +44,8 @@ def by_tokens(prompt_length_K: Tensor, length_K: Tensor, budget: int) -> list[Te
     so that memory is what is bounded, whatever the lengths: many short rows together, few long
     ones. A row longer than the budget stands alone. Rows are sorted and taken greedily, which for
     prompts of one length gives the fewest micro-batches possible: sorted by the sum, by completion
-    then prompt, or by prompt then completion, whichever order pads least (the first in a tie).
+    then prompt, or by prompt then completion, whichever order gives the fewest micro-batches, of
+    these the one that pads least, the first in a tie.
 
     The rule is the project's own; budgets of padded tokens are common in translation
     (fairseq's `max_tokens`) and in verl.
@@ -81,7 +82,9 @@ def by_tokens(prompt_length_K: Tensor, length_K: Tensor, budget: int) -> list[Te
         _filled(sorted(range(len(lengths)), key=order, reverse=True), prompts, lengths, budget)
         for order in orders
     ]
-    best = min(splits, key=lambda micro: padded_tokens(prompt_length_K, length_K, micro))
+    best = min(
+        splits, key=lambda micro: (len(micro), padded_tokens(prompt_length_K, length_K, micro))
+    )
     return sorted(best, key=lambda row_B: -int((prompt_length_K + length_K)[row_B].max()))
 
 
