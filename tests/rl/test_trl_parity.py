@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from rl.advantages import grpo
-from rl.losses import clipped_surrogate
+from rl.importance import correction
+from rl.kl import kl_k3, kl_k3_weighted
+from rl.losses import cispo, clipped_surrogate, sapo
+from rl.sequence_losses import gspo, rloo, vespo
 from rl.step_weights import denominator, objective_weight, token_weight
 
 pytestmark = pytest.mark.slow  # importing trl takes seven seconds
@@ -29,27 +32,52 @@ class Metrics(dict):
         return self.setdefault(name, [])
 
 
-def trl_loss(loss_type, logprob_NT, old_NT, advantage_N, mask_NT, *, high, delta):
+def trl_loss(
+    loss_type,
+    logprob_NT,
+    old_NT,
+    advantage_N,
+    mask_NT,
+    *,
+    high=0.2,
+    low=0.2,
+    delta=None,
+    level="token",
+    beta=0.0,
+    reference_NT=None,
+    bias_correction=True,
+    factor_NT=None,
+):
     """`GRPOTrainer._compute_loss` itself, over recorded log-probabilities instead of a model."""
-    from trl import GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer
 
+    published = GRPOConfig.__dataclass_fields__
+    settings = {
+        name: field.default
+        for name, field in published.items()
+        if name.startswith(("sapo_", "vespo_"))
+    }
     fake = types.SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (
             logprob_NT,
             torch.zeros_like(logprob_NT),
             None,
         ),
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        importance_sampling_level="token",
-        beta=0.0,
+        importance_sampling_level=level,
+        beta=beta,
         loss_type=loss_type,
-        epsilon_low=0.2,
+        epsilon_low=low,
         epsilon_high=high,
         max_completion_length=8,
-        args=types.SimpleNamespace(delta=delta, steps_per_generation=1),
-        use_vllm=False,
+        args=types.SimpleNamespace(
+            delta=delta, steps_per_generation=1, use_bias_correction_kl=bias_correction, **settings
+        ),
+        use_vllm=factor_NT is not None,
+        vllm_importance_sampling_correction=True,
         model=torch.nn.Identity().train(),
         current_gradient_accumulation_steps=1,
         accelerator=OneProcess(),
@@ -64,14 +92,45 @@ def trl_loss(loss_type, logprob_NT, old_NT, advantage_N, mask_NT, *, high, delta
         "completion_mask": mask_NT,
         "advantages": advantage_N,
         "old_per_token_logps": old_NT,
+        "ref_per_token_logps": reference_NT,
+        "importance_sampling_ratio": factor_NT,
         "num_items_in_batch": mask_NT.sum(),
     }
     loss = GRPOTrainer._compute_loss(fake, None, inputs)
     return loss, {name: values[-1] for name, values in fake._metrics["train"].items()}
 
 
-def batch():
-    generator = torch.Generator().manual_seed(0)
+def trl_rloo(logprob_NT, old_NT, advantage_N, mask_NT):
+    """`RLOOTrainer._compute_loss` itself."""
+    from trl import RLOOTrainer
+
+    fake = types.SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (
+            logprob_NT,
+            torch.zeros_like(logprob_NT),
+            None,
+        ),
+        aux_loss_enabled=False,
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        model=torch.nn.Identity().train(),
+        accelerator=OneProcess(),
+        _metrics={"train": Metrics()},
+    )
+    inputs = {
+        "prompt_ids": torch.zeros(len(mask_NT), 1).long(),
+        "prompt_mask": torch.ones(len(mask_NT), 1).long(),
+        "completion_ids": torch.zeros_like(mask_NT).long(),
+        "completion_mask": mask_NT.long(),
+        "advantages": advantage_N,
+        "old_logps": (old_NT * mask_NT).sum(1),
+    }
+    loss = RLOOTrainer._compute_loss(fake, None, inputs)
+    return loss, {name: values[-1] for name, values in fake._metrics["train"].items()}
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
     logprob_NT = -torch.rand(6, 5, dtype=torch.float64, generator=generator) * 3
     old_NT = logprob_NT + torch.randn(6, 5, dtype=torch.float64, generator=generator) * 0.4
     length_N = torch.tensor([5, 1, 3, 4, 2, 5])
@@ -139,3 +198,166 @@ def test_trls_delta_is_the_dual_clip():
         atol=1e-12,
         rtol=0,
     )
+
+
+def weights(kind, mask_NT):
+    """Weight and denominator of the table in `rl/losses.py`, every row of weight 1."""
+    if kind == "row_mean":
+        return mask_NT.double() / mask_NT.sum(1, keepdim=True), float(len(mask_NT))
+    return mask_NT.double(), float(len(mask_NT) if kind == "row_sum" else mask_NT.sum())
+
+
+def assert_equal(ours, theirs, logprob_NT, *, atol=1e-12):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+    ours_NT = torch.autograd.grad(ours, logprob_NT)[0]
+    theirs_NT = torch.autograd.grad(theirs, logprob_NT)[0]
+    torch.testing.assert_close(ours_NT, theirs_NT, atol=atol, rtol=0)
+    assert ours_NT.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "loss"),
+    [
+        ("cispo", "token_mean", lambda *a, **k: cispo(*a, ratio_cap=1.3, **k)),
+        ("sapo", "row_mean", sapo),
+    ],
+)
+def test_token_losses_equal_trls(name, kind, loss):
+    logprob_NT, old_NT, advantage_N, mask_NT, _, _ = batch()
+    weight_NT, total = weights(kind, mask_NT)
+    ours, statistics = loss(logprob_NT, old_NT, advantage_N, weight_NT, denominator=total)
+    rows = (logprob_NT, old_NT, advantage_N, mask_NT)
+    theirs, metrics = trl_loss(name, *rows, high=1.3)  # TRL's cap of the ratio is epsilon_high
+    # TRL's temperature 1.05 of SAPO is a float32 tensor.
+    assert_equal(ours, theirs, logprob_NT, atol=1e-12 if name == "cispo" else 1e-7)
+    if name == "cispo":
+        positive_N = advantage_N > 0
+        _, some = loss(*(x[positive_N] for x in (*rows[:3], weight_NT)), denominator=total)
+        share = (some["capped"] / statistics["tokens"]).item()
+        assert share == pytest.approx(metrics["cispo_clip_ratio"], abs=1e-6) and share > 0
+
+
+def test_a_cispo_cap_left_at_trls_default_epsilon_scales_the_gradient_down():
+    logprob_NT, _, advantage_N, mask_NT, _, _ = batch()
+    rows = (logprob_NT, logprob_NT.detach(), advantage_N)
+    weight_NT, total = weights("token_mean", mask_NT)
+    ours, _ = cispo(*rows, weight_NT, denominator=total, ratio_cap=5.0)
+    theirs, _ = trl_loss("cispo", *rows, mask_NT, high=0.2)
+    torch.testing.assert_close(
+        torch.autograd.grad(theirs, logprob_NT)[0],
+        0.2 * torch.autograd.grad(ours, logprob_NT)[0],
+        atol=1e-12,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize(("name", "kind"), [("grpo", "row_mean"), ("luspo", "row_sum")])
+@pytest.mark.parametrize("delta", [None, 1.15])
+@pytest.mark.parametrize("low", [3e-4, 0.05])
+def test_gspo_and_luspo_equal_trls(name, kind, delta, low):
+    logprob_NT, old_NT, advantage_N, mask_NT, _, _ = batch(seed=1)
+    weight_NT, total = weights(kind, mask_NT)
+    ours, statistics = gspo(
+        logprob_NT,
+        old_NT,
+        advantage_N,
+        weight_NT,
+        denominator=total,
+        mask_NT=mask_NT,
+        epsilon_low=low,
+        epsilon_high=0.06,
+        dual_clip=delta,
+    )
+    theirs, metrics = trl_loss(
+        *(name, logprob_NT, old_NT, advantage_N, mask_NT),
+        low=low,
+        high=0.06,
+        delta=delta,
+        level="sequence",
+    )
+    assert_equal(ours, theirs, logprob_NT)
+    assert statistics["clipped_high"] > 0 and metrics["clip_ratio/high_mean"] > 0
+    assert (statistics["clipped_dual"] > 0) == (delta is not None)
+
+
+def test_vespo_equals_trls():
+    logprob_NT, old_NT, advantage_N, mask_NT, _, _ = batch(seed=1)
+    weight_NT, total = weights("token_mean", mask_NT)
+    ours, _ = vespo(
+        *(logprob_NT, old_NT, advantage_N, weight_NT), denominator=total, mask_NT=mask_NT
+    )
+    theirs, metrics = trl_loss("vespo", logprob_NT, old_NT, advantage_N, mask_NT)
+    assert_equal(ours, theirs, logprob_NT)
+    row_mean_NT, _ = weights("row_mean", mask_NT)
+    shares = [
+        vespo(
+            *(x[n : n + 1] for x in (logprob_NT, old_NT, advantage_N, row_mean_NT)),
+            denominator=1.0,
+            mask_NT=mask_NT[n : n + 1],
+        )[1]
+        for n in range(6)
+    ]
+    mean = sum((s["phi"] / s["tokens"]).item() for s in shares) / 6
+    assert mean == pytest.approx(metrics["vespo/phi_seq_mean"], abs=1e-6)
+
+
+def test_rloo_equals_trls():
+    logprob_NT, old_NT, advantage_N, mask_NT, _, _ = batch(seed=1)
+    weight_NT, total = weights("row_mean", mask_NT)
+    ours, statistics = rloo(
+        *(logprob_NT, old_NT, advantage_N, weight_NT), denominator=total, mask_NT=mask_NT
+    )
+    theirs, metrics = trl_rloo(logprob_NT, old_NT, advantage_N, mask_NT)
+    assert_equal(ours, theirs, logprob_NT)
+    assert statistics["clipped_low"] > 0 and statistics["clipped_high"] > 0
+    assert metrics["clip_ratio/low_mean"] > 0 and metrics["clip_ratio/high_mean"] > 0
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize(("name", "kind"), [("dapo", "token_mean"), ("grpo", "row_mean")])
+def test_the_kl_terms_equal_trls(name, kind, bias_correction):
+    logprob_NT, old_NT, advantage_N, mask_NT, _, _ = batch()
+    generator = torch.Generator().manual_seed(2)
+    reference_NT = logprob_NT.detach() + 0.5 * torch.randn(6, 5, generator=generator).double()
+    weight_NT, total = weights(kind, mask_NT)
+    ours, _ = clipped_surrogate(logprob_NT, old_NT, advantage_N, weight_NT, denominator=total)
+    pair = (logprob_NT, reference_NT, weight_NT)
+    if bias_correction:
+        kl, statistics = kl_k3_weighted(*pair, denominator=total, old_logprob_NT=old_NT)
+    else:
+        kl, statistics = kl_k3(*pair, denominator=total)
+    theirs, metrics = trl_loss(
+        *(name, logprob_NT, old_NT, advantage_N, mask_NT),
+        beta=0.3,
+        reference_NT=reference_NT,
+        bias_correction=bias_correction,
+    )
+    assert_equal(ours + 0.3 * kl, theirs, logprob_NT)
+    if not bias_correction:
+        mean = (statistics["kl_k3"] / statistics["kl_tokens"]).item()
+        assert mean == pytest.approx(metrics["kl"], abs=1e-6)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+def test_correction_factors_multiply_the_weights_as_in_trl(level, mode):
+    logprob_NT, old_NT, advantage_N, mask_NT, _, _ = batch()
+    generator = torch.Generator().manual_seed(3)
+    engine_NT = old_NT + 0.3 * torch.randn(6, 5, generator=generator).double()
+    factor_NT, statistics = correction(old_NT, engine_NT, mask_NT, level=level, mode=mode, cap=1.2)
+    assert statistics["is_above"] > 0
+    weight_NT, total = weights("token_mean", mask_NT)
+    ours, _ = clipped_surrogate(
+        logprob_NT, old_NT, advantage_N, weight_NT * factor_NT, denominator=total
+    )
+    # TRL's ratio, (N, T) or (N, 1), as its rollouts bring it to the loss.
+    difference_NT = (old_NT - engine_NT) * mask_NT
+    if level == "sequence":
+        difference_NT = difference_NT.sum(1, keepdim=True)
+    ratio_NT = difference_NT.exp()
+    if mode == "truncate":
+        ratio_NT = ratio_NT.clamp(max=1.2)
+    else:
+        ratio_NT = ratio_NT.masked_fill(ratio_NT > 1.2, 0.0)
+    theirs, _ = trl_loss(*("dapo", logprob_NT, old_NT, advantage_N, mask_NT), factor_NT=ratio_NT)
+    assert_equal(ours, theirs, logprob_NT)
