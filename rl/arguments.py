@@ -249,7 +249,11 @@ class RolloutConfig(TrainingArguments):
     advantage: str | None = _setting(
         None, "leave_one_out, grpo, centred or raft. Default: the preset's."
     )
-    loss: str | None = _setting(None, "raft, raft_pp, grpo or dapo. Default: the preset's.")
+    loss: str | None = _setting(
+        None,
+        "raft, raft_pp, grpo, dapo, dr_grpo, cispo, sapo, gspo, gspo_token, luspo, vespo or rloo. "
+        "Default: the preset's.",
+    )
     objective: str | None = _setting(
         None,
         "Sum over prompts that is ascended whatever the budgets: mean (pass rate), log (its log), em "
@@ -259,12 +263,46 @@ class RolloutConfig(TrainingArguments):
         None,
         "row_mean (1/length), token_sum (1/max_completion_length) or token_mean. Default: the loss's.",
     )
-    epsilon: float = _setting(0.2, "Lower clip range of the ratio.")
-    epsilon_high: float | None = _setting(None, "Upper clip range. Default: 0.2, dapo 0.28.")
+    epsilon: float | None = _setting(
+        None, "Lower clip range of the ratio. Default: 0.2; 3e-4 for ratios of whole rows (gspo)."
+    )
+    epsilon_high: float | None = _setting(
+        None, "Upper clip range. Default: 0.2; dapo 0.28; gspo 4e-4."
+    )
     delta: float | None = _setting(
         None, "Dual clip: cap of the ratio where the advantage is negative."
     )
-    updates_per_step: int = _setting(1, "Optimizer updates on one collection of rollouts.")
+    ratio_cap: float = _setting(5.0, "cispo: largest ratio that a gradient is multiplied by.")
+    beta: float = _setting(0.0, "Weight of the KL to the policy before training; 0: no reference.")
+    kl: str = _setting(
+        "k3_weighted", "Estimate of the KL as a loss: k2, k3 (GRPO) or k3_weighted (by the ratio)."
+    )
+    old_logprobs: str = _setting(
+        "engine",
+        "What ratios compare with: the log-probabilities the engine recorded, or the trainer's own, "
+        "recomputed before the first update.",
+    )
+    importance_correction: str = _setting(
+        "none",
+        "Weights for an engine that differs from the trainer (another library, precision): none, "
+        "token_truncate, token_mask, sequence_truncate or sequence_mask. Implies old_logprobs: "
+        "trainer.",
+    )
+    importance_cap: float = _setting(2.0, "Largest ratio trainer / engine that counts in full.")
+    importance_floor: float | None = _setting(None, "Smallest one. Default: none.")
+    updates_per_step: int = _setting(
+        1, "Optimizer updates on one collection of rollouts; each takes its part of the rows."
+    )
+    num_iterations: int = _setting(1, "Times that every row is trained on.")
+    micro_batch_tokens: int | None = _setting(
+        None,
+        "Tokens of a micro-batch, padding included, instead of per_device_train_batch_size rows.",
+    )
+    fused_logprobs: bool | None = _setting(
+        None,
+        "Compute log-probabilities without ever holding the logits. Default: for vocabularies of "
+        "16,384 tokens and more.",
+    )
     log_floor: float = _setting(0.05, "Smallest pass rate the log objective divides by.")
     max_empty_steps: int = _setting(
         20, "Steps in a row without any training signal before the run stops."
@@ -306,7 +344,7 @@ class RolloutConfig(TrainingArguments):
         preset = dict(PRESETS[self.trainer])
         loss = self.loss if self.loss is not None else preset["loss"]
         choice("loss", loss, LOSSES)
-        preset |= LOSS_DEFAULTS.get(loss, {})
+        preset |= {"epsilon": 0.2} | LOSS_DEFAULTS.get(loss, {})
         for name, value in preset.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

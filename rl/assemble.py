@@ -20,6 +20,7 @@ from rl.arguments import RolloutConfig
 from rl.distributed import Ranks
 from rl.line import Line
 from rl.methods import (
+    LOSS_COLUMNS,
     NEEDS_COLUMN,
     SELECTORS,
     STOPPINGS,
@@ -27,8 +28,12 @@ from rl.methods import (
     advantage_of,
     allocator_of,
     down_sampler_of,
+    kl_of,
     loss_of,
+    micro_batches_of,
 )
+from rl.reference import Reference
+from rl.scorer import Scorer
 from rl.waves import GroupBuffer
 from rollouts.engine import Engine, SamplingParams
 from rollouts.prompts import Prompt, PromptReport, ensure_pad_token, make_prompts
@@ -150,7 +155,17 @@ def make_line(
         buffer=_buffer(config, planner),
         objective=config.objective or "",
         length_weight=config.length_weight or "",
+        needs_entropy=False,
+        reference=Reference(model, accelerator) if config.beta else None,
+        score=Scorer(
+            temperature=config.temperature,
+            pad_id=tokenizer.pad_token_id,
+            fused=config.fused_logprobs,
+        ),
+        micro_batches=micro_batches_of(config),
         loss=loss_of(config),
+        loss_columns=LOSS_COLUMNS.get(config.loss or "", {}),
+        kl=kl_of(config),
         ledger=Ledger(),
         ranks=Ranks(accelerator),
         config=config,
@@ -204,14 +219,17 @@ def load_policy(
         if not source:
             raise ValueError("this model was not loaded from anywhere; give its tokenizer too")
         tokenizer = AutoTokenizer.from_pretrained(source)
-    if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    policy: PreTrainedModel = (
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if isinstance(model, str)
+        else model
+    )
     if peft_config is not None:
         from peft import get_peft_model
 
-        model = get_peft_model(model, peft_config)  # type: ignore[assignment]
-    without_dropout(model)
-    return model, ensure_pad_token(tokenizer)
+        policy = get_peft_model(policy, peft_config)  # type: ignore[assignment]
+    without_dropout(policy)
+    return policy, ensure_pad_token(tokenizer)
 
 
 def prompt_maker(

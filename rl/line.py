@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl.arguments import RolloutConfig
 from rl.distributed import Ranks
+from rl.reference import Reference
+from rl.scorer import Scorer
 from rl.waves import GroupBuffer, Wave
 from rollouts.batch import TokenRollouts
 from rollouts.engine import Engine, SamplingParams
@@ -36,7 +38,13 @@ class Line:
     buffer: GroupBuffer | None  # draws until enough groups are mixed; None: one wave a step
     objective: str
     length_weight: str
+    needs_entropy: bool  # of every decision, before the update
+    reference: Reference | None
+    score: Scorer
+    micro_batches: Callable[[TokenRollouts], list[torch.Tensor]]
     loss: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
+    loss_columns: dict[str, str]  # keywords of the loss besides the common ones, and their columns
+    kl: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]] | None
     ledger: Ledger
     ranks: Ranks
     config: RolloutConfig

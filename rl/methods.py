@@ -6,14 +6,16 @@ the settings they need from `RolloutConfig`, whose fields say what they mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-from rl import advantages, losses
+from rl import advantages, losses, micro_batches, sequence_losses
+from rl.kl import kl_loss
+from rl.logprobs import ends
 from rollouts.batch import TokenRollouts
 from samplers import allocation, downsampling, rules
 from samplers.difficulty_band import OnlineBandSelector, StaticBandSelector
@@ -251,14 +253,35 @@ def advantage_after_of(config: RolloutConfig) -> Callable[[TokenRollouts], torch
 
 # -- losses and the presets that fill settings left unset
 
-LOSSES: dict[str, Callable] = {
-    "raft": losses.raft,
-    "raft_pp": losses.raft_pp,
-    "grpo": losses.clipped_surrogate,
-    "dapo": losses.clipped_surrogate,
+LOSSES: dict[str, tuple[Callable, tuple[str, ...]]] = {
+    # function, and the settings it takes
+    "raft": (losses.raft, ()),
+    "raft_pp": (losses.raft_pp, ("epsilon_low", "epsilon_high")),
+    "grpo": (losses.clipped_surrogate, ("epsilon_low", "epsilon_high", "dual_clip")),
+    "dapo": (losses.clipped_surrogate, ("epsilon_low", "epsilon_high", "dual_clip")),
+    "dr_grpo": (losses.clipped_surrogate, ("epsilon_low", "epsilon_high", "dual_clip")),
+    "cispo": (losses.cispo, ("ratio_cap",)),
+    "sapo": (losses.sapo, ()),
+    "gspo": (sequence_losses.gspo, ("epsilon_low", "epsilon_high", "dual_clip")),
+    "gspo_token": (sequence_losses.gspo_token, ("epsilon_low", "epsilon_high", "dual_clip")),
+    "luspo": (sequence_losses.gspo, ("epsilon_low", "epsilon_high", "dual_clip")),
+    "vespo": (sequence_losses.vespo, ()),
+    "rloo": (sequence_losses.rloo, ("epsilon_low", "epsilon_high")),
 }
+LOSS_COLUMNS: dict[str, dict[str, str]] = {
+    # Ratios of whole rows are over every decision, also those whose weight is 0.
+    name: {"mask_NT": "mask_NT"}
+    for name in ("gspo", "gspo_token", "luspo", "vespo", "rloo")
+}
+_ROW_RATIO = {"epsilon": 3e-4, "epsilon_high": 4e-4}
 LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
     "dapo": {"length_weight": "token_mean", "epsilon_high": 0.28},
+    "dr_grpo": {"length_weight": "token_sum", "advantage": "centred"},
+    "cispo": {"length_weight": "token_mean"},
+    "gspo": _ROW_RATIO,
+    "gspo_token": _ROW_RATIO,
+    "luspo": _ROW_RATIO | {"length_weight": "row_sum"},
+    "vespo": {"length_weight": "token_mean"},
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {
@@ -283,15 +306,45 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epsilon_high": 0.2,
     },
 }
-OBJECTIVES: Sequence[str] = ("mean", "log", "em", "flat")
-LENGTH_WEIGHTS: Sequence[str] = ("row_mean", "token_sum", "token_mean")
 
 
 def loss_of(config: RolloutConfig) -> Callable:
     """The loss named by `config`, its clip ranges bound."""
-    if config.loss == "raft":
-        return losses.raft
-    clip: dict[str, Any] = {"epsilon_low": config.epsilon, "epsilon_high": config.epsilon_high}
-    if config.loss == "raft_pp":
-        return partial(losses.raft_pp, **clip)
-    return partial(losses.clipped_surrogate, **clip, dual_clip=config.delta)
+    function, names = LOSSES[config.loss or ""]
+    known = {
+        "epsilon_low": config.epsilon,
+        "epsilon_high": config.epsilon_high,
+        "dual_clip": config.delta,
+        "ratio_cap": config.ratio_cap,
+    }
+    return partial(function, **{name: known[name] for name in names}) if names else function
+
+
+def kl_of(config: RolloutConfig) -> Callable | None:
+    """`kl(logprob_NT, rows, denominator=...)` named by `config`; None at beta 0."""
+    if not config.beta:
+        return None
+    function = kl_loss(config.kl)
+
+    def kl(logprob_NT: torch.Tensor, rows: TokenRollouts, *, denominator: float) -> Any:
+        old_NT = rows.logprob_NT if rows.old_logprob_NT is None else rows.old_logprob_NT
+        more = {"old_logprob_NT": old_NT} if config.kl == "k3_weighted" else {}
+        columns = (_set(rows.reference_logprob_NT), _set(rows.weight_NT))
+        return function(logprob_NT, *columns, denominator=denominator, **more)
+
+    return kl
+
+
+def micro_batches_of(config: RolloutConfig) -> Callable[[TokenRollouts], list[torch.Tensor]]:
+    """How rows are cut into micro-batches: by their number, or by their tokens."""
+
+    def by_tokens(rollouts: TokenRollouts) -> list[torch.Tensor]:
+        prompt_K = torch.tensor([len(rollouts.prompt_ids[p]) for p in rollouts.prompt_N.tolist()])
+        return micro_batches.by_tokens(
+            prompt_K.long(), ends(rollouts.mask_NT), _set(config.micro_batch_tokens)
+        )
+
+    if config.micro_batch_tokens is not None:
+        return by_tokens
+    rows = config.per_device_train_batch_size
+    return lambda rollouts: micro_batches.by_rows(ends(rollouts.mask_NT), rows)

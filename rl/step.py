@@ -2,20 +2,22 @@
 
     propose -> roll out -> reward -> observe everything (-> more rounds, more waves)     rl/waves.py
     -> advantages -> down-sample -> row weights -> rows without signal leave             rl/weigh.py
+    -> entropies, reference, token weights                                               rl/prepare.py
     -> deal to ranks -> micro-batches -> loss -> backward
 
 Axes: P prompts, N rollouts (flat rows), K rows kept, T tokens.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from rl import metrics, step_weights
+from rl import metrics
 from rl.line import Batch, Line
-from rl.logprobs import completion_logprobs
 from rl.waves import groups_of, roll_out_wave
 from rl.weigh import weigh
+from rollouts.batch import TokenRollouts
 
 
 def collect(line: Line, *, version: int) -> Batch:
@@ -43,39 +45,53 @@ def update(
     config, ranks, rollouts = line.config, line.ranks, batch.rollouts
     total = torch.zeros((), device=next(model.parameters()).device)
     sums: dict[str, float] = {}
-    num_updates = min(config.updates_per_step, len(rollouts))
-    for number in range(num_updates):
-        part_K = torch.arange(number, len(rollouts), num_updates)
+    parts = mini_batches(line, batch)
+    share = len(parts) // config.num_iterations
+    for number, part_K in enumerate(parts):
         mine = part_K[ranks.rows_to_train(rollouts.length_N[part_K])]
-        micro = mine.split(config.per_device_train_batch_size) if len(mine) else ()
+        micro = [mine[rows] for rows in line.micro_batches(rollouts.take(mine))]
         num_micro = ranks.most(len(micro))
         for i in range(num_micro):
-            rows = micro[i] if i < len(micro) else part_K[:1]
-            weight_N = batch.weight_K[rows] if i < len(micro) else batch.weight_K[rows] * 0
-            rows_of = rollouts.take(rows).to(total.device)
+            rows = rollouts.take(micro[i] if i < len(micro) else part_K[:1]).to(total.device)
+            if i >= len(micro):
+                assert rows.weight_NT is not None
+                rows = replace(rows, weight_NT=torch.zeros_like(rows.weight_NT))
             with ranks.micro_batch(model, is_last=i == num_micro - 1):
-                logprob_NT = completion_logprobs(
-                    model,
-                    rows_of,
-                    temperature=config.temperature,
-                    pad_id=line.tokenizer.pad_token_id,
-                )
-                loss, statistics = line.loss(
-                    logprob_NT,
-                    rows_of.logprob_NT,
-                    rows_of.advantage_N,
-                    step_weights.token_weight(
-                        line.length_weight,
-                        weight_N.to(total.device),
-                        rows_of.mask_NT,
-                        max_completion_length=config.max_completion_length,
-                    ),
-                    denominator=batch.denominator / num_updates,
-                )
-                metrics.require_finite(loss, logprob_NT, rows_of, batch.prompts)
+                logprob_NT = line.score.logprobs(model, rows)
+                loss, statistics = loss_of(line, batch, rows, logprob_NT, share=share)
+                metrics.require_finite(loss, logprob_NT, rows, batch.prompts)
                 ranks.backward(model, loss, is_last=i == num_micro - 1)
-            total += loss.detach() * ranks.num / num_updates
+            total += loss.detach() * ranks.num / len(parts)
             metrics.add(sums, statistics)
-        if number < num_updates - 1:
+        if number < len(parts) - 1:
             step_optimizer()
     return total, metrics.of_update(ranks.sums(sums))
+
+
+def mini_batches(line: Line, batch: Batch) -> list[torch.Tensor]:
+    """Rows of each optimizer update: every row once per iteration, spread over its updates."""
+    num_rows = len(batch.rollouts)
+    updates = min(line.config.updates_per_step, num_rows)
+    parts = [torch.arange(number, num_rows, updates) for number in range(updates)]
+    return parts * line.config.num_iterations
+
+
+def loss_of(
+    line: Line, batch: Batch, rows: TokenRollouts, logprob_NT: torch.Tensor, *, share: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The policy's loss of some rows, and beta times their KL to the reference policy.
+
+    The KL has the weights and the denominator of the loss: it covers the decisions that train. Each
+    of `share` updates takes that part of the denominator, as it has that part of the rows.
+    """
+    assert rows.advantage_N is not None and rows.weight_NT is not None
+    old_NT = rows.logprob_NT if rows.old_logprob_NT is None else rows.old_logprob_NT
+    denominator = batch.denominator / share
+    more = {name: getattr(rows, column) for name, column in line.loss_columns.items()}
+    loss, statistics = line.loss(
+        logprob_NT, old_NT, rows.advantage_N, rows.weight_NT, denominator=denominator, **more
+    )
+    if line.kl is not None:
+        kl, of_kl = line.kl(logprob_NT, rows, denominator=denominator)
+        loss, statistics = loss + line.config.beta * kl, statistics | of_kl
+    return loss, statistics

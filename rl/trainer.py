@@ -34,7 +34,8 @@ from rl.assemble import (
 from rl.evaluation import evaluate
 from rl.line import Batch
 from rl.measure import gradient_norms
-from rl.step import collect, update
+from rl.prepare import prepare
+from rl.step import collect, mini_batches, update
 from rollouts.engine import Engine
 from rollouts.prompts import Prompt, data_fingerprint
 from rollouts.rewards import RewardFunction
@@ -142,6 +143,7 @@ class RolloutTrainer(Trainer):
                 self.planner.observe_gradient_norms(*gradient_norms(self.line, batch))
         model.train()
         with self.ledger.phase("update"), self.compute_loss_context_manager():
+            batch = prepare(self.line, model, batch)
             loss, learned = update(
                 self.line, model, batch, step_optimizer=partial(self._inner_optimizer_step, model)
             )
@@ -157,7 +159,7 @@ class RolloutTrainer(Trainer):
         model.zero_grad()
 
     def _close(self, batch: Batch, learned: dict[str, float]) -> None:
-        self.ledger.updates(min(self.args.updates_per_step, len(batch.rollouts)))
+        self.ledger.updates(len(mini_batches(self.line, batch)))
         self.ledger.end()
         step = self.state.global_step + 1
         self._steps_since_log.append(batch.metrics | learned)

@@ -7,24 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rl.kl import kl_loss
 from rl.methods import (
     ADVANTAGES,
     ALLOCATORS,
     BUDGET_MINIMA,
     DOWN_SAMPLERS,
     KEEPS_PER_PROMPT,
-    LENGTH_WEIGHTS,
     NEEDS_COLUMN,
-    OBJECTIVES,
     SCALES,
     SELECTORS,
     STOPPINGS,
     allocator_of,
 )
+from rl.step_weights import LENGTH_RULES, OBJECTIVES
 from samplers.scores import SCORES
 
 if TYPE_CHECKING:
     from rl.arguments import RolloutConfig
+
+
+IMPORTANCE_CORRECTIONS = (
+    "none",
+    *("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+)
 
 
 def nearest(word: str, known: Any) -> str:
@@ -56,13 +62,18 @@ def validate(config: RolloutConfig) -> None:
     _stopping_and_rows(config)
     choice("advantage", config.advantage, ADVANTAGES)
     choice("objective", config.objective, OBJECTIVES)
-    choice("length_weight", config.length_weight, LENGTH_WEIGHTS)
+    choice("length_weight", config.length_weight, LENGTH_RULES)
     choice("gvm_gradient_norm", config.gvm_gradient_norm, ("none", "mean", "rms"))
     choice("pilot_estimate", config.pilot_estimate, ("posterior", "pilot"))
     if config.pilot_estimate == "pilot" and not config.pilot_rollouts:
         raise ValueError("pilot_estimate 'pilot' needs pilot_rollouts of at least 1, got 0")
     choice("pilot_use", config.pilot_use, ("pool", "discard"))
     choice("overlong_prompts", config.overlong_prompts, ("error", "truncate", "drop"))
+    choice("old_logprobs", config.old_logprobs, ("engine", "trainer"))
+    choice("importance_correction", config.importance_correction, IMPORTANCE_CORRECTIONS)
+    kl_loss(config.kl)
+    _at_least(config, 0, "beta", "importance_floor")
+    _at_least(config, 1, "num_iterations", "micro_batch_tokens", "importance_cap", "ratio_cap")
     choice("if_run_exists", config.if_run_exists, ("error", "resume"))
     _at_least(config, 1, "prompts_per_step", "rollouts_per_prompt", "max_completion_length")
     _at_least(config, 1, "generation_batch_size", "updates_per_step", "eval_rollouts_per_prompt")
@@ -79,8 +90,9 @@ def validate(config: RolloutConfig) -> None:
         "top_p",
         "min_p",
         "max_failed_share",
+        "importance_floor",
     ):
-        if getattr(config, name) > 1:
+        if (getattr(config, name) or 0) > 1:
             raise ValueError(f"{name} must be at most 1, got {getattr(config, name)}")
     if not config.top_p > 0:
         raise ValueError(f"top_p must be positive, got {config.top_p}")

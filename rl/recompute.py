@@ -1,0 +1,60 @@
+"""What only the policy before its update can tell of recorded rollouts, computed once per step.
+
+Each rank runs its share of the rows; the columns are gathered, so that every rank decides from the
+same ones. Axes: K rows, T decision steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from rl.line import Line
+    from rollouts.batch import TokenRollouts
+
+OLD, ENTROPY, REFERENCE = "old_logprob_NT", "entropy_NT", "reference_logprob_NT"
+
+
+@torch.no_grad()
+def recompute(
+    line: Line, model: torch.nn.Module, rollouts: TokenRollouts, columns: set[str]
+) -> TokenRollouts:
+    """`rollouts` with `columns` filled in: any of OLD, ENTROPY and REFERENCE.
+
+    Log-probabilities and entropies are those of the training model at the sampling temperature,
+    whatever the engine recorded. They come from micro-batches as the update will cut them.
+
+    Args:
+        line: the stages of the run.
+        model: as it is trained, wrapped.
+        rollouts: K rows, at least one, the same on every rank.
+        columns: empty returns `rollouts` as they are.
+    """
+    if not columns:
+        return rollouts
+    ranks, device = line.ranks, next(model.parameters()).device
+    mine = ranks.rows_to_train(rollouts.length_N)
+    micro = [mine[rows] for rows in line.micro_batches(rollouts.take(mine))]
+    found: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+    for i in range(ranks.most(len(micro))):
+        # A rank that has finished takes part with any row: sharded weights need every rank.
+        rows = micro[i] if i < len(micro) else torch.zeros(1, dtype=torch.int64)
+        part, of_part = rollouts.take(rows).to(device), {}
+        if columns & {OLD, ENTROPY}:
+            of_part[OLD], of_part[ENTROPY] = line.score.statistics(model, part)
+        if REFERENCE in columns:
+            assert line.reference is not None
+            with line.reference.of(model) as reference:
+                of_part[REFERENCE] = line.score.logprobs(reference, part)
+        if i < len(micro):
+            found.append((rows, {name: of_part[name].cpu() for name in columns}))
+    filled: dict[str, torch.Tensor] = {}
+    for share in ranks.gather(found):
+        for rows, of_part in share:
+            for name, value_NT in of_part.items():
+                empty_KT = value_NT.new_zeros(rollouts.mask_NT.shape)
+                filled.setdefault(name, empty_KT)[rows] = value_NT
+    return replace(rollouts, **filled)  # type: ignore[arg-type]

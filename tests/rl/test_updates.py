@@ -1,0 +1,185 @@
+"""The update in the trainer: every loss, the KL, the engine's mismatch, micro-batches of any cut."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from rl.methods import LOSSES
+from rl.prepare import prepare
+from rl.step import collect, loss_of, mini_batches
+from tests import tiny
+
+
+def settings(**changes):
+    return {
+        "reward": tiny.small_digit,
+        "trainer": "grpo",
+        "advantage": "leave_one_out",
+        "allocator": "uniform",
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+    } | changes
+
+
+def of_loss(name):
+    return {"advantage": "raft", "objective": "em"} if name in ("raft", "raft_pp") else {}
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in ("luspo", "hapo")])
+def test_micro_batches_by_rows_or_tokens_and_fused_heads_give_one_update(tmp_path, loss):
+    common = settings(
+        loss=loss,
+        max_steps=1,
+        prompts_per_step=4,
+        rollouts_per_prompt=5,
+        updates_per_step=2,
+        num_iterations=2,
+        **of_loss(loss),
+    )
+    cuts = [
+        {"per_device_train_batch_size": 20},
+        {"micro_batch_tokens": 64, "fused_logprobs": True},
+    ]
+    if loss == "dapo":
+        cuts += [{"per_device_train_batch_size": 3}, {"micro_batch_tokens": 20}]
+    runs = [
+        tiny.run(tmp_path / str(i), model=tiny.model(dtype=torch.float64), **(common | cut))
+        for i, cut in enumerate(cuts)
+    ]
+    start, expected = tiny.model(dtype=torch.float64).state_dict(), tiny.parameters(runs[0])
+    assert any((expected[name] - start[name]).abs().max() > 1e-3 for name in start)
+    for run in runs[1:]:
+        weights = tiny.parameters(run)
+        for name in expected:
+            assert torch.allclose(weights[name], expected[name], atol=1e-9), name
+    assert runs[0].ledger.totals["updates"] == 2 * 2
+
+
+def scored(made):
+    """One collected and prepared step of a trainer, and its log-probabilities before the update."""
+    batch = prepare(made.line, made.model, collect(made.line, version=0))
+    return batch, made.line.score.logprobs(made.model, batch.rollouts)
+
+
+@pytest.mark.parametrize("kl", ["k2", "k3", "k3_weighted"])
+def test_the_kl_is_to_the_policy_before_training_and_has_the_losses_weights(tmp_path, kl):
+    made = tiny.trainer(tmp_path, **settings(beta=0.3, kl=kl))
+    batch, _ = scored(made)
+    rows = batch.rollouts
+    # Before any update the policy is its own reference.
+    assert torch.allclose(rows.reference_logprob_NT, rows.logprob_NT, atol=1e-5)
+
+    with torch.no_grad():
+        for weight in made.model.parameters():
+            weight.add_(
+                0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+            )
+    made.ledger.end()
+    batch, logprob_NT = scored(made)
+    rows = batch.rollouts
+    d_NT = logprob_NT - rows.reference_logprob_NT
+    assert d_NT.abs().max() > 0.01
+    ratio_NT = (logprob_NT - rows.logprob_NT).exp()
+    k_NT = {
+        "k2": d_NT**2 / 2,
+        "k3": (-d_NT).exp() - 1 + d_NT,
+        "k3_weighted": ratio_NT * ((-d_NT).exp() - 1 + d_NT),
+    }[kl]
+    plain = replace(made.line, kl=None)
+    with_kl, statistics = loss_of(made.line, batch, rows, logprob_NT, share=1)
+    without, _ = loss_of(plain, batch, rows, logprob_NT, share=1)
+    expected = 0.3 * (rows.weight_NT * k_NT).sum() / batch.denominator
+    assert float((with_kl - without).detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert float(statistics["kl_tokens"]) == int(rows.mask_NT.sum())
+
+
+def test_an_adapter_switched_off_is_the_reference(tmp_path):
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    made = tiny.trainer(tmp_path, peft_config=adapter, **settings(beta=0.1))
+    batch, _ = scored(made)
+    rows = batch.rollouts
+    assert (rows.reference_logprob_NT - rows.logprob_NT).abs().max() > 1e-3
+    plain = made.line.score.logprobs(tiny.model(), rows)
+    assert torch.allclose(rows.reference_logprob_NT, plain, atol=1e-5)
+
+
+def test_a_resumed_run_keeps_the_reference_of_its_start(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    common = settings(beta=0.2, max_steps=4, save_strategy="steps", save_steps=2)
+    whole = tiny.run(tmp_path / "whole", **common)
+    tiny.run(tmp_path / "cut", callbacks=[Stop()], **common)
+    resumed = tiny.run(tmp_path / "cut", resume=True, **common)
+    weights, expected = tiny.parameters(resumed), tiny.parameters(whole)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    kl = [log["kl"] for log in tiny.step_logs(tmp_path / "whole")]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 1e-4
+
+
+class Mismatched:
+    """An engine whose recorded log-probabilities are off by a known amount."""
+
+    def __init__(self, engine, offset):
+        self.engine, self.offset = engine, offset
+
+    def load_weights(self, model):
+        self.engine.load_weights(model)
+
+    def generate(self, *args, **kwargs):
+        rollouts = self.engine.generate(*args, **kwargs)
+        logprob_NT = torch.where(rollouts.mask_NT, rollouts.logprob_NT - self.offset, 0.0)
+        return replace(rollouts, logprob_NT=logprob_NT)
+
+
+@pytest.mark.parametrize(
+    ("correction", "cap", "floor", "factor"),
+    [
+        ("token_truncate", 2.0, None, 1.5),
+        ("token_truncate", 1.2, None, 1.2),
+        ("token_mask", 1.2, None, 0.0),
+        ("token_mask", 2.0, 0.9, 1.5),
+    ],
+)
+def test_the_engines_mismatch_is_weighed_in(tmp_path, correction, cap, floor, factor):
+    offset = float(torch.tensor(1.5).log())
+    changes = {
+        "importance_correction": correction,
+        "importance_cap": cap,
+        "importance_floor": floor,
+    }
+    made = tiny.trainer(tmp_path, **settings(**changes))
+    plain = tiny.trainer(tmp_path, **settings())
+    made.line = replace(made.line, engine=Mismatched(made.line.engine, offset))
+    (batch, logprob_NT), (expected, _) = scored(made), scored(plain)
+    weight_NT, plain_NT = batch.rollouts.weight_NT, expected.rollouts.weight_NT
+    assert torch.allclose(weight_NT, factor * plain_NT, rtol=1e-4)
+    assert batch.denominator == expected.denominator
+    assert torch.allclose(batch.rollouts.old_logprob_NT, logprob_NT, atol=1e-5)
+    assert batch.metrics["importance/ratio_mean"] == pytest.approx(1.5, rel=1e-4)
+
+
+def test_what_ratios_compare_with_may_be_recomputed(tmp_path):
+    made = tiny.trainer(tmp_path, **settings(old_logprobs="trainer"))
+    made.line = replace(made.line, engine=Mismatched(made.line.engine, 0.5))
+    batch, logprob_NT = scored(made)
+    _, statistics = loss_of(made.line, batch, batch.rollouts, logprob_NT, share=1)
+    assert float(statistics["ratio"] / statistics["tokens"]) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("updates", "iterations"), [(1, 1), (3, 1), (2, 3)])
+def test_every_row_is_trained_on_once_an_iteration(tmp_path, updates, iterations):
+    made = tiny.trainer(tmp_path, **settings(updates_per_step=updates, num_iterations=iterations))
+    batch = collect(made.line, version=0)
+    parts = mini_batches(made.line, batch)
+    assert len(parts) == updates * iterations
+    rows = torch.cat(parts).bincount(minlength=len(batch.rollouts))
+    assert (rows == iterations).all()
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
