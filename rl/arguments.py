@@ -249,6 +249,14 @@ class RolloutConfig(TrainingArguments):
     advantage: str | None = _setting(
         None, "leave_one_out, grpo, centred or raft. Default: the preset's."
     )
+    stratum_alpha: float = _setting(
+        0.6,
+        "stratified: share of the comparison within the stratum; the rest is within the prompt.",
+    )
+    stratum_fallback: str = _setting(
+        "blend",
+        "stratified: strata of one get no advantage of their own (blend) or grpo's (group).",
+    )
     loss: str | None = _setting(
         None,
         "raft, raft_pp, grpo, dapo, dr_grpo, cispo, sapo, gspo, gspo_token, luspo, vespo or rloo. "
@@ -304,6 +312,11 @@ class RolloutConfig(TrainingArguments):
         "16,384 tokens and more.",
     )
     log_floor: float = _setting(0.05, "Smallest pass rate the log objective divides by.")
+    max_generated_tokens: int | None = _setting(
+        None,
+        "End the run after the step in which so many tokens have been generated, whatever became of "
+        "them; schedules of d3s follow it. Default: max_steps alone.",
+    )
     max_empty_steps: int = _setting(
         20, "Steps in a row without any training signal before the run stops."
     )

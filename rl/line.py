@@ -49,6 +49,16 @@ class Line:
     ranks: Ranks
     config: RolloutConfig
 
+    def progress(self, version: int) -> float:
+        """Share of the run that is done, in [0, 1]: of its steps or its tokens, whichever is more.
+
+        Tokens of the step at hand do not count, so that nothing of it decides its own schedule.
+        """
+        most = self.config.max_generated_tokens
+        step, totals = self.ledger.metrics(), self.ledger.totals
+        spent = totals["tokens_drawn"] - step["ledger/tokens_drawn"]
+        return min(max(version / self.config.max_steps, spent / most if most else 0.0), 1.0)
+
     def state_dict(self) -> dict[str, Any]:
         """What later steps depend on: nested dicts of arrays and plain values."""
         return {

@@ -156,12 +156,18 @@ ADVANTAGES: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "grpo": (advantages.grpo, ()),
     "centred": (advantages.centred, ()),
     "raft": (advantages.raft, ()),
+    "batch_whitened": (advantages.batch_whitened, ()),
+    "batch_scaled": (advantages.batch_scaled, ()),
+    "stratified": (advantages.stratified, ("stratum_N",)),
 }
 
 
 def advantage_of(config: RolloutConfig) -> Callable[[TokenRollouts], torch.Tensor]:
     """The estimator named by `config`, of a batch with rewards."""
     function, columns = ADVANTAGES[config.advantage or ""]
+    if config.advantage == "stratified":
+        blend = {"alpha": config.stratum_alpha, "fallback": config.stratum_fallback}
+        function = partial(function, **blend)
 
     def advantage(rollouts: TokenRollouts) -> torch.Tensor:
         more = [_column(rollouts, name) for name in columns]

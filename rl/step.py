@@ -31,7 +31,7 @@ def collect(line: Line, *, version: int) -> Batch:
     else:
         waves = [roll_out_wave(line, version=version)]
         groups = groups_of(line, waves[0])
-    return weigh(line, groups, waves, progress=min(version / line.config.max_steps, 1.0))
+    return weigh(line, groups, waves, progress=line.progress(version))
 
 
 def update(

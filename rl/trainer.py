@@ -36,6 +36,7 @@ from rl.line import Batch
 from rl.measure import gradient_norms
 from rl.prepare import prepare
 from rl.step import collect, mini_batches, update
+from rl.token_budget import TokenBudget
 from rollouts.engine import Engine
 from rollouts.prompts import Prompt, data_fingerprint
 from rollouts.rewards import RewardFunction
@@ -120,6 +121,8 @@ class RolloutTrainer(Trainer):
         self.progress = tracking.ProgressLine(args)
         self.add_callback(self.run_folder)
         self.add_callback(self.progress)
+        if args.max_generated_tokens is not None:
+            self.add_callback(TokenBudget(self.ledger, args.max_generated_tokens))
 
     def _policy(self) -> AbstractContextManager[PreTrainedModel]:
         kwargs: Any = self.args.activation_checkpointing_kwargs

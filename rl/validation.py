@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rl.advantages import FALLBACKS
 from rl.kl import kl_loss
 from rl.methods import (
     ADVANTAGES,
@@ -72,7 +73,9 @@ def validate(config: RolloutConfig) -> None:
     choice("old_logprobs", config.old_logprobs, ("engine", "trainer"))
     choice("importance_correction", config.importance_correction, IMPORTANCE_CORRECTIONS)
     kl_loss(config.kl)
-    _at_least(config, 0, "beta", "importance_floor")
+    choice("stratum_fallback", config.stratum_fallback, FALLBACKS)
+    _at_least(config, 1, "max_generated_tokens")
+    _at_least(config, 0, "beta", "importance_floor", "stratum_alpha")
     _at_least(config, 1, "num_iterations", "micro_batch_tokens", "importance_cap", "ratio_cap")
     choice("if_run_exists", config.if_run_exists, ("error", "resume"))
     _at_least(config, 1, "prompts_per_step", "rollouts_per_prompt", "max_completion_length")
@@ -91,6 +94,7 @@ def validate(config: RolloutConfig) -> None:
         "min_p",
         "max_failed_share",
         "importance_floor",
+        "stratum_alpha",
     ):
         if (getattr(config, name) or 0) > 1:
             raise ValueError(f"{name} must be at most 1, got {getattr(config, name)}")

@@ -237,6 +237,31 @@ def test_truncated_completions_leave_and_are_counted(tmp_path):
     assert counted >= int((~whole).sum()) > 0
 
 
+def test_a_run_ends_by_its_tokens_and_schedules_follow_them(tmp_path):
+    settings = settings_of("rows d3s") | {
+        "max_steps": 50,
+        "max_generated_tokens": 300,
+        "eval_dataset": tiny.rows("c"),
+        "eval_strategy": "steps",
+        "eval_steps": 40,
+        "save_strategy": "steps",
+        "save_steps": 40,
+    }
+    made = tiny.run(tmp_path, **settings)
+    logs = tiny.step_logs(tmp_path)
+    tokens = [log["ledger_total/tokens_drawn"] for log in logs]
+    assert tokens[-1] >= 300 > tokens[-2]
+    last = made.state.global_step
+    assert [
+        log["step"] for log in tiny.lines(tmp_path, "metrics.jsonl") if "eval_reward" in log
+    ] == [last]
+    assert (tmp_path / f"checkpoint-{last}").is_dir()
+    kept = [log["select/rows_kept"] for log in logs]
+    spent = [0, *tokens[:-1]]
+    shares = [0.25 + 0.75 * max(s / 300, step / 50) for step, s in enumerate(spent)]
+    assert kept == [np.floor(share * 24 + 0.5) for share in shares]
+
+
 def test_a_selector_needs_its_column(tmp_path):
     with pytest.raises(ValueError, match="selection_column 'nope' is missing in row 0"):
         tiny.trainer(
