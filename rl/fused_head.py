@@ -82,9 +82,9 @@ def fused_statistics(
 def refusal(model: nn.Module) -> str | None:
     """Why this model's head cannot be fused; None if it can.
 
-    Runs the model once on a single token to see whether it changes its logits after the head (a
-    scale, a soft-cap, a mask of tokens). Every process of a run must ask together, and gets the
-    same answer.
+    Runs the model once on a few tokens to see whether it changes its logits after the head (a
+    scale, a soft-cap, a mask of tokens); the fused functions look again in every call. Every
+    process of a run must ask together, and gets the same answer.
 
     Refused are: a head that is not a plain `nn.Linear` (an adapter or `modules_to_save` of PEFT
     on it, a quantised one), one whose weight is cut up or away outside its forward (ZeRO-3, FSDP,
@@ -97,7 +97,8 @@ def refusal(model: nn.Module) -> str | None:
     head, seen = innermost(model).get_output_embeddings(), []
     hook = head.register_forward_hook(lambda _, __, logits: seen.append(logits.clone()))
     try:
-        token_NS = torch.zeros(1, 1, dtype=torch.int64, device=head.weight.device)
+        # Several, because the embedding of a padding token may be 0, and a scaled 0 looks the same.
+        token_NS = torch.arange(min(8, len(head.weight)), device=head.weight.device)[None]
         logits = model(input_ids=token_NS, attention_mask=torch.ones_like(token_NS)).logits
     finally:
         hook.remove()
@@ -198,8 +199,9 @@ class _Scoring:
                 self.entropy,
             )
         )
+        probe_C = hidden_MC[0] if len(hidden_MC) else hidden_NSC[0, -1]
         with torch.no_grad():
-            logits_V = nn.functional.linear(hidden_NSC[0, -1], self.head.weight, self.head.bias)
+            logits_V = nn.functional.linear(probe_C, self.head.weight, self.head.bias)
         self.logits_V = logits_V.to(values_2M.dtype)
         flat = nn.functional.pad(values_2M.flatten(), (0, -values_2M.numel() % len(logits_V)))
         return torch.cat([self.logits_V[None], flat.view(-1, len(logits_V))])[None]

@@ -1,9 +1,21 @@
+import math
+from types import MethodType
+
 import pytest
 import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
-from rl.logprobs import _SelectedLogprob, completion_logprobs, head_inputs
+from rl.logprobs import (
+    _SelectedLogprob,
+    completion_logprobs,
+    completion_statistics,
+    ends,
+    head_inputs,
+    selected,
+)
 from rollouts.batch import TokenRollouts
 
 PAD = 0
@@ -192,6 +204,137 @@ def test_the_chunks_in_which_it_is_computed_do_not_matter(monkeypatch, chunk):
     monkeypatch.setattr("rl.logprobs.CHUNK", chunk)
     for one, other in zip(result(), whole, strict=True):
         torch.testing.assert_close(one, other, atol=1e-14, rtol=0)
+
+
+def test_entropy_by_hand():
+    # Two tokens of probability 3/4 and 1/4: 3/4 log(4/3) + 1/4 log 4; four alike: log 4; and one
+    # that is certain, the others left out by -inf.
+    z_LV = torch.tensor([[3.0, 1.0, 0, 0], [1, 1, 1, 1], [5, 0, 0, 0]], dtype=torch.float64).log()
+    logprob_L, normaliser_L, entropy_L = selected(z_LV, torch.tensor([1, 2, 0]), entropy=True)
+    quarter = 0.75 * math.log(4 / 3) + 0.25 * math.log(4)
+    assert logprob_L.tolist() == pytest.approx([math.log(1 / 4), math.log(1 / 4), 0.0])
+    assert normaliser_L.tolist() == pytest.approx([math.log(4), math.log(4), math.log(5)])
+    assert entropy_L.tolist() == pytest.approx([quarter, math.log(4), 0.0], abs=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropy_is_that_of_the_whole_vocabulary_at_the_same_temperature(temperature):
+    model, batch = qwen(), rollouts(mask=((1, 0, 0, 1), (1, 1, 0, 0)), prompt=(0, 2))
+    logprob_NT, entropy_NT = completion_statistics(
+        model, batch, temperature=temperature, pad_id=PAD
+    )
+    expected = completion_logprobs(model, batch, temperature=temperature, pad_id=PAD)
+    torch.testing.assert_close(logprob_NT, expected, atol=0, rtol=0)
+    logits_NTV = head_inputs(model, batch, pad_id=PAD) @ model.lm_head.weight.T
+    slow_NT = torch.distributions.Categorical(logits=logits_NTV / temperature).entropy()
+    mask_NT = batch.mask_NT
+    torch.testing.assert_close(entropy_NT[mask_NT], slow_NT[mask_NT], atol=1e-12, rtol=0)
+    assert entropy_NT[mask_NT].std() > 0.05
+    assert (entropy_NT[~mask_NT] == 0).all()
+    assert logprob_NT.requires_grad and not entropy_NT.requires_grad
+
+
+def test_a_sure_token_has_entropy_0_in_float32():
+    # Far from 0, where a normaliser minus a mean logit would lose 1e-5.
+    z_LV = torch.full((1, 1000), 200.0)
+    z_LV[0, 3] = 300.0
+    assert selected(z_LV, torch.tensor([3]), entropy=True)[2].item() == pytest.approx(0, abs=1e-30)
+
+
+def half_precision(model, dtype=torch.bfloat16):
+    """`forward` wrapped as `Accelerator.prepare_model` wraps it."""
+    forward = torch.autocast("cpu", dtype)(model.forward.__func__)
+    model.forward = MethodType(forward, model)
+    model.forward = MethodType(convert_outputs_to_fp32(model.forward.__func__), model)
+    return model
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives, by type."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self.numel[value.dtype] = max(self.numel.get(value.dtype, 0), value.numel())
+        return result
+
+
+def test_mixed_precision_leaves_the_logits_in_half_precision(monkeypatch):
+    monkeypatch.setattr("rl.logprobs.CHUNK", 5000)
+    model, batch = half_precision(qwen(torch.float32, vocab_size=5000)), rollouts()
+    logits = model(input_ids=batch.token_NT).logits
+    assert logits.dtype == torch.float32  # accelerate's cast, which is the reason for all this
+    num_logits, forward = batch.mask_NT.numel() * 5000, model.forward
+    with Largest() as largest:
+        completion_logprobs(model, batch, pad_id=PAD).sum().backward()
+    assert largest.numel[torch.bfloat16] >= num_logits
+    # The head's weight and its gradient are the largest in float32.
+    assert largest.numel[torch.float32] == 5000 * 16 < num_logits * 1.1
+    assert model.forward == forward
+
+    # And nothing but memory is changed.
+    without = completion_logprobs(model, batch, pad_id=PAD)
+    monkeypatch.setattr("rl.logprobs.ConvertOutputsToFp32", type(None))
+    assert torch.equal(completion_logprobs(model, batch, pad_id=PAD), without)
+
+
+def test_accelerates_cast_is_put_back_when_the_model_raises():
+    model, batch = half_precision(qwen(torch.float32)), rollouts()
+    forward = model.forward
+    object.__setattr__(batch, "token_NT", batch.token_NT + 100)
+    with pytest.raises(IndexError):
+        completion_logprobs(model, batch, pad_id=PAD)
+    assert model.forward == forward
+
+
+def test_a_wrapper_that_casts_is_unwrapped_wherever_it_sits():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = half_precision(get_peft_model(qwen(torch.float32, vocab_size=5000), config))
+    with Largest() as largest, torch.no_grad():
+        completion_logprobs(model, rollouts(), pad_id=PAD)
+    assert largest.numel[torch.float32] <= 5000 * 16
+
+
+def test_positions_without_gradient_cost_nothing_and_pass_no_nan_on():
+    logits_NTV = torch.zeros(1, 3, 4, dtype=torch.float64)
+    logits_NTV[0, 2] = float("nan")
+    logits_NTV.requires_grad_()
+    token_NT, mask_NT = torch.tensor([[0, 1, 2]]), torch.ones(1, 3, dtype=torch.bool)
+    logprob_NT = _SelectedLogprob.apply(logits_NTV, token_NT, mask_NT, 1.0, False)[0]
+    assert logprob_NT[0, 2].isnan()  # reported where it is looked at
+    logprob_NT[:, :2].sum().backward()
+    # softmax 1/4 each, 1 at the token.
+    assert logits_NTV.grad[0, 0].tolist() == [0.75, -0.25, -0.25, -0.25]
+    assert (logits_NTV.grad[0, 2] == 0).all()
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    batch = rollouts()
+
+    def gradients(model):
+        completion_logprobs(model.train(), batch, temperature=0.7, pad_id=PAD).sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    saving = qwen()
+    saving.gradient_checkpointing_enable()
+    calls = []
+    saving.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    for one, other in zip(gradients(saving), gradients(qwen()), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    assert len(calls) == 2  # forward, and again in the backward pass
+
+
+def test_ends_are_one_past_the_last_decision():
+    mask_NT = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    assert ends(mask_NT).tolist() == [3, 0, 4]
+    assert ends(mask_NT[:, :0]).tolist() == [0, 0, 0]
 
 
 def test_nan_logits_off_the_mask_reach_neither_value_nor_gradient():
