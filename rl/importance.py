@@ -38,8 +38,9 @@ def correction(
     Token ratios have small variance and leave a bias (they ignore how the prefix was drawn); the
     row's ratio is exact and its variance grows with length. Truncation keeps every decision at
     most `cap` times; masking drops those on which the two policies disagree too much, in either
-    direction. Token and mask with 0.5 and 5 is IcePop (Ring-1T, arXiv:2510.18855); sequence and mask
-    with 3 and no floor is TRL's default (`vllm_importance_sampling_mode="sequence_mask"`).
+    direction. Token and mask is IcePop (Ring-1T, arXiv:2510.18855; other implementations use 0.5
+    and 5), token and truncate TIS, sequence and mask with 3 and no floor TRL's default
+    (`vllm_importance_sampling_mode="sequence_mask"`).
 
     Count the denominator with the weights as they were before: the factors have mean near 1, and
     dividing by their sum instead would change the size of the step with the mismatch. A loss with

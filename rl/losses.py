@@ -21,8 +21,8 @@ or in `rl/sequence_losses.py`, a weight and a denominator, which are chosen inde
 
 with w a row's weight, L its decisions, L_max the generation limit, s = exp(mean log rho),
 v = exp(sum log rho). In the words of `rl/step_weights.py` w/L is row_mean, w/L_max token_sum, and w
-over tokens token_mean; w over rows (luspo) is none of those. Clips are published per ratio: a mean
-over hundreds of tokens moves some 600 times less than one token's ratio, so no default is shared.
+over tokens token_mean; w over rows (luspo) is none of those. No two ratios share a default clip:
+GSPO's are some 600 times tighter than DAPO's, because s is a mean over a whole row.
 
 Beside the loss comes a dict of sums of statistics over the decisions with weight, to be added up
 and divided by `tokens`:
@@ -34,6 +34,7 @@ and divided by `tokens`:
     clipped_high   decisions whose gradient the upper clip removed
     clipped_dual   decisions whose gradient the dual clip removed
     nonfinite      decisions with a log-probability that is NaN or infinite; any is a reason to stop
+                   (for a row's ratio also decisions of weight 0, which it contains)
     capped         cispo only: decisions whose ratio exceeds the cap; they keep their gradient
     phi            vespo only: what the decision's gradient is multiplied by
 

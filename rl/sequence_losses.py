@@ -281,7 +281,6 @@ def _clipped_loss(
     denominator: float,
 ) -> tuple[Tensor, Statistics]:
     """The clipped surrogate of a row's ratio, and its statistics; the ratio may be (N, 1)."""
-    ratio_NT = torch.where(rows.active_NT, ratio_NT, 1.0)
     surrogate_NT, counts = clipped(ratio_NT, rows.advantage_NT, low, high, dual_clip)
     statistics = _row_sums(rows, row, ratio_NT) | counts
     return -(rows.weight_NT * surrogate_NT).sum() / denominator, statistics
