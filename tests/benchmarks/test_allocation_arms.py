@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.allocation_arms import ARMS, FREE, check_manifests, permuted, summarise
+from benchmarks.allocation_arms import ARMS, FREE, permuted
+from benchmarks.arms import check_manifests, summarise
 from rl.arguments import RolloutConfig
 from samplers import allocation
 
@@ -58,7 +59,11 @@ def run(arm, seed, *curve):
             "rollouts_drawn": 10, "rollouts_trained": 4, "tokens_drawn": 50, "tokens_trained": 20,
             "updates": 2, "seconds_rollout": 1.5,
         },
-        "validation": [{"eval_pass_rate": p, "eval_greedy_accuracy": p / 2} for p in curve],
+        "mixed": [0.5],
+        "validation": [
+            {"tokens_drawn": 25 * i, "eval_pass_rate": p, "eval_greedy_accuracy": p / 2}
+            for i, p in enumerate(curve)
+        ],
     }  # fmt: skip
 
 
@@ -69,7 +74,9 @@ def test_summary_by_hand():
             run("uniform", 2, 0.2, 0.5),
             run("gvm", 1, 0.2, 0.5),
             run("gvm", 2, 0.2, 0.8),
-        ]
+        ],
+        what={"uniform": "even", "gvm": "by the root"},
+        baseline="uniform",
     )
     uniform, gvm = rows
     assert uniform["pass_rate"] == {"mean": pytest.approx(0.45), "min": 0.4, "max": 0.5}

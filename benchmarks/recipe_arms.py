@@ -1,0 +1,123 @@
+"""The recipes of the arithmetic task side by side at equal generated tokens, and their parts alone.
+
+    python benchmarks/recipe_arms.py                     # every arm, 5 seeds, two processes at a time
+    python benchmarks/recipe_arms.py --arms grpo vade_grpo --seeds 1 --tokens 40000
+
+An arm is a YAML of recipes/arithmetic, or one with a few settings changed. Every run ends after the
+step in which it has generated `--tokens`, whatever became of them: filtered groups, surplus and dropped
+rows count. All other settings are equal and a manifest asserts it: model, warm start, learning rate,
+rows of prompts, lengths, temperature. Steps and optimizer updates differ, and are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import arms
+
+ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    # name: what it is, recipe, settings that differ from it
+    "grpo": ("GRPO, uniform prompts and budgets", "grpo", {}),
+    "leave_one_out": (
+        "the same with leave-one-out advantages",
+        "grpo",
+        {"advantage": "leave_one_out"},
+    ),
+    "refill": ("GRPO, groups without spread replaced", "grpo", {"refill": True}),
+    "dapo": ("DAPO: refill, clip-higher, token mean", "dapo", {}),
+    "vade_grpo": ("VADE: Thompson draws, p(1-p)^2, memory .2", "vade_grpo", {}),
+    "vade_0.8": ("the same, memory .8", "vade_grpo", {"posterior_decay_chosen": 0.8}),
+    "posterior_mean_0.8": (
+        "largest expected p(1-p)^2, memory .8",
+        "vade_grpo",
+        {"selector": "posterior_mean", "posterior_decay_chosen": 0.8},
+    ),
+    "band_0.8": (
+        "uniform where the posterior mean is in [.3, .7], memory .8",
+        "vade_grpo",
+        {"selector": "band", "posterior_decay_chosen": 0.8},
+    ),
+    "early": (
+        "groups alike after 4 of 8 stop if likelier alike than mixed",
+        "grpo",
+        {"stopping": "early", "stopping_wave": 4, "posterior_decay_chosen": 0.8},
+    ),
+    "pods_grpo": ("PODS: 4 of 8 rows by largest variance", "pods_grpo", {}),
+    "d3s_rows": ("D3S rows .25 -> 1, every token", "grpo", {"down_sampling": "d3s"}),
+    "gvm_grpo": ("GVM budgets by the posterior", "gvm_grpo", {}),
+    "reinforce_ada": ("Reinforce-Ada, balanced", "reinforce_ada", {}),
+}
+FREE = (
+    *("trainer", "selector", "selection_score", "posterior_decay_chosen", "posterior_decay_rest"),
+    *("allocator", "budget_min", "rollouts_per_prompt", "rollouts_per_step"),
+    *("stopping", "stopping_wave", "stopping_needed", "stopping_threshold"),
+    *("refill", "refill_max_draws", "refill_at_cap"),
+    *("down_sampling", "rows_per_prompt", "weight_rows"),
+    *("advantage", "loss", "epsilon_high", "length_weight"),
+)
+"""Settings in which arms may differ; the manifest holds all others and must be equal."""
+VARIES = (*FREE, "output_dir", "seed", "data_seed", "logging_dir", "run_name")
+
+
+def arguments_of(arm: str, seed: int, folder: Path, tokens: int) -> list[str]:
+    """The command line of one run."""
+    _, recipe, changed = ARMS[arm]
+    given = {
+        "config": ROOT / "recipes" / "arithmetic" / f"{recipe}.yaml",
+        "output_dir": folder,
+        "seed": seed,
+        "max_generated_tokens": tokens,
+        "max_steps": 10_000,
+        "eval_steps": 20,
+    } | changed
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to this")
+    parser.add_argument("--tokens", type=int, default=150_000, help="generated tokens of a run")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "recipe_arms")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "recipe_arms.json"
+    )
+    parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help="run this one, here")
+    options = parser.parse_args()
+    if options.one:
+        arm, seed = options.one[0], int(options.one[1])
+        target = options.folder / f"{arm}-seed{seed}"
+        found = arms.train(arguments_of(arm, seed, target, options.tokens))
+        settings = found.pop("settings")
+        manifest = {name: value for name, value in settings.items() if name not in VARIES}
+        result = {"arm": arm, "seed": seed, "manifest": manifest} | found
+        (target / "result.json").write_text(json.dumps(result))
+        return
+    jobs = [(arm, seed) for seed in range(1, options.seeds + 1) for arm in options.arms]
+    passed = ["--tokens", str(options.tokens)]
+    results = arms.in_processes(jobs, __file__, options, passed)
+    arms.check_manifests({f"{r['arm']}-seed{r['seed']}": r["manifest"] for r in results})
+    what = {name: arm[0] for name, arm in ARMS.items()}
+    table = arms.summarise(results, what=what, baseline="grpo")
+    document = {
+        "command": f"python benchmarks/recipe_arms.py --arms {' '.join(options.arms)} "
+        f"--seeds {options.seeds} --tokens {options.tokens}",
+        "manifest": results[0]["manifest"],
+        "summary": table,
+        "runs": [{k: v for k, v in r.items() if k != "manifest"} for r in results],
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(document, indent=1))
+    arms.show(table, baseline="grpo")
+
+
+if __name__ == "__main__":
+    main()
