@@ -18,9 +18,11 @@ No generation and no optimizer step. Arms:
 Both models come out of `accelerate.prepare`; bfloat16 means its autocast over float32 weights. TRL
 runs as released: its fused head, its entropies, its batches padded to the longest row of all. Its
 head has Triton kernels on CUDA that score completions only; on a CPU it scores every position, in
-plain torch like ours, so ratios on a CPU say nothing about CUDA. Each arm's loss and gradient must agree with TRL's before
-anything is timed: relative error at most 1e-4 in float32, in bfloat16 a stated multiple of what
-rounding does to TRL's own gradient (its bfloat16 against its float32).
+plain torch like ours, so ratios on a CPU say nothing about CUDA.
+
+Each arm's loss and gradient must agree with TRL's before anything is timed: relative error at most
+1e-4 in float32, in bfloat16 a stated multiple of what rounding does to TRL's own gradient (its
+bfloat16 against its float32).
 
 Rounds go through all arms in turn, since other work may share the machine: the figure to read is
 `ratio_median`, TRL's seconds over the arm's, over neighbouring runs. Peak memory is what an update

@@ -21,7 +21,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from rl.logprobs import (
     Layout,
@@ -87,27 +86,40 @@ def refusal(model: nn.Module) -> str | None:
     process of a run must ask together, and gets the same answer.
 
     Refused are: a head that is not a plain `nn.Linear` (an adapter or `modules_to_save` of PEFT
-    on it, a quantised one), one whose weight is cut up or away outside its forward (ZeRO-3, FSDP,
-    tensor parallelism), one whose forward somebody else has replaced, a compiled model,
-    `nn.DataParallel`, and a model that changes its logits.
+    on it, a quantised one), one whose weight is not whole even inside its forward (tensor
+    parallelism), one whose forward somebody else has replaced, a compiled model, `nn.DataParallel`,
+    and a model that changes its logits. FSDP and ZeRO-3 gather the weight for the forward and the
+    backward pass of the head, and are served.
     """
     reason = _obstacle(model)
     if reason is not None:
         return reason
-    head, seen = innermost(model).get_output_embeddings(), []
-    hook = head.register_forward_hook(lambda _, __, logits: seen.append(logits.clone()))
+    head = innermost(model).get_output_embeddings()
+    whole: list[bool] = []
+    of_head: list[Tensor] = []
+    # Before the forward of the head, where a weight that is gathered for it is there already.
+    hooks = [
+        head.register_forward_pre_hook(lambda *_: whole.append(_is_whole(head))),
+        head.register_forward_hook(lambda _, __, logits: of_head.append(logits.clone())),
+    ]
     try:
         # Several, because the embedding of a padding token may be 0, and a scaled 0 looks the same.
-        token_NS = torch.arange(min(8, len(head.weight)), device=head.weight.device)[None]
+        device = next(model.parameters()).device
+        token_NS = torch.arange(min(8, head.out_features), device=device)[None]
         logits = model(input_ids=token_NS, attention_mask=torch.ones_like(token_NS)).logits
     finally:
-        hook.remove()
-    if len(seen) != 1 or not _same(logits, seen[0]):
-        return CHANGES
-    return None
+        for hook in hooks:
+            hook.remove()
+    if len(of_head) != 1:
+        return f"the model uses its head {len(of_head)} times in a call"
+    if not whole[0]:
+        return SHARDED
+    return None if _same(logits, of_head[0]) else CHANGES
 
 
 CHANGES = "the model changes its logits after the head (a scale, a soft-cap or a mask of tokens)"
+INSTEAD = "use the functions of rl.logprobs"
+SHARDED = "the head's weight is sharded or quantised even inside the head's forward"
 
 
 def _obstacle(model: nn.Module) -> str | None:
@@ -118,15 +130,19 @@ def _obstacle(model: nn.Module) -> str | None:
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             return "the model is compiled, with the head's own forward in it"
     head = innermost(model).get_output_embeddings()
-    if type(head) is not nn.Linear:
-        return f"the head is not a plain nn.Linear but {type(head).__name__}"
+    # A subclass with the forward of nn.Linear is what `fully_shard` makes of one.
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        kind = type(head)
+        return f"the head is not a plain nn.Linear but {kind.__module__}.{kind.__qualname__}"
     if "forward" in vars(head):
         return "the head's forward has been replaced already"
-    weight: Any = head.weight
-    shape = (head.out_features, head.in_features)
-    if isinstance(weight, DTensor) or hasattr(weight, "ds_id") or tuple(weight.shape) != shape:
-        return "the head's weight is sharded outside its forward"
     return None
+
+
+def _is_whole(head: nn.Linear) -> bool:
+    """Whether the weight is an ordinary matrix at this moment."""
+    weight, shape = head.weight, (head.out_features, head.in_features)
+    return tuple(weight.shape) == shape and type(weight.data) is Tensor
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -145,7 +161,7 @@ def _scored(
     layout = layout_of(model, rollouts, pad_id)
     reason = _obstacle(model)
     if reason is not None:
-        raise ValueError(f"{reason}; use the functions of rl.logprobs")
+        raise ValueError(f"{reason}; {INSTEAD}")
     head = cast(nn.Linear, innermost(model).get_output_embeddings())
     scoring = _Scoring(head, layout, rollouts, temperature, entropy)
     head.forward = scoring  # type: ignore[assignment, method-assign]
@@ -184,10 +200,9 @@ class _Scoring:
         self.logits_V: Tensor | None = None
 
     def __call__(self, hidden_NSC: Tensor) -> Tensor:
-        if self.logits_V is not None:
-            raise ValueError(
-                "the model uses its head more than once in a call; use the functions of rl.logprobs"
-            )
+        if self.logits_V is not None or not _is_whole(self.head):
+            reason = "the model uses its head more than once in a call"
+            raise ValueError(f"{SHARDED if self.logits_V is None else reason}; {INSTEAD}")
         hidden_MC = self.layout.predicting(hidden_NSC)[self.mask_NT]
         values_2M = torch.stack(
             _FusedHead.apply(
@@ -209,7 +224,7 @@ class _Scoring:
     def unpacked(self, output_1RV: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies (M,) of what came out of the model."""
         if self.logits_V is None or not _same(output_1RV[0, 0], self.logits_V):
-            raise ValueError(f"{CHANGES}; use the functions of rl.logprobs")
+            raise ValueError(f"{CHANGES}; {INSTEAD}")
         num = len(self.token_M)
         logprob_M, entropy_M = output_1RV[0, 1:].flatten()[: 2 * num].view(2, num)
         return logprob_M, entropy_M
