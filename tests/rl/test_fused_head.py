@@ -139,6 +139,7 @@ def test_by_hand():
     logprob_M, entropy_M = _FusedHead.apply(hidden, weight, None, torch.tensor([1]), 1.0, True)
     assert logprob_M.item() == pytest.approx(-0.2876820724517809)  # log 3/4
     assert entropy_M.item() == pytest.approx(0.5623351446188083)
+    assert not entropy_M.requires_grad
     logprob_M.sum().backward()
     # delta = (-1/4, 1 - 3/4), times the hidden state, and times the weights.
     assert weight.grad[:, 0].tolist() == pytest.approx([-0.25, 0.25])
