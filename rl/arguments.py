@@ -285,6 +285,10 @@ class RolloutConfig(TrainingArguments):
     kl: str = _setting(
         "k3_weighted", "Estimate of the KL as a loss: k2, k3 (GRPO) or k3_weighted (by the ratio)."
     )
+    reward_kl: float = _setting(
+        0.0,
+        "Weight of the summed log-ratio to the policy before training, subtracted from each reward.",
+    )
     old_logprobs: str = _setting(
         "engine",
         "What ratios compare with: the log-probabilities the engine recorded, or the trainer's own, "

@@ -156,7 +156,7 @@ def make_line(
         objective=config.objective or "",
         length_weight=config.length_weight or "",
         needs_entropy=False,
-        reference=Reference(model, accelerator) if config.beta else None,
+        reference=Reference(model, accelerator) if config.beta or config.reward_kl else None,
         score=Scorer(
             temperature=config.temperature,
             pad_id=tokenizer.pad_token_id,

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rl.kl import k1_penalty
+
 if TYPE_CHECKING:
     from rl.line import Line
     from rollouts.batch import TokenRollouts
@@ -58,3 +60,20 @@ def recompute(
                 empty_KT = value_NT.new_zeros(rollouts.mask_NT.shape)
                 filled.setdefault(name, empty_KT)[rows] = value_NT
     return replace(rollouts, **filled)  # type: ignore[arg-type]
+
+
+def with_kl_penalty(line: Line, rollouts: TokenRollouts) -> TokenRollouts:
+    """`rollouts` whose rewards are lowered by what their departure from the reference costs.
+
+        reward_i - reward_kl * sum_t (logprob_it - reference_it)
+
+    with the log-probabilities under which they were sampled: see `kl.k1_penalty`. The planner has
+    observed the rewards as they were.
+    """
+    if not len(rollouts):
+        return rollouts
+    with line.policy() as policy:
+        columns = recompute(line, policy, rollouts, {REFERENCE})
+    assert columns.reference_logprob_NT is not None and rollouts.reward_N is not None
+    penalty_N = k1_penalty(rollouts.logprob_NT, columns.reference_logprob_NT, rollouts.mask_NT)
+    return replace(rollouts, reward_N=rollouts.reward_N - line.config.reward_kl * penalty_N)

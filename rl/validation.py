@@ -73,9 +73,14 @@ def validate(config: RolloutConfig) -> None:
     choice("old_logprobs", config.old_logprobs, ("engine", "trainer"))
     choice("importance_correction", config.importance_correction, IMPORTANCE_CORRECTIONS)
     kl_loss(config.kl)
+    if config.reward_kl and config.advantage == "raft":
+        raise ValueError(
+            "reward_kl makes rewards differ that are accepted alike: write another advantage than "
+            "raft, or beta in its place"
+        )
     choice("stratum_fallback", config.stratum_fallback, FALLBACKS)
     _at_least(config, 1, "max_generated_tokens")
-    _at_least(config, 0, "beta", "importance_floor", "stratum_alpha")
+    _at_least(config, 0, "beta", "importance_floor", "stratum_alpha", "reward_kl")
     _at_least(config, 1, "num_iterations", "micro_batch_tokens", "importance_cap", "ratio_cap")
     choice("if_run_exists", config.if_run_exists, ("error", "resume"))
     _at_least(config, 1, "prompts_per_step", "rollouts_per_prompt", "max_completion_length")

@@ -12,6 +12,7 @@ import torch
 
 from rl import metrics, step_weights
 from rl.line import Batch
+from rl.recompute import with_kl_penalty
 from rl.waves import Groups, Wave, size
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
     """
     config = line.config
     everything = groups.rollouts
+    if config.reward_kl:
+        everything = with_kl_penalty(line, everything)
     everything = replace(everything, advantage_N=line.advantage(everything))
     chosen = line.down_sample(everything, progress) if len(everything) else torch.arange(0)
     if config.mask_truncated_completions:

@@ -96,6 +96,29 @@ def test_the_kl_is_to_the_policy_before_training_and_has_the_losses_weights(tmp_
     assert float(statistics["kl_tokens"]) == int(rows.mask_NT.sum())
 
 
+def test_the_kl_lowers_rewards_and_not_what_the_planner_learns(tmp_path):
+    made = tiny.trainer(tmp_path, **settings(reward_kl=0.5))
+    plain = tiny.trainer(tmp_path, **settings())
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight, other in zip(made.model.parameters(), plain.model.parameters(), strict=True):
+            weight.add_(0.05 * torch.randn(weight.shape, generator=noise))
+            other.copy_(weight)
+    lowered, batch = (collect(t.line, version=0) for t in (made, plain))
+    drawn = batch.waves[0].rounds[0].rollouts
+    reference_NT = made.line.score.logprobs(tiny.model(), drawn).detach()
+    cost_N = (drawn.logprob_NT - reference_NT).sum(1)
+    expected = drawn.reward_N - 0.5 * cost_N
+    by_seed = dict(zip(drawn.seed_N.tolist(), expected.tolist(), strict=True))
+    rows = lowered.rollouts
+    assert len(rows) == len(drawn)  # no group is constant any more
+    assert rows.reward_N.tolist() == pytest.approx(
+        [by_seed[s] for s in rows.seed_N.tolist()], abs=1e-4
+    )
+    ours, theirs = made.planner.posterior.state_dict(), plain.planner.posterior.state_dict()
+    assert all((ours[name] == theirs[name]).all() for name in ("alpha_D", "beta_D"))
+
+
 def test_an_adapter_switched_off_is_the_reference(tmp_path):
     from peft import LoraConfig
 
