@@ -59,8 +59,6 @@ def _at_least(config: RolloutConfig, least: float, *names: str) -> None:
 def validate(config: RolloutConfig) -> None:
     """Raise ValueError for the first setting that is out of range or does not fit another."""
     choice("allocator", config.allocator, ALLOCATORS)
-    _selection(config)
-    _stopping_and_rows(config)
     choice("advantage", config.advantage, ADVANTAGES)
     choice("objective", config.objective, OBJECTIVES)
     choice("length_weight", config.length_weight, LENGTH_RULES)
@@ -89,6 +87,8 @@ def validate(config: RolloutConfig) -> None:
     _at_least(config, 0, "budget_min", "pilot_rollouts", "gvm_alpha", "top_k", "reward_retries")
     _at_least(config, 0, "temperature", "min_p", "epsilon", "epsilon_high", "completions_every")
     _at_least(config, 0, "posterior_decay_chosen", "posterior_decay_rest", "max_failed_share")
+    _selection(config)
+    _stopping_and_rows(config)
     _budgets(config)
     if config.temperature == 0:
         raise ValueError("temperature must be positive for training rollouts, got 0")
@@ -196,9 +196,10 @@ def _stopping_and_rows(config: RolloutConfig) -> None:
             "down_sampling 'pods' compares the rows it keeps by their std: write trainer: grpo, or "
             "down_sampling: balanced"
         )
-    if config.refill and config.rollouts_per_step % config.prompts_per_step:
+    rollouts = config.rollouts_per_step  # or a ValueError, if the multiple leaves nothing
+    if config.refill and rollouts % config.prompts_per_step:
         raise ValueError(
-            f"refill asks for parts of a step, but {config.rollouts_per_step} rollouts do not divide "
+            f"refill asks for parts of a step, but {rollouts} rollouts do not divide "
             f"among {config.prompts_per_step} prompts; write another rollouts_multiple_of"
         )
 

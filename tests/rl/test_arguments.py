@@ -36,6 +36,31 @@ def test_dapo_brings_its_own_clip_and_length_rule():
     assert (found.length_weight, found.epsilon_high) == ("token_mean", 0.28)
 
 
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("grpo", (0.2, 0.2, "row_mean")),
+        ("dr_grpo", (0.2, 0.2, "token_sum")),
+        ("gspo", (3e-4, 4e-4, "row_mean")),
+        ("cispo", (0.2, 0.2, "token_mean")),
+    ],
+)
+def test_a_loss_brings_what_was_published_with_it(loss, expected):
+    found = config(trainer="grpo", loss=loss)
+    assert (found.epsilon, found.epsilon_high, found.length_weight) == expected
+    assert config(trainer="grpo", loss=loss, epsilon=0.1).epsilon == 0.1
+
+
+def test_the_cap_of_cispo_is_its_own():
+    found = loss_of(config(trainer="grpo", loss="cispo", epsilon_high=0.3))
+    assert found.keywords == {"ratio_cap": 5.0}
+
+
+@pytest.mark.parametrize(("multiple", "expected"), [(1, 256), (48, 240), (256, 256)])
+def test_rollouts_are_aligned_before_they_are_allocated(multiple, expected):
+    assert config(rollouts_multiple_of=multiple).rollouts_per_step == expected
+
+
 def test_leave_one_out_needs_two_rollouts_by_default():
     assert config(allocator="leave_one_out").budget_min == 2
     assert config(allocator="gvm").budget_min == 1
@@ -91,6 +116,64 @@ def test_losses_get_their_clip_ranges():
         ({"auto_find_batch_size": True}, "auto_find_batch_size must stay off"),
         ({"save_strategy": "epoch"}, "save_strategy: epoch has no meaning here.*write steps"),
         ({"overlong_prompts": "cut"}, "overlong_prompts must be one of error, truncate, drop"),
+        (
+            {"selector": "static_band"},
+            "needs selection_column, the data set's column of pass rates",
+        ),
+        (
+            {"selector": "diverse", "selection_column": "x"},
+            "needs selection_gamma, the weight of distances",
+        ),
+        ({"selection_score": "vad"}, "selection_score must be one of .*'vad'.*'vade'"),
+        ({"band_low": 0.8}, "0 <= band_low <= band_high <= 1, got 0.8 and 0.7"),
+        ({"band_short": "wait"}, "band_short must be one of raise, nearest, uniform"),
+        ({"selection_candidates": 0}, "selection_candidates must be at least 1, got 0"),
+        ({"allocation_scale": "std"}, "allocation_scale must be one of"),
+        ({"allocator": "dr_grpo", "budget_min": 2}, "'dr_grpo' needs budget_min >= 3, got 2"),
+        (
+            {
+                "allocator": "knapsack_posterior",
+                "pilot_rollouts": 2,
+                "pilot_estimate": "pilot",
+            },
+            "'knapsack_posterior' reads the posterior itself",
+        ),
+        ({"rollouts_multiple_of": 300}, "no positive multiple of multiple=300 fits into total=256"),
+        ({"stopping": "erly"}, "stopping must be one of .*'erly'.*'early'"),
+        ({"stopping": "early"}, "'early' needs stopping_wave"),
+        (
+            {"stopping": "early", "stopping_wave": 4, "pilot_rollouts": 2},
+            "has waves of its own: write pilot_rollouts: 0",
+        ),
+        (
+            {"stopping": "balanced", "stopping_wave": 4, "stopping_needed": 1},
+            "needs stopping_needed of at least 2, got 1",
+        ),
+        ({"stopping_threshold": 1.5}, "stopping_threshold must be at most 1, got 1.5"),
+        ({"stopping_rho": 0.0}, "stopping_rho must lie in"),
+        ({"down_sampling": "pods", "trainer": "grpo"}, "'pods' needs rows_per_prompt"),
+        (
+            {"down_sampling": "pods", "rows_per_prompt": 4},
+            "compares the rows it keeps by their std",
+        ),
+        ({"row_fraction_initial": 0.0}, "row_fraction_initial must lie in"),
+        ({"weight_rows": "all"}, "weight_rows must be one of trained, drawn"),
+        ({"refill_at_cap": "stop"}, "refill_at_cap must be one of raise, partial, pad"),
+        (
+            {"refill": True, "rollouts_multiple_of": 100},
+            "200 rollouts do not divide among 32 prompts",
+        ),
+        ({"kl": "k1"}, "k1 cannot be a loss: its expected gradient"),
+        ({"kl": "k4"}, "the KL loss must be one of k2, k3, k3_weighted, got 'k4'"),
+        ({"beta": -1.0}, "beta must be at least 0, got -1.0"),
+        ({"reward_kl": 0.1}, "makes rewards differ that are accepted alike"),
+        ({"importance_correction": "token"}, "importance_correction must be one of none, token_"),
+        ({"importance_floor": 2.0}, "importance_floor must be at most 1, got 2.0"),
+        ({"old_logprobs": "old"}, "old_logprobs must be one of engine, trainer"),
+        ({"num_iterations": 0}, "num_iterations must be at least 1, got 0"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, got 0"),
+        ({"stratum_alpha": 1.5}, "stratum_alpha must be at most 1, got 1.5"),
+        ({"max_generated_tokens": 0}, "max_generated_tokens must be at least 1, got 0"),
     ],
 )
 def test_impossible_settings_are_refused_with_the_value(settings, message):
