@@ -219,7 +219,8 @@ class _Scoring:
             logits_V = nn.functional.linear(probe_C, self.head.weight, self.head.bias)
         self.logits_V = logits_V.to(values_2M.dtype)
         flat = nn.functional.pad(values_2M.flatten(), (0, -values_2M.numel() % len(logits_V)))
-        return torch.cat([self.logits_V[None], flat.view(-1, len(logits_V))])[None]
+        rows_1RV = flat.view(1, -1, len(logits_V))
+        return torch.cat([self.logits_V.expand(1, 1, -1), rows_1RV], dim=1)
 
     def unpacked(self, output_1RV: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies (M,) of what came out of the model."""

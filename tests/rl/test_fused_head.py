@@ -130,6 +130,29 @@ def test_function_has_the_gradient_of_its_values():
     )
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_trls_fused_head(bias):
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(70, 16, generator=generator, requires_grad=True)
+    bias_V = torch.randn(70, generator=generator, requires_grad=True) if bias else None
+    token_M = torch.randint(0, 70, (50,), generator=generator)
+    leaves = [leaf for leaf in (hidden, weight, bias_V) if leaf is not None]
+
+    def result(logprob_M, entropy_M):
+        scale_M = torch.linspace(-1, 2, 50)
+        return logprob_M, entropy_M, *torch.autograd.grad((logprob_M * scale_M).sum(), leaves)
+
+    ours = result(*_FusedHead.apply(hidden, weight, bias_V, token_M, 0.7, True))
+    theirs = ChunkedLogProbFunction.apply(
+        hidden, weight, bias_V, token_M, 0.7, 32, None, 1.0, ("entropy",)
+    )
+    for one, other in zip(ours, result(*theirs[:2]), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+
+
 def test_by_hand():
     # Hidden 1 and weights 0, log 3: logits 0 and log 3, probabilities 1/4 and 3/4.
     weight = torch.tensor([[0.0], [3.0]], dtype=torch.float64).log1p_()
