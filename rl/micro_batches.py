@@ -47,8 +47,8 @@ def by_tokens(prompt_length_K: Tensor, length_K: Tensor, budget: int) -> list[Te
     then prompt, or by prompt then completion, whichever order gives the fewest micro-batches, of
     these the one that pads least, the first in a tie.
 
-    The rule is the project's own; budgets of padded tokens are common in translation
-    (fairseq's `max_tokens`) and in verl.
+    Project default, not from a paper; a budget of tokens in the place of rows is also what fairseq
+    (`max_tokens`) and verl (`use_dynamic_bsz`) offer.
 
     Args:
         prompt_length_K: (K,) integers, tokens of each prompt.
