@@ -54,7 +54,7 @@ METHODS: dict[str, dict] = (
             "prompts_per_step": 3,
             "stopping": "positive",
             "stopping_wave": 2,
-            "selector": "vade",
+            "selector": "posterior_mean",
         },
         "all together": {
             "trainer": "grpo",
@@ -106,7 +106,7 @@ def test_a_run_accounts_for_everything_and_resumes_exactly(tmp_path, name):
         assert counts["taken"] == held
         held = counts["buffered"]
         assert counts["drawn"] + counts["taken"] == sum(counts[fate] for fate in FATES)
-        assert len(set(zip(step["prompts"], step["draws"], strict=True))) == len(step["prompts"])
+        assert len(set(step["prompts"])) == len(step["prompts"])  # nor twice in several waves
 
 
 def test_a_stopping_rule_saves_rollouts_and_its_weights_reach_the_rows(tmp_path):
@@ -126,6 +126,14 @@ def test_a_stopping_rule_saves_rollouts_and_its_weights_reach_the_rows(tmp_path)
     assert len(wave.proposals) > 1
     assert sum(p.budget_P.sum() for p in wave.proposals) < 4 * 6
     groups, batch = seen["groups"], seen["batch"]
+    # Rows of all rounds stand by prompt, then slot: ties between rows are broken by their order.
+    prompt_N, seed_N = groups.rollouts.prompt_N, groups.rollouts.seed_N.tolist()
+    assert prompt_N.tolist() == sorted(prompt_N.tolist())
+    place = {seed: i for p in wave.proposals for i, seed in enumerate(p.seed_N.tolist())}
+    in_round = {seed: p.round for p in wave.proposals for seed in p.seed_N.tolist()}
+    for p in range(4):
+        order = [(in_round[s], place[s]) for s, q in zip(seed_N, prompt_N, strict=True) if q == p]
+        assert order == sorted(order)
     assert set(groups.weight_P.tolist()) <= {0.0, 1.0, 2.0}  # stopped, never condemned, 1 / rho
     assert (groups.weight_P != 1).any()
     size_P = groups.rollouts.prompt_N.bincount(minlength=4)
