@@ -1,16 +1,23 @@
 """Step weights: which objective the batch ascends, and how much each decision counts in it.
 
 A decision's weight is a row's weight, which names the objective and undoes unequal budgets, times
-a length rule. Loss and gradient are  sum(weight_NT * surrogate_NT) / denominator,  and the three
-functions here give the row weight, the decision weight and the denominator that belong together:
+a length rule. Loss and gradient are  sum(weight_NT * surrogate_NT) / denominator,  and the first
+three functions here give the row weight, the decision weight and the denominator that belong
+together; the fourth adapts the last two where decisions were left out (`rl/token_selection.py`):
 
     row_weight_N = objective_weight("mean", reward_N, prompt_N, num_prompts=P)
     weight_NT = token_weight("token_sum", row_weight_N, mask_NT, max_completion_length=1024)
     total = denominator("mean", "token_sum", num_prompts=P, num_rollouts=N,
                         row_weight_N=row_weight_N, length_N=mask_NT.sum(1))
+    weight_NT, total = after_selection("kept_tokens", weight_NT, mask_NT, kept_NT, denominator=total)
 
-All three are computed once per optimizer step, over the rows of all processes, before rows are
-dropped and before micro-batches are cut.
+All are computed once per optimizer step, over the rows of all processes and before micro-batches
+are cut.
+
+Where rows were dropped, n_p is a choice. `objective_weight` over the rows that reach the loss lets
+every surviving prompt weigh the same. Over all rows drawn, and `take`n after, it multiplies a
+prompt by the share of its rows that was kept: a prompt of which one row of eight is left then
+counts an eighth of one that is whole.
 
 Axes: N rollouts, P prompts of the step (those whose rollouts all fail included), T decision steps.
 """
@@ -23,8 +30,14 @@ from rl.advantages import raft
 OBJECTIVES = ("mean", "log", "em", "flat")
 """What is ascended, whatever the budgets; see `objective_weight`."""
 
-LENGTH_RULES = ("row_mean", "token_sum", "token_mean")
+LENGTH_RULES = ("row_mean", "token_sum", "token_mean", "row_sum")
 """How a row's weight is spread over its decisions; see `token_weight`."""
+
+DENOMINATORS = ("kept_tokens", "kept_row_tokens", "original_tokens", "kept_rows")
+"""What the step is divided by once decisions were left out; see `after_selection`."""
+
+TRUNCATED = ("left_out", "counted")
+"""Whether truncated rows, which train nothing, count in the denominator; see `without_truncated`."""
 
 
 def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -119,13 +132,17 @@ def token_weight(
         row_mean    w_i / L_i                    every row counts alike, its decisions by 1/length
         token_sum   w_i / max_completion_length  the row's log-probability, over a constant
         token_mean  w_i                          every decision counts alike (over their number)
+        row_sum     w_i                          the row's sum (over prompts or rows, as row_mean)
 
-    with L_i the decisions of row i. Only `token_sum` leaves the policy gradient of the row's whole
-    log-probability; the other two favour short or long rows. (row_mean: GRPO, arXiv:2402.03300;
-    token_mean: DAPO, arXiv:2503.14476; token_sum: Dr.GRPO, arXiv:2503.20783.)
+    with L_i the decisions of row i. Only `token_sum` and `row_sum` leave the policy gradient of the
+    row's whole log-probability; the other two favour short or long rows. They differ by the
+    constant: `row_sum` has none, so that steps grow with the length of the rows. It is what losses
+    with one ratio per row use to weigh rows by their length. (row_mean: GRPO, arXiv:2402.03300;
+    token_mean: DAPO, arXiv:2503.14476; token_sum: Dr.GRPO, arXiv:2503.20783; row_sum: LUSPO,
+    arXiv:2602.05261.)
 
     Args:
-        kind: one of the three names.
+        kind: one of the four names.
         row_weight_N: (N,) weights of `objective_weight`.
         mask_NT: (N, T) bool, True where the policy made the decision.
         max_completion_length: the generation limit; only `token_sum` uses it.
@@ -163,8 +180,8 @@ def denominator(
 ) -> float:
     """The number that the weighted sum over the whole step is divided by.
 
-        row_mean, token_sum   num_prompts under mean, log and em; num_rollouts under flat
-        token_mean            sum_i w_i L_i over all rows of the step
+        row_mean, token_sum, row_sum   num_prompts under mean, log and em; num_rollouts under flat
+        token_mean                     sum_i w_i L_i over all rows of the step
 
     The prompts include those that yield no gradient (all pass, all fail, nothing scored), so that
     the size of a step does not depend on how many prompts happened to be informative; that is a
@@ -200,3 +217,125 @@ def denominator(
         total = float((row_weight_N.double() * length_N.double()).sum())
         return total if total > 0 else 1.0
     return float(num_rollouts if objective == "flat" else num_prompts)
+
+
+def after_selection(
+    name: str,
+    weight_NT: Tensor,
+    mask_NT: Tensor,
+    kept_NT: Tensor,
+    *,
+    denominator: float,
+    original_denominator: float | None = None,
+) -> tuple[Tensor, float]:
+    """Weights and denominator once some decisions of the rows at hand were left out.
+
+        kept_tokens      W on the kept decisions   denominator * share
+        kept_row_tokens  the same                  denominator
+        original_tokens  the same                  original_denominator
+        kept_rows        S_i / L_i on them         denominator
+
+    with W the weights given, share = sum of W over the kept decisions / sum of W over all, S_i the
+    row's sum of W, and L_i its kept decisions. Under `token_mean` the denominators are sum W over
+    the kept decisions, over all decisions of the kept rows, and over all decisions of all rows;
+    `kept_rows` after `row_mean` is w_i / L_i over the number of rows or prompts. Under every length
+    rule, keeping all decisions changes nothing, bit for bit.
+
+    `kept_tokens` is a mean over what trains, so a step keeps its size along a schedule, up to the
+    larger |A| of what is selected. `kept_row_tokens` makes it shrink with the share of tokens, and
+    `original_tokens` with that of rows as well: at 0.25 of the rows and 0.2 of their tokens a step
+    is 1/20, which undoes the larger gradient that selection is for. D3S (arXiv:2509.22115) does not
+    say which it uses; `kept_tokens` is the project's default, not from the paper.
+
+    Rows without signal that already left count in `denominator` as it was computed, in proportion:
+    as if decisions had been left out of them at the same rate.
+
+    Args:
+        name: one of the four names.
+        weight_NT: (N, T) weights >= 0 of `token_weight`, of all rows at hand over all processes.
+        mask_NT: (N, T) bool, the decisions of those rows; weights are 0 elsewhere.
+        kept_NT: (N, T) bool, the decisions that train; never True off the mask.
+        denominator: of `denominator`, over the kept rows with all their decisions.
+        original_denominator: of `denominator`, over the rows before any was dropped; only
+            `original_tokens` uses it.
+
+    Returns:
+        The (N, T) weights in the dtype of `weight_NT`, exactly 0 where nothing is kept, and the
+        positive denominator. A row that lost all its decisions has weight 0 and still counts where
+        rows or prompts are counted. Where no kept decision has any weight the sum to be divided is
+        an empty one, and the denominator stays as given.
+
+    Raises:
+        ValueError: for an unknown name, shapes that differ, a kept decision off the mask, or
+            `original_tokens` without its denominator.
+    """
+    _check("name", name, DENOMINATORS)
+    if not weight_NT.shape == mask_NT.shape == kept_NT.shape:
+        raise ValueError(
+            f"weight_NT, mask_NT and kept_NT must share one shape, got {tuple(weight_NT.shape)}, "
+            f"{tuple(mask_NT.shape)} and {tuple(kept_NT.shape)}"
+        )
+    if mask_NT.dtype != torch.bool or kept_NT.dtype != torch.bool:
+        raise ValueError(
+            f"mask_NT and kept_NT must be bool, got {mask_NT.dtype} and {kept_NT.dtype}"
+        )
+    if (kept_NT & ~mask_NT).any():
+        row, step = (kept_NT & ~mask_NT).nonzero()[0].tolist()
+        raise ValueError(f"kept_NT is True off the mask, first at row {row}, step {step}")
+    kept_weight_NT = torch.where(kept_NT, weight_NT, 0.0)
+    if name == "original_tokens":
+        if original_denominator is None:
+            raise ValueError(
+                "original_tokens needs original_denominator, that of the step before rows were "
+                "dropped"
+            )
+        return kept_weight_NT, original_denominator
+    if name == "kept_tokens":
+        kept = float(kept_weight_NT.double().sum())
+        total = float(torch.where(mask_NT, weight_NT, 0.0).double().sum())
+        return kept_weight_NT, denominator * (kept / total) if kept > 0 else denominator
+    if name == "kept_rows":
+        changed_N = (kept_NT != mask_NT).any(1)
+        sum_N = torch.where(mask_NT, weight_NT, 0.0).double().sum(1)
+        even_N = (sum_N / kept_NT.sum(1).clamp(min=1)).to(weight_NT.dtype)
+        even_NT = torch.where(kept_NT, even_N[:, None], 0.0)
+        kept_weight_NT = torch.where(changed_N[:, None], even_NT, kept_weight_NT)
+    return kept_weight_NT, denominator
+
+
+def without_truncated(
+    name: str, weight_NT: Tensor, truncated_N: Tensor, *, denominator: float
+) -> tuple[Tensor, float]:
+    """Weight 0 for rows that the length limit cut off, whose reward says little about them.
+
+        left_out   denominator * share     the mean is over what trains
+        counted    denominator             a step is smaller the more rows were cut off
+
+    with share = the part of the weight that is not on truncated rows. (The overlong filtering of
+    DAPO, arXiv:2503.14476; TRL's `mask_truncated_completions`, where truncated rows are left out
+    under its loss `dapo`, which counts tokens, and counted under `grpo` and `dr_grpo`, which count
+    rows.) Advantages are not touched: truncated rows take part in the mean of their group.
+
+    Args:
+        name: one of the two names.
+        weight_NT: (N, T) weights >= 0, of all rows of the step over all processes.
+        truncated_N: (N,) bool.
+        denominator: of `denominator`, over all these rows.
+
+    Returns:
+        The weights and the denominator. With nothing truncated both are those given; with all
+        truncated the weights are 0 and the denominator stays.
+
+    Raises:
+        ValueError: for an unknown name or misaligned arguments.
+    """
+    _check("name", name, TRUNCATED)
+    if truncated_N.dtype != torch.bool or tuple(truncated_N.shape) != (len(weight_NT),):
+        raise ValueError(
+            f"truncated_N must be bool of shape ({len(weight_NT)},), "
+            f"got {truncated_N.dtype} of shape {tuple(truncated_N.shape)}"
+        )
+    rule = "kept_tokens" if name == "left_out" else "kept_row_tokens"
+    mask_NT = weight_NT != 0
+    kept_NT = mask_NT & ~truncated_N[:, None]
+    return after_selection(rule, weight_NT, mask_NT, kept_NT, denominator=denominator)
