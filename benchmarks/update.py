@@ -27,7 +27,8 @@ bfloat16 against its float32).
 Rounds go through all arms in turn, since other work may share the machine: the figure to read is
 `ratio_median`, TRL's seconds over the arm's, over neighbouring runs. Peak memory is what an update
 allocates above what stood before it: of torch's allocator as its profiler records each allocation
-on a CPU (resident memory would add the allocator's leftovers of earlier arms), and
+on a CPU (resident memory would add what the C library keeps of freed chunks: with
+MALLOC_MMAP_THRESHOLD_=262144, so that it keeps none, the two agree to 13 MiB), and
 `max_memory_allocated` on CUDA. Gradients are part of it.
 """
 
@@ -131,7 +132,9 @@ def build_rows(case: dict[str, Any], sizes: tuple[int, int, int, int]) -> TokenR
     )
 
 
-def build_trainer(model: nn.Module, case: dict, sizes: tuple, precision: str, folder: str) -> Any:
+def build_trainer(
+    model: nn.Module, case: dict, sizes: tuple, precision: str, device: str, folder: str
+) -> Any:
     """TRL's trainer on `model`, prepared as its own training loop does."""
     import tokenizers
     from datasets import Dataset
@@ -155,7 +158,7 @@ def build_trainer(model: nn.Module, case: dict, sizes: tuple, precision: str, fo
         temperature=1.0,
         bf16=precision == "bfloat16",
         activation_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device == "cpu",
         report_to="none",
         save_strategy="no",
         log_level="error",
@@ -223,11 +226,13 @@ def prompt_lengths(rollouts: TokenRollouts) -> Tensor:
     return torch.tensor([len(rollouts.prompt_ids[p]) for p in rollouts.prompt_N.tolist()])
 
 
-def arms(case: dict, sizes: tuple, precision: str, folder: str) -> tuple[dict, dict, dict]:
+def arms(
+    case: dict, sizes: tuple, precision: str, device: str, folder: str
+) -> tuple[dict, dict, dict]:
     """Name -> (its update, its model), and name -> its share of padding."""
     rows, micro, prompt_length, longest = sizes
     base, rollouts = build_model(case), build_rows(case, sizes)
-    trainer = build_trainer(copy.deepcopy(base), case, sizes, precision, folder)
+    trainer = build_trainer(copy.deepcopy(base), case, sizes, precision, device, folder)
     accelerator = trainer.accelerator
     ours = accelerator.prepare(copy.deepcopy(base).to(accelerator.device)).train()
     reason = refusal(ours)
@@ -329,7 +334,7 @@ def measure(
     exact = None
     if precision == "bfloat16":  # what float32 gives, without autocast
         exact = torch.load(Path(folder) / f"{name}.pt")
-    updates, padding, micro = arms(case, sizes, precision, folder)
+    updates, padding, micro = arms(case, sizes, precision, device, folder)
     losses, errors, theirs = {}, {}, torch.empty(0)
     for arm, (update, model) in updates.items():  # also warms up
         losses[arm] = update()
