@@ -215,6 +215,22 @@ class RolloutConfig(TrainingArguments):
         "A prompt's weight is shared by its rows that reach the loss (trained) or by all drawn ones "
         "(drawn), which makes prompts with dropped rows count less.",
     )
+    token_selection: str = _setting(
+        "none",
+        "Tokens of these rows that train: none (all), d3s (largest |advantage| x entropy) or entropy.",
+    )
+    token_fraction_initial: float = _setting(
+        0.2, "Share of tokens at the start; project default, not from the paper."
+    )
+    token_fraction_final: float = _setting(1.0, "Share of tokens at the end.")
+    token_scope: str = _setting(
+        "batch", "The share is one of the batch, or of each response (then |advantage| has no say)."
+    )
+    token_denominator: str = _setting(
+        "kept_tokens",
+        "What the loss is divided by after tokens were left out: kept_tokens, kept_row_tokens, "
+        "original_tokens or kept_rows.",
+    )
     mask_truncated_completions: bool = _setting(
         False, "Leave completions that hit max_completion_length out of the loss."
     )

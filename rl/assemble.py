@@ -31,6 +31,7 @@ from rl.methods import (
     kl_of,
     loss_of,
     micro_batches_of,
+    token_selector_of,
 )
 from rl.reference import Reference
 from rl.scorer import Scorer
@@ -155,7 +156,7 @@ def make_line(
         buffer=_buffer(config, planner),
         objective=config.objective or "",
         length_weight=config.length_weight or "",
-        needs_entropy=False,
+        select_tokens=token_selector_of(config),
         reference=Reference(model, accelerator) if config.beta or config.reward_kl else None,
         score=Scorer(
             temperature=config.temperature,

@@ -38,7 +38,7 @@ class Line:
     buffer: GroupBuffer | None  # draws until enough groups are mixed; None: one wave a step
     objective: str
     length_weight: str
-    needs_entropy: bool  # of every decision, before the update
+    select_tokens: Callable[[TokenRollouts, float], torch.Tensor]  # -> kept_NT
     reference: Reference | None
     score: Scorer
     micro_batches: Callable[[TokenRollouts], list[torch.Tensor]]
@@ -82,6 +82,7 @@ class Batch:
     rollouts: TokenRollouts  # K rows, with rewards and advantages
     weight_K: torch.Tensor  # per-prompt weights of the objective
     denominator: float
+    original_denominator: float  # of all rows, before any was dropped
     prompts: list[Prompt]  # P, as `rollouts.prompt_N` counts them
     waves: list[Wave]  # everything that was generated
     metrics: dict[str, float] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from rl import advantages, losses, micro_batches, sequence_losses
+from rl import advantages, losses, micro_batches, sequence_losses, token_selection
 from rl.kl import kl_loss
 from rl.logprobs import ends
 from rollouts.batch import TokenRollouts
@@ -257,6 +257,41 @@ def advantage_after_of(config: RolloutConfig) -> Callable[[TokenRollouts], torch
     return lambda rollouts: again(_set(rollouts.reward_N), rollouts.prompt_N)
 
 
+# -- which of their tokens train: select(config, rollouts, share) -> kept_NT
+
+
+def _every_token(_: RolloutConfig, rollouts: TokenRollouts, __: float) -> torch.Tensor:
+    return rollouts.mask_NT
+
+
+def _d3s_tokens(c: RolloutConfig, rollouts: TokenRollouts, share: float) -> torch.Tensor:
+    columns = (_set(rollouts.advantage_N), _set(rollouts.entropy_NT), rollouts.mask_NT)
+    return token_selection.top_tokens(*columns, fraction=share, scope=c.token_scope)
+
+
+def _entropy_tokens(c: RolloutConfig, rollouts: TokenRollouts, share: float) -> torch.Tensor:
+    columns = (_set(rollouts.entropy_NT), rollouts.mask_NT)
+    return token_selection.top_entropy(*columns, fraction=share, scope=c.token_scope)
+
+
+TOKEN_SELECTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "none": _every_token,
+    "d3s": _d3s_tokens,
+    "entropy": _entropy_tokens,
+}
+
+
+def token_selector_of(config: RolloutConfig) -> Callable[[TokenRollouts, float], torch.Tensor]:
+    """`kept(rollouts, progress) -> kept_NT` of the method named by `config`."""
+    method = TOKEN_SELECTIONS[config.token_selection]
+
+    def kept(rollouts: TokenRollouts, progress: float) -> torch.Tensor:
+        ends = {"initial": config.token_fraction_initial, "final": config.token_fraction_final}
+        return method(config, rollouts, downsampling.token_fraction(progress, **ends))
+
+    return kept
+
+
 # -- losses and the presets that fill settings left unset
 
 LOSSES: dict[str, tuple[Callable, tuple[str, ...]]] = {
@@ -279,6 +314,7 @@ LOSS_COLUMNS: dict[str, dict[str, str]] = {
     name: {"mask_NT": "mask_NT"}
     for name in ("gspo", "gspo_token", "luspo", "vespo", "rloo")
 }
+ONE_RATIO_PER_ROW = ("gspo", "luspo", "rloo")  # weights constant within a row
 _ROW_RATIO = {"epsilon": 3e-4, "epsilon_high": 4e-4}
 LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
     "dapo": {"length_weight": "token_mean", "epsilon_high": 0.28},

@@ -17,6 +17,7 @@ from rl.recompute import ENTROPY, OLD, REFERENCE, recompute
 
 if TYPE_CHECKING:
     from rl.line import Batch, Line
+    from rollouts.batch import TokenRollouts
 
 
 def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
@@ -35,25 +36,45 @@ def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
         rollouts.mask_NT,
         max_completion_length=config.max_completion_length,
     )
-    metrics = dict(batch.metrics)
+    metrics, denominator = dict(batch.metrics), batch.denominator
     if rollouts.entropy_NT is not None:
         decisions = rollouts.mask_NT.sum().clamp(min=1)
         metrics["entropy"] = float(rollouts.entropy_NT.sum() / decisions)
-    if config.importance_correction != "none":
-        assert rollouts.old_logprob_NT is not None
-        level, mode = config.importance_correction.split("_")
-        factor_NT, sums = correction(
-            rollouts.old_logprob_NT,
-            rollouts.logprob_NT,
+    if config.token_selection != "none":
+        kept_NT = line.select_tokens(rollouts, line.progress(line.ledger.step or 0))
+        weight_NT, denominator = step_weights.after_selection(
+            config.token_denominator,
+            weight_NT,
             rollouts.mask_NT,
-            level=level,
-            mode=mode,
-            cap=config.importance_cap,
-            floor=config.importance_floor,
+            kept_NT,
+            denominator=denominator,
+            original_denominator=batch.original_denominator,
         )
-        weight_NT = weight_NT * factor_NT
-        metrics |= _of_correction(sums)
-    return replace(batch, rollouts=replace(rollouts, weight_NT=weight_NT), metrics=metrics)
+        metrics["select/token_share"] = float(kept_NT.sum() / rollouts.mask_NT.sum())
+    if config.importance_correction != "none":
+        factor_NT, of_factors = _correction(line, rollouts)
+        weight_NT, metrics = weight_NT * factor_NT, metrics | of_factors
+    rollouts = replace(rollouts, weight_NT=weight_NT)
+    trains_K = (weight_NT != 0).any(dim=1)
+    _account(line, rollouts, trains_K)
+    return replace(
+        batch,
+        rollouts=rollouts.take(trains_K.nonzero().flatten()),
+        denominator=denominator,
+        metrics=metrics,
+    )
+
+
+def _account(line: Line, rollouts: TokenRollouts, trains_K: torch.Tensor) -> None:
+    """Rows that train, and of their tokens those that do; a row all of whose tokens left is filtered."""
+    assert rollouts.weight_NT is not None
+    trained = int((rollouts.weight_NT != 0).sum())
+    num_rows, num_tokens = len(rollouts), int(rollouts.length_N.sum())
+    num_trained = int(trains_K.sum())
+    line.ledger.account("trained", num_trained, trained)
+    line.ledger.account(
+        "filtered", num_rows - num_trained, num_tokens - trained, reason="tokens_not_selected"
+    )
 
 
 def _columns(line: Line) -> set[str]:
@@ -62,16 +83,28 @@ def _columns(line: Line) -> set[str]:
         columns.add(OLD)
     if config.beta:
         columns.add(REFERENCE)
-    if line.needs_entropy:
+    if config.token_selection != "none":
         columns.add(ENTROPY)
     return columns
 
 
-def _of_correction(sums: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Means of what the engine's and the trainer's log-probabilities differ by."""
+def _correction(line: Line, rollouts: TokenRollouts) -> tuple[torch.Tensor, dict[str, float]]:
+    """Factors of the weights, and means of what engine and trainer differ by."""
+    config = line.config
+    assert rollouts.old_logprob_NT is not None
+    level, mode = config.importance_correction.split("_")
+    factor_NT, sums = correction(
+        rollouts.old_logprob_NT,
+        rollouts.logprob_NT,
+        rollouts.mask_NT,
+        level=level,
+        mode=mode,
+        cap=config.importance_cap,
+        floor=config.importance_floor,
+    )
     s = {name: float(value) for name, value in sums.items()}
     ratios, tokens = max(s["is_count"], 1.0), max(s["is_tokens"], 1.0)
-    return {
+    return factor_NT, {
         "importance/ratio_mean": s["is_ratio"] / ratios,
         "importance/ratio_max": s["is_ratio_max"],
         "importance/share_above_cap": s["is_above"] / ratios,

@@ -16,12 +16,15 @@ from rl.methods import (
     DOWN_SAMPLERS,
     KEEPS_PER_PROMPT,
     NEEDS_COLUMN,
+    ONE_RATIO_PER_ROW,
     SCALES,
     SELECTORS,
     STOPPINGS,
+    TOKEN_SELECTIONS,
     allocator_of,
 )
-from rl.step_weights import LENGTH_RULES, OBJECTIVES
+from rl.step_weights import DENOMINATORS, LENGTH_RULES, OBJECTIVES
+from rl.token_selection import SCOPES
 from samplers.scores import SCORES
 
 if TYPE_CHECKING:
@@ -176,9 +179,22 @@ def _stopping_and_rows(config: RolloutConfig) -> None:
     for name in ("stopping_threshold", "stopping_rho"):
         if getattr(config, name) > 1:
             raise ValueError(f"{name} must be at most 1, got {getattr(config, name)}")
-    for name in ("stopping_rho", "row_fraction_initial", "row_fraction_final"):
+    shares = [
+        f"{what}_fraction_{when}" for what in ("row", "token") for when in ("initial", "final")
+    ]
+    for name in ("stopping_rho", *shares):
         if not 0 < getattr(config, name) <= 1:
             raise ValueError(f"{name} must lie in (0, 1], got {getattr(config, name)}")
+    choice("token_selection", config.token_selection, TOKEN_SELECTIONS)
+    choice("token_scope", config.token_scope, SCOPES)
+    choice("token_denominator", config.token_denominator, DENOMINATORS)
+    varies = "token_selection" if config.token_selection != "none" else ""
+    varies = varies or "importance_correction" * config.importance_correction.startswith("token")
+    if config.loss in ONE_RATIO_PER_ROW and varies:
+        raise ValueError(
+            f"loss {config.loss!r} has one ratio per row, so that weights must be constant in it, but "
+            f"{varies}={getattr(config, varies)!r} weighs tokens; write loss: gspo_token"
+        )
     if config.stopping != "none" and config.stopping_wave is None:
         raise ValueError(
             f"stopping {config.stopping!r} needs stopping_wave, rollouts of a prompt between two looks"

@@ -43,7 +43,7 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
     rollouts = everything.take(chosen)
     if line.advantage_after is not None and len(rollouts):
         rollouts = replace(rollouts, advantage_N=line.advantage_after(rollouts))
-    weight_K, denominator = _objective(line, groups, everything, chosen)
+    weight_K, denominator, original = _objective(line, groups, everything, chosen)
     assert rollouts.advantage_N is not None
     trains_K = (rollouts.advantage_N * weight_K != 0) & (rollouts.length_N > 0)
     kept = rollouts.take(trains_K.nonzero().flatten())
@@ -54,6 +54,7 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
         rollouts=kept,
         weight_K=weight_K[trains_K],
         denominator=denominator,
+        original_denominator=original,
         prompts=groups.prompts,
         waves=waves,
         metrics=metrics.of_rollouts(waves, kept)
@@ -63,21 +64,29 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
 
 def _objective(
     line: Line, groups: Groups, everything: TokenRollouts, chosen: torch.Tensor
-) -> tuple[torch.Tensor, float]:
-    """Weights of the chosen rows, and what the weighted sum of the step is divided by.
+) -> tuple[torch.Tensor, float, float]:
+    """Weights of the chosen rows, what their weighted sum is divided by, and what that of all rows is.
 
     A prompt's weight is shared by its rows that reach the loss (`weight_rows: trained`), so that a
     prompt of which few rows were kept counts no less, or by all that were drawn (`drawn`).
     """
+    if not len(chosen):
+        return torch.zeros(0, dtype=torch.float64), 1.0, 1.0  # of empty sums
+    of_all, original = _weights(line, groups, everything)
+    of_chosen, denominator = _weights(line, groups, everything.take(chosen))
+    if line.config.weight_rows == "drawn":
+        return of_all[chosen], original, original
+    return of_chosen, denominator, original
+
+
+def _weights(line: Line, groups: Groups, rollouts: TokenRollouts) -> tuple[torch.Tensor, float]:
+    """The objective's weight of each of these rows, and their denominator."""
     num_prompts = len(groups.prompts)
-    counted = everything.take(chosen) if line.config.weight_rows == "trained" else everything
-    if not len(counted):
-        return torch.zeros(0, dtype=torch.float64), 1.0  # of an empty sum: every reward failed
-    assert counted.reward_N is not None
+    assert rollouts.reward_N is not None
     weight_N = step_weights.objective_weight(
         line.objective,
-        counted.reward_N,
-        counted.prompt_N,
+        rollouts.reward_N,
+        rollouts.prompt_N,
         num_prompts=num_prompts,
         pass_rate_P=groups.pass_rate_P,
         floor=line.config.log_floor,
@@ -86,19 +95,18 @@ def _objective(
         line.objective,
         line.length_weight,
         num_prompts=num_prompts,
-        num_rollouts=len(counted),
+        num_rollouts=len(rollouts),
         row_weight_N=weight_N,
-        length_N=counted.length_N,
+        length_N=rollouts.length_N,
     )
-    weight_N = weight_N * groups.weight_P[counted.prompt_N]
-    weight_K = weight_N if line.config.weight_rows == "trained" else weight_N[chosen]
-    return weight_K, denominator * (num_prompts + groups.num_padded) / num_prompts
+    weight_N = weight_N * groups.weight_P[rollouts.prompt_N]
+    return weight_N, denominator * (num_prompts + groups.num_padded) / num_prompts
 
 
 def _account(
     line: Line, everything: TokenRollouts, chosen: torch.Tensor, trained_N: torch.Tensor
 ) -> None:
-    """Tell the ledger what became of every row."""
+    """Tell the ledger what became of every row that leaves here."""
     reward_N, prompt_N = everything.reward_N, everything.prompt_N
     assert reward_N is not None
     chosen_N = torch.zeros_like(trained_N)
@@ -118,4 +126,3 @@ def _account(
         rows_of.setdefault(reason, []).append(row)
     for reason, rows in rows_of.items():
         line.ledger.account("filtered", *size(everything.take(torch.tensor(rows))), reason=reason)
-    line.ledger.account("trained", *size(everything.take(trained_N.nonzero().flatten())))

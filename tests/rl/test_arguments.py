@@ -170,6 +170,18 @@ def test_losses_get_their_clip_ranges():
         ({"importance_correction": "token"}, "importance_correction must be one of none, token_"),
         ({"importance_floor": 2.0}, "importance_floor must be at most 1, got 2.0"),
         ({"old_logprobs": "old"}, "old_logprobs must be one of engine, trainer"),
+        ({"token_selection": "top"}, "token_selection must be one of none, d3s, entropy"),
+        ({"token_scope": "row"}, "token_scope must be one of batch, response"),
+        ({"token_denominator": "tokens"}, "token_denominator must be one of kept_tokens"),
+        ({"token_fraction_final": 0.0}, "token_fraction_final must lie in"),
+        (
+            {"trainer": "grpo", "loss": "gspo", "token_selection": "d3s"},
+            "'gspo' has one ratio per row.*token_selection='d3s' weighs tokens; .*gspo_token",
+        ),
+        (
+            {"trainer": "grpo", "loss": "rloo", "importance_correction": "token_mask"},
+            "importance_correction='token_mask' weighs tokens",
+        ),
         ({"num_iterations": 0}, "num_iterations must be at least 1, got 0"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, got 0"),
         ({"stratum_alpha": 1.5}, "stratum_alpha must be at most 1, got 1.5"),

@@ -28,7 +28,7 @@ def of_loss(name):
     return {"advantage": "raft", "objective": "em"} if name in ("raft", "raft_pp") else {}
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in ("luspo", "hapo")])
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "hapo"])
 def test_micro_batches_by_rows_or_tokens_and_fused_heads_give_one_update(tmp_path, loss):
     common = settings(
         loss=loss,
@@ -61,7 +61,8 @@ def test_micro_batches_by_rows_or_tokens_and_fused_heads_give_one_update(tmp_pat
 def scored(made):
     """One collected and prepared step of a trainer, and its log-probabilities before the update."""
     batch = prepare(made.line, made.model, collect(made.line, version=0))
-    return batch, made.line.score.logprobs(made.model, batch.rollouts)
+    rows = batch.rollouts
+    return batch, made.line.score.logprobs(made.model, rows) if len(rows) else None
 
 
 @pytest.mark.parametrize("kl", ["k2", "k3", "k3_weighted"])
@@ -182,11 +183,55 @@ def test_the_engines_mismatch_is_weighed_in(tmp_path, correction, cap, floor, fa
     plain = tiny.trainer(tmp_path, **settings())
     made.line = replace(made.line, engine=Mismatched(made.line.engine, offset))
     (batch, logprob_NT), (expected, _) = scored(made), scored(plain)
+    if factor == 0:
+        assert not len(batch.rollouts)
+        return
     weight_NT, plain_NT = batch.rollouts.weight_NT, expected.rollouts.weight_NT
     assert torch.allclose(weight_NT, factor * plain_NT, rtol=1e-4)
     assert batch.denominator == expected.denominator
     assert torch.allclose(batch.rollouts.old_logprob_NT, logprob_NT, atol=1e-5)
     assert batch.metrics["importance/ratio_mean"] == pytest.approx(1.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["batch", "response"])
+@pytest.mark.parametrize("selection", ["d3s", "entropy"])
+def test_only_the_chosen_tokens_train_and_are_counted_as_trained(tmp_path, selection, scope):
+    common = {"token_selection": selection, "token_scope": scope, "length_weight": "token_mean"}
+    made = tiny.trainer(tmp_path, **settings(token_fraction_initial=0.3, **common))
+    collected = collect(made.line, version=0)
+    batch = prepare(made.line, made.model, collected)
+    rows = batch.rollouts
+    statistics = made.line.score.statistics(made.model, collected.rollouts)
+    score_NT = statistics.entropy_NT * collected.rollouts.mask_NT
+    if selection == "d3s":
+        score_NT = score_NT * collected.rollouts.advantage_N.abs()[:, None]
+    of_row = {seed: row for row, seed in enumerate(collected.rollouts.seed_N.tolist())}
+    kept_NT = torch.zeros_like(collected.rollouts.mask_NT)
+    for row, seed in zip(rows.weight_NT, rows.seed_N.tolist(), strict=True):
+        kept_NT[of_row[seed]] = row != 0
+    total = int(collected.rollouts.mask_NT.sum())
+    if scope == "batch":
+        assert kept_NT.sum() == -(-3 * total // 10)
+        left_NT = collected.rollouts.mask_NT & ~kept_NT
+        assert score_NT[kept_NT].min() >= score_NT[left_NT].max() - 1e-6
+    else:
+        lengths = collected.rollouts.length_N
+        assert kept_NT.sum(1).tolist() == [-(-3 * n // 10) for n in lengths.tolist()]
+    assert made.ledger.totals["tokens_trained"] == int(kept_NT.sum())
+    made.ledger.end()
+    # The denominator falls as the weight does; before, it was that of all tokens of the step.
+    before = float((collected.weight_K * collected.rollouts.length_N).sum())
+    share = float(rows.weight_NT.sum()) / before
+    assert batch.denominator == pytest.approx(collected.denominator * share)
+
+
+def test_all_tokens_and_all_rows_give_the_plain_update(tmp_path):
+    plain = tiny.run(tmp_path / "plain", **settings(max_steps=1))
+    whole = {"row_fraction_initial": 1.0, "token_fraction_initial": 1.0}
+    d3s = settings(max_steps=1, down_sampling="d3s", token_selection="d3s", **whole)
+    other = tiny.run(tmp_path / "d3s", **d3s)
+    weights, expected = tiny.parameters(other), tiny.parameters(plain)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_what_ratios_compare_with_may_be_recomputed(tmp_path):
