@@ -204,22 +204,13 @@ class _Scoring:
             reason = "the model uses its head more than once in a call"
             raise ValueError(f"{SHARDED if self.logits_V is None else reason}; {INSTEAD}")
         hidden_MC = self.layout.predicting(hidden_NSC)[self.mask_NT]
-        values_2M = torch.stack(
-            _FusedHead.apply(
-                hidden_MC,
-                self.head.weight,
-                self.head.bias,
-                self.token_M,
-                self.temperature,
-                self.entropy,
-            )
+        head = self.head
+        *values, self.logits_V = _FusedHead.apply(
+            hidden_MC, head.weight, head.bias, self.token_M, self.temperature, self.entropy
         )
-        probe_C = hidden_MC[0] if len(hidden_MC) else hidden_NSC[0, -1]
-        with torch.no_grad():
-            logits_V = nn.functional.linear(probe_C, self.head.weight, self.head.bias)
-        self.logits_V = logits_V.to(values_2M.dtype)
-        flat = nn.functional.pad(values_2M.flatten(), (0, -values_2M.numel() % len(logits_V)))
-        rows_1RV = flat.view(1, -1, len(logits_V))
+        flat = torch.cat(values)
+        flat = nn.functional.pad(flat, (0, -len(flat) % len(self.logits_V)))
+        rows_1RV = flat.view(1, -1, len(self.logits_V))
         return torch.cat([self.logits_V.expand(1, 1, -1), rows_1RV], dim=1)
 
     def unpacked(self, output_1RV: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,7 +223,8 @@ class _Scoring:
 
 
 class _FusedHead(torch.autograd.Function):
-    """log softmax((W h + b) / temperature) at each token, and the entropy, which has no gradient.
+    """log softmax((W h + b) / temperature) at each token; without gradient, the entropy of each
+    decision and the logits of the first, (V,), before the temperature; 0 if there is none.
 
     Kept for the backward pass: hidden states and one normaliser per decision. There
 
@@ -249,7 +241,7 @@ class _FusedHead(torch.autograd.Function):
         token_M: Tensor,
         temperature: float,
         entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden_MC.device.type
         ctx.dtype = weight_VC.dtype
         if torch.is_autocast_enabled(device) and ctx.dtype != torch.float64:
@@ -260,17 +252,20 @@ class _FusedHead(torch.autograd.Function):
             hidden_MC = hidden_MC.to(ctx.dtype)
             logprob_M = hidden_MC.new_zeros(len(hidden_MC), dtype=exact)
             normaliser_M, entropy_M = torch.zeros_like(logprob_M), torch.zeros_like(logprob_M)
+            first_V = logprob_M.new_zeros(len(weight_VC))
             weight, bias = weight_VC.to(ctx.dtype), None if bias_V is None else bias_V.to(ctx.dtype)
             for at in _slices(len(hidden_MC), _chunk_of(weight)):
                 logits_LV = nn.functional.linear(hidden_MC[at], weight, bias)
+                if at.start == 0:
+                    first_V.copy_(logits_LV[0])
                 logprob_M[at], normaliser_M[at], entropy_L = selected(
                     logits_LV.to(exact).div_(temperature), token_M[at], entropy=entropy
                 )
                 if entropy_L is not None:
                     entropy_M[at] = entropy_L
         ctx.save_for_backward(hidden_MC, weight_VC, bias_V, token_M, normaliser_M)
-        ctx.mark_non_differentiable(entropy_M)
-        return logprob_M, entropy_M
+        ctx.mark_non_differentiable(entropy_M, first_V)
+        return logprob_M, entropy_M, first_V
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

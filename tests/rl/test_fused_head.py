@@ -118,6 +118,17 @@ def test_autocast_rounds_as_in_the_plain_path():
         assert float((one - other).norm()) < 0.02 * float(other.norm())
 
 
+def test_asking_inside_an_autocast_takes_no_gradient_away():
+    model, batch = untied(torch.float32), rollouts()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, expected = gradients(fused_logprobs, model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert refusal(model) is None
+        _, found = gradients(fused_logprobs, model, batch)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+
+
 def test_function_has_the_gradient_of_its_values():
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
@@ -145,7 +156,7 @@ def test_equals_trls_fused_head(bias):
         scale_M = torch.linspace(-1, 2, 50)
         return logprob_M, entropy_M, *torch.autograd.grad((logprob_M * scale_M).sum(), leaves)
 
-    ours = result(*_FusedHead.apply(hidden, weight, bias_V, token_M, 0.7, True))
+    ours = result(*_FusedHead.apply(hidden, weight, bias_V, token_M, 0.7, True)[:2])
     theirs = ChunkedLogProbFunction.apply(
         hidden, weight, bias_V, token_M, 0.7, 32, None, 1.0, ("entropy",)
     )
@@ -159,7 +170,10 @@ def test_by_hand():
     weight[1] = torch.tensor(3.0, dtype=torch.float64).log()
     hidden = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
     weight.requires_grad_()
-    logprob_M, entropy_M = _FusedHead.apply(hidden, weight, None, torch.tensor([1]), 1.0, True)
+    logprob_M, entropy_M, first_V = _FusedHead.apply(
+        hidden, weight, None, torch.tensor([1]), 1.0, True
+    )
+    assert first_V.tolist() == pytest.approx([0, 1.0986122886681098])
     assert logprob_M.item() == pytest.approx(-0.2876820724517809)  # log 3/4
     assert entropy_M.item() == pytest.approx(0.5623351446188083)
     assert not entropy_M.requires_grad
