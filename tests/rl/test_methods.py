@@ -167,6 +167,39 @@ def test_what_waits_in_the_buffer_trains_first_and_too_old_it_is_dropped(tmp_pat
     assert totals["refill_total/groups_accepted"] == 3 * 8
 
 
+def test_groups_keep_their_prompt_pass_rate_and_weight_through_the_buffer(tmp_path):
+    settings = settings_of("refill with a buffer") | {"trainer": "grpo"}
+    stop = {"stopping": "early_unbiased", "stopping_wave": 2, "stopping_threshold": 1.0}
+    made = tiny.trainer(tmp_path, **(settings | stop | {"refill_max_age": 9}))
+    line, known, seen = made.line, {}, []
+    for step in range(6):
+        line.ledger.begin(step)
+        groups, waves = line.buffer.collect(line, version=step)
+        for wave in waves:
+            columns = (wave.index_P, wave.proposals[0].pass_rate_P, wave.group_weight_P)
+            for place, (row, pass_rate, weight) in enumerate(zip(*columns, strict=True)):
+                seeds = [
+                    s
+                    for r in wave.rounds
+                    for s in r.rollouts.seed_N[r.rollouts.prompt_N == place].tolist()
+                ]
+                known[frozenset(seeds)] = (line.prompts[row].key, pass_rate, weight)
+        for p, prompt in enumerate(groups.prompts):
+            seeds = frozenset(groups.rollouts.seed_N[groups.rollouts.prompt_N == p].tolist())
+            expected = known.pop(seeds)  # whole, and once only
+            assert (prompt.key, groups.pass_rate_P[p], groups.weight_P[p]) == expected
+            assert groups.rollouts.prompt_ids[p] == prompt.token_ids
+            seen.append(expected)
+        counts, of_refill = line.ledger.metrics(), line.buffer.refill.metrics()
+        for fate in ("filtered", "buffered"):
+            assert counts[f"ledger/rollouts_{fate}"] == of_refill[f"refill/rollouts_{fate}"]
+        size = len(groups.rollouts)
+        line.ledger.account("trained", size, int(groups.rollouts.length_N.sum()))
+        line.ledger.end()
+    assert {weight for *_, weight in seen} > {1.0}  # some went on by lot
+    assert len({pass_rate for _, pass_rate, _ in seen}) > 3
+
+
 @pytest.mark.parametrize("at_cap", ["raise", "partial", "pad"])
 def test_the_three_things_that_can_happen_at_the_cap(tmp_path, at_cap):
     settings = settings_of("refill") | {
