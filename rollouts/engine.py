@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rollouts.adaptive_temperature import AdaptiveTemperature
 from rollouts.batch import TokenRollouts
 from rollouts.prompts import Prompt
 
@@ -40,6 +41,12 @@ class SamplingParams:
     """Keep tokens at least this many times as likely as the most likely one; 0 keeps all."""
     stop: tuple[str, ...] = ()
     """A rollout ends when its text contains one of these; the tokens of it are kept."""
+    adaptive_temperature: AdaptiveTemperature | None = None
+    """The temperature of each token follows its entropy, around `temperature`. Greedy decoding is not
+    changed by it. None: every token is drawn at `temperature`."""
+    record_entropy: bool = False
+    """Fill in `entropy_NT`: entropies at `temperature` over the whole vocabulary, before any filter
+    and before `adaptive_temperature`; at temperature 1 under greedy decoding."""
 
     def __post_init__(self) -> None:
         if self.max_completion_length < 1:
@@ -78,13 +85,16 @@ class Engine(Protocol):
             seeds_N: (N,) int64, one per rollout, N = sum of `budget_P`, ordered by prompt then
                 slot. Prompt, seed, policy and `params` determine the rollout, whatever else is
                 in the call.
-            params: how tokens are drawn.
+            params: how tokens are drawn. An engine refuses what it cannot do.
             version: optimizer steps the policy has taken; copied into the batch.
 
         Returns:
             N rows on the CPU, ordered as `seeds_N`. `logprob_NT` is the log-probability at the
             sampling temperature *before* top_k, top_p and min_p, which is what a trainer
-            recomputes; under greedy decoding it is the one at temperature 1.
+            recomputes; under greedy decoding it is the one at temperature 1. With
+            `adaptive_temperature` it is at the temperature of the token, which a trainer, who
+            recomputes at `temperature`, does not arrive at: the ratio of the two is then the
+            correction for it.
         """
         ...
 
@@ -282,6 +292,21 @@ def _check_batch(
         not logprob_NT[~mask_NT].any(),
         "logprob_NT must be exactly 0 wherever mask_NT is False",
     )
+    entropy_NT = rollouts.entropy_NT
+    _require(
+        (entropy_NT is not None) == params.record_entropy,
+        f"entropy_NT must be set if and only if record_entropy is, which is "
+        f"{params.record_entropy}",
+    )
+    if entropy_NT is not None:
+        _require(
+            entropy_NT.isfinite().all() and (entropy_NT >= -1e-5).all(),
+            "entropy_NT must be finite and not negative",
+        )
+        _require(
+            not entropy_NT[~mask_NT].any(),
+            "entropy_NT must be exactly 0 wherever mask_NT is False",
+        )
     # A certain token has log-probability 0, up to rounding.
     _require(
         (logprob_NT <= 1e-5).all(),
@@ -347,6 +372,8 @@ def _check_first_tokens(many: TokenRollouts, params: SamplingParams, tolerance: 
         f"it differs by up to {spread:.2g}, above logprob_tolerance={tolerance}",
     )
     probability = mean.exp()
+    if many.entropy_NT is not None:
+        _check_first_entropies(many.entropy_NT[:, 0], probability, params, tolerance)
     _require(
         probability.sum() <= 1 + len(tokens) * tolerance,
         f"the probabilities of the different first tokens of one prompt add up to "
@@ -377,4 +404,26 @@ def _check_first_tokens(many: TokenRollouts, params: SamplingParams, tolerance: 
         f"tokens {tokens[likely][excess[likely] > 6].tolist()} came "
         f"{count[likely][excess[likely] > 6].tolist()} times instead of "
         f"{[round(float(x), 1) for x in (num_draws * probability)[likely][excess[likely] > 6]]}",
+    )
+
+
+def _check_first_entropies(
+    entropy_N: Tensor, probability: Tensor, params: SamplingParams, tolerance: float
+) -> None:
+    """Entropies of one context agree, and are not below what the tokens that were seen give."""
+    spread = float(entropy_N.max() - entropy_N.min())
+    _require(
+        spread <= tolerance,
+        f"the same prompt must have the same entropy; it differs by up to {spread:.2g}, above "
+        f"logprob_tolerance={tolerance}",
+    )
+    if params.adaptive_temperature is not None:
+        return  # probabilities and entropies are of different temperatures
+    # No token adds less than 0, so those that were never drawn only add to this.
+    least = float(torch.special.entr(probability.clamp(max=1)).sum())
+    slack = tolerance * (1 + len(probability))
+    _require(
+        float(entropy_N.max()) >= least - slack,
+        f"entropy_NT must be over the whole vocabulary at `temperature`, before any filter: it is "
+        f"{float(entropy_N.max()):.4g} where the tokens seen add up to {least:.4g}",
     )

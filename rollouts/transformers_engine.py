@@ -27,6 +27,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from rollouts.adaptive_temperature import entropy
 from rollouts.batch import TokenRollouts
 from rollouts.engine import SamplingParams, requested_rows
 from rollouts.prompts import Prompt
@@ -137,6 +138,7 @@ class TransformersEngine:
             (len(seed_N), params.max_completion_length), self.tokenizer.pad_token_id
         )
         logprob_NT = torch.zeros(token_NT.shape)
+        entropy_NT = torch.zeros(token_NT.shape) if params.record_entropy else None
         length_N = torch.zeros(len(seed_N), dtype=torch.int64)
         truncated_N = torch.zeros(len(seed_N), dtype=torch.bool)
         with torch.no_grad(), _eval_mode(self.model):
@@ -144,7 +146,9 @@ class TransformersEngine:
                 if len(row_R) == 0:
                     continue
                 wave = self._wave([prompts[p] for p in prompt_N[row_R]], seed_N[row_R], params)
-                token_NT[row_R], logprob_NT[row_R], length_N[row_R], truncated_N[row_R] = wave
+                token_NT[row_R], logprob_NT[row_R], length_N[row_R], truncated_N[row_R] = wave[:4]
+                if entropy_NT is not None:
+                    entropy_NT[row_R] = wave[4]
 
         num_steps = int(length_N.max()) if len(length_N) else 0
         return TokenRollouts(
@@ -156,6 +160,7 @@ class TransformersEngine:
             truncated_N=truncated_N,
             seed_N=seed_N,
             prompt_ids=tuple(tuple(prompt.token_ids) for prompt in prompts),
+            entropy_NT=None if entropy_NT is None else entropy_NT[:, :num_steps].clone(),
         )
 
     def _check_lengths(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
@@ -173,8 +178,9 @@ class TransformersEngine:
 
     def _wave(
         self, prompt_R: Sequence[Prompt], seed_R: Tensor, params: SamplingParams
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Generate these together: (R, T) tokens and log-probs, (R,) lengths and truncated."""
+    ) -> tuple[Tensor, ...]:
+        """Generate these together: (R, T) tokens and log-probs, (R,) lengths and truncated, and
+        with `record_entropy` (R, T) entropies."""
         model, device = self.model, self.model.device
         forward: _Forward
         forward = (_SharedForward if self.shares_prefill else _PlainForward)(model, prompt_R)
@@ -185,6 +191,7 @@ class TransformersEngine:
         shape = (len(prompt_R), params.max_completion_length)
         token_RT = torch.full(shape, self.tokenizer.pad_token_id, device=device)
         logprob_RT = torch.zeros(shape, device=device)
+        entropy_RT = torch.zeros(shape, device=device) if params.record_entropy else None
         length_R = torch.zeros(shape[0], dtype=torch.int64, device=device)
 
         row_K = torch.arange(shape[0], device=device)
@@ -195,6 +202,9 @@ class TransformersEngine:
             token_K = token_K.where(running_K, self.tokenizer.pad_token_id)
             token_RT[row_K, t] = token_K
             logprob_RT[row_K, t] = logprob_K.where(running_K, 0.0)
+            if entropy_RT is not None:
+                entropy_K = entropy(_at_temperature(forward.logits_KV, params))
+                entropy_RT[row_K, t] = entropy_K.where(running_K, 0.0)
             length_R[row_K] += running_K
 
             running_K = running_K & ~torch.isin(token_K, eos)
@@ -218,7 +228,9 @@ class TransformersEngine:
                 f"the model's log-probabilities are not finite for {len(bad_R)} of {shape[0]} "
                 f"rollouts, first for prompt {prompt_R[bad_R[0]].key!r}"
             )
-        return token_RT.cpu(), logprob_RT.cpu(), length_R.cpu(), truncated_R.cpu()
+        columns = [token_RT, logprob_RT, length_R, truncated_R]
+        columns += [] if entropy_RT is None else [entropy_RT]
+        return tuple(column.cpu() for column in columns)
 
 
 # Drawing a token
@@ -262,7 +274,7 @@ def draw(logits_NV: Tensor, uniform_N: Tensor, params: SamplingParams) -> tuple[
     """One token per row, by inverse CDF, and its log-probability.
 
         token = min { v : sum_{w <= v} q_w > u * sum_w q_w },   q = p where kept, else 0
-        p = softmax(logits / temperature)
+        p = softmax(logits / T),   T = temperature, or T_t of `adaptive_temperature`
 
     The CDF is summed in float64. A token of probability 0 is never drawn. The log-probability is
     log p, in float32, before anything is filtered out. Temperature 0 takes the largest logit and
@@ -272,9 +284,9 @@ def draw(logits_NV: Tensor, uniform_N: Tensor, params: SamplingParams) -> tuple[
         (N,) int64 tokens and (N,) float32 log-probabilities. Where logits are NaN, so is the
         log-probability, and the token means nothing.
     """
-    score_NV = logits_NV.float()
-    if params.temperature > 0:
-        score_NV = score_NV / params.temperature
+    score_NV = _at_temperature(logits_NV, params)
+    if params.adaptive_temperature is not None and params.temperature > 0:
+        score_NV = score_NV / params.adaptive_temperature.factor(score_NV)
     logprob_NV = score_NV.log_softmax(dim=-1)
     best_N = score_NV.argmax(dim=-1)
     if params.temperature == 0:
@@ -291,6 +303,12 @@ def draw(logits_NV: Tensor, uniform_N: Tensor, params: SamplingParams) -> tuple[
         weight_N = weight_NV.gather(1, token_N[:, None]).squeeze(1)
         token_N = token_N.where(weight_N > 0, best_N)
     return token_N, logprob_NV.gather(1, token_N[:, None]).squeeze(1)
+
+
+def _at_temperature(logits_NV: Tensor, params: SamplingParams) -> Tensor:
+    """Logits in float32 over the temperature; as they are at temperature 0."""
+    score_NV = logits_NV.float()
+    return score_NV / params.temperature if params.temperature > 0 else score_NV
 
 
 def truncate(score_NV: Tensor, params: SamplingParams) -> Tensor:
