@@ -51,6 +51,15 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "pods_grpo": ("PODS: 4 of 8 rows by largest variance", "pods_grpo", {}),
     "d3s_rows": ("D3S rows .25 -> 1, every token", "grpo", {"down_sampling": "d3s"}),
+    "d3s_tokens": ("D3S tokens .2 -> 1, every row", "grpo", {"token_selection": "d3s"}),
+    "d3s_grpo": ("D3S rows and tokens", "d3s_grpo", {}),
+    "hapo": ("HAPO: temperature, advantages and clips by entropy", "hapo", {}),
+    "vade_early": (
+        "VADE with memory .8, groups stop early",
+        "vade_grpo",
+        {"stopping": "early", "stopping_wave": 4, "posterior_decay_chosen": 0.8},
+    ),
+    "everything": ("the same with leave-one-out budgets and advantages", "everything", {}),
     "gvm_grpo": ("GVM budgets by the posterior", "gvm_grpo", {}),
     "reinforce_ada": ("Reinforce-Ada, balanced", "reinforce_ada", {}),
 }
@@ -60,7 +69,9 @@ FREE = (
     *("stopping", "stopping_wave", "stopping_needed", "stopping_threshold"),
     *("refill", "refill_max_draws", "refill_at_cap"),
     *("down_sampling", "rows_per_prompt", "weight_rows"),
-    *("advantage", "loss", "epsilon_high", "length_weight"),
+    *("token_selection", "token_fraction_initial", "token_fraction_final", "token_denominator"),
+    *("advantage", "loss", "epsilon_high", "delta", "length_weight"),
+    *("adaptive_temperature_tau", "old_logprobs", "importance_correction", "importance_cap"),
 )
 """Settings in which arms may differ; the manifest holds all others and must be equal."""
 VARIES = (*FREE, "output_dir", "seed", "data_seed", "logging_dir", "run_name")

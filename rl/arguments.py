@@ -53,7 +53,15 @@ DECISIVE = (
     *("stopping", "stopping_wave", "stopping_needed", "stopping_threshold", "stopping_rho"),
     *("refill", "refill_max_draws", "refill_wave", "refill_at_cap", "refill_max_age"),
     *("posterior_decay_chosen", "posterior_decay_rest"),
-    *("temperature", "top_p", "top_k", "min_p", "max_completion_length", "stop"),
+    *(
+        "temperature",
+        "adaptive_temperature_tau",
+        "top_p",
+        "top_k",
+        "min_p",
+        "max_completion_length",
+        "stop",
+    ),
     *("max_prompt_length", "overlong_prompts", "reward_weights"),
 )
 """Settings that decide which rollouts are made; a resumed run must share them."""
@@ -249,6 +257,12 @@ class RolloutConfig(TrainingArguments):
     top_k: int = _setting(0, "Sample from the k likeliest tokens; 0: all.")
     min_p: float = _setting(0.0, "Drop tokens below this share of the likeliest one's probability.")
     stop: list[str] | None = _setting(None, "A completion ends when it contains one of these.")
+    adaptive_temperature_tau: float = _setting(
+        0.0,
+        "HAPO: tokens of high entropy are drawn hotter and others colder by up to this share of the "
+        "temperature; entropies are judged by those of the step before. 0: off; published 0.1.",
+    )
+    hapo_quantile: float = _setting(0.8, "HAPO: quantile of log entropies where nothing changes.")
     generation_batch_size: int = _setting(256, "Most rows decoded together on one process.")
 
     # -- reward
@@ -275,7 +289,8 @@ class RolloutConfig(TrainingArguments):
     )
     loss: str | None = _setting(
         None,
-        "raft, raft_pp, grpo, dapo, dr_grpo, cispo, sapo, gspo, gspo_token, luspo, vespo or rloo. "
+        "raft, raft_pp, grpo, dapo, dr_grpo, cispo, sapo, gspo, gspo_token, luspo, vespo, rloo or "
+        "hapo. "
         "Default: the preset's.",
     )
     objective: str | None = _setting(

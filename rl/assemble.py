@@ -18,7 +18,7 @@ from transformers import (
 
 from rl.arguments import RolloutConfig
 from rl.distributed import Ranks
-from rl.line import Line
+from rl.line import Line, Memory
 from rl.methods import (
     LOSS_COLUMNS,
     NEEDS_COLUMN,
@@ -168,6 +168,7 @@ def make_line(
         loss_columns=LOSS_COLUMNS.get(config.loss or "", {}),
         kl=kl_of(config),
         ledger=Ledger(),
+        memory=Memory(),
         ranks=Ranks(accelerator),
         config=config,
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl.arguments import RolloutConfig
 from rl.distributed import Ranks
+from rl.hapo import EntropyPivot
 from rl.reference import Reference
 from rl.scorer import Scorer
 from rl.waves import GroupBuffer, Wave
@@ -19,6 +20,13 @@ from rollouts.prompts import Prompt
 from rollouts.rewards import RewardResult
 from samplers.ledger import Ledger
 from samplers.planner import Planner
+
+
+@dataclass(kw_only=True)
+class Memory:
+    """What one step leaves for the next, besides what planner and buffer know."""
+
+    pivot: EntropyPivot | None = None  # of the last step's entropies, for the temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,7 @@ class Line:
     loss_columns: dict[str, str]  # keywords of the loss besides the common ones, and their columns
     kl: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]] | None
     ledger: Ledger
+    memory: Memory
     ranks: Ranks
     config: RolloutConfig
 
@@ -65,6 +74,7 @@ class Line:
             "planner": self.planner.state_dict(),
             "ledger": self.ledger.state_dict(),
             "buffer": None if self.buffer is None else self.buffer.state_dict(),
+            "pivot": None if self.memory.pivot is None else self.memory.pivot.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -73,6 +83,15 @@ class Line:
         self.ledger.load_state_dict(state["ledger"])
         if self.buffer is not None:
             self.buffer.load_state_dict(state["buffer"])
+        pivot = state["pivot"]
+        self.memory.pivot = None if pivot is None else EntropyPivot.from_state(pivot)
+
+    def params(self) -> SamplingParams:
+        """How this step's tokens are drawn: around the pivot of the last step, if at all."""
+        tau, pivot = self.config.adaptive_temperature_tau, self.memory.pivot
+        if not tau or pivot is None:
+            return self.sampling
+        return replace(self.sampling, adaptive_temperature=pivot.adaptive_temperature(tau))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from rl import advantages, losses, micro_batches, sequence_losses, token_selection
+from rl import advantages, hapo, losses, micro_batches, sequence_losses, token_selection
 from rl.kl import kl_loss
 from rl.logprobs import ends
 from rollouts.batch import TokenRollouts
@@ -159,6 +159,7 @@ ADVANTAGES: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "batch_whitened": (advantages.batch_whitened, ()),
     "batch_scaled": (advantages.batch_scaled, ()),
     "stratified": (advantages.stratified, ("stratum_N",)),
+    "token_level": (hapo.token_level_group, ("length_N",)),
 }
 
 
@@ -308,12 +309,13 @@ LOSSES: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "luspo": (sequence_losses.gspo, ("epsilon_low", "epsilon_high", "dual_clip")),
     "vespo": (sequence_losses.vespo, ()),
     "rloo": (sequence_losses.rloo, ("epsilon_low", "epsilon_high")),
+    "hapo": (hapo.hapo, ("epsilon_low", "epsilon_high", "dual_clip")),
 }
 LOSS_COLUMNS: dict[str, dict[str, str]] = {
     # Ratios of whole rows are over every decision, also those whose weight is 0.
     name: {"mask_NT": "mask_NT"}
     for name in ("gspo", "gspo_token", "luspo", "vespo", "rloo")
-}
+} | {"hapo": {"h_NT": "heterogeneity_NT"}}
 ONE_RATIO_PER_ROW = ("gspo", "luspo", "rloo")  # weights constant within a row
 _ROW_RATIO = {"epsilon": 3e-4, "epsilon_high": 4e-4}
 LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -324,6 +326,12 @@ LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
     "gspo_token": _ROW_RATIO,
     "luspo": _ROW_RATIO | {"length_weight": "row_sum"},
     "vespo": {"length_weight": "token_mean"},
+    "hapo": {
+        "length_weight": "token_mean",
+        "epsilon_high": 0.28,
+        "delta": 10.0,
+        "advantage": "token_level",
+    },
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {

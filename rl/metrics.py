@@ -98,7 +98,12 @@ def of_update(sums: dict[str, float]) -> dict[str, float]:
     for name in ("low", "high", "dual"):
         if f"clipped_{name}" in sums:
             metrics[f"clip_ratio/{name}"] = sums[f"clipped_{name}"] / tokens
-    for name, metric in (("capped", "clip_ratio/capped"), ("phi", "vespo/phi_mean")):
+    for name, metric in (
+        ("capped", "clip_ratio/capped"),
+        ("phi", "vespo/phi_mean"),
+        ("heterogeneity", "hapo/h_mean"),
+        ("redistributed", "hapo/redistributed_share"),
+    ):
         if name in sums:
             metrics[metric] = sums[name] / tokens
     if sums.get("kl_tokens"):

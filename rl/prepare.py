@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rl import step_weights
+from rl import hapo, step_weights
 from rl.importance import correction
 from rl.recompute import ENTROPY, OLD, REFERENCE, recompute
 
@@ -40,6 +40,12 @@ def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
     if rollouts.entropy_NT is not None:
         decisions = rollouts.mask_NT.sum().clamp(min=1)
         metrics["entropy"] = float(rollouts.entropy_NT.sum() / decisions)
+    if _uses_pivot(line):
+        assert rollouts.entropy_NT is not None
+        columns = (rollouts.entropy_NT, rollouts.mask_NT)
+        line.memory.pivot = hapo.pivot(*columns, quantile=config.hapo_quantile)
+        h_NT = hapo.heterogeneity(*columns, line.memory.pivot)
+        rollouts = replace(rollouts, heterogeneity_NT=h_NT)
     if config.token_selection != "none":
         kept_NT = line.select_tokens(rollouts, line.progress(line.ledger.step or 0))
         weight_NT, denominator = step_weights.after_selection(
@@ -77,13 +83,18 @@ def _account(line: Line, rollouts: TokenRollouts, trains_K: torch.Tensor) -> Non
     )
 
 
+def _uses_pivot(line: Line) -> bool:
+    """Whether this step's loss or the next step's temperature goes by entropies of this step."""
+    return line.config.loss == "hapo" or line.config.adaptive_temperature_tau > 0
+
+
 def _columns(line: Line) -> set[str]:
     config, columns = line.config, set()
     if config.importance_correction != "none" or config.old_logprobs == "trainer":
         columns.add(OLD)
     if config.beta:
         columns.add(REFERENCE)
-    if config.token_selection != "none":
+    if config.token_selection != "none" or _uses_pivot(line):
         columns.add(ENTROPY)
     return columns
 

@@ -74,6 +74,10 @@ def validate(config: RolloutConfig) -> None:
     choice("old_logprobs", config.old_logprobs, ("engine", "trainer"))
     choice("importance_correction", config.importance_correction, IMPORTANCE_CORRECTIONS)
     kl_loss(config.kl)
+    if not config.adaptive_temperature_tau < 1:
+        raise ValueError(
+            f"adaptive_temperature_tau must be below 1, got {config.adaptive_temperature_tau}"
+        )
     if config.reward_kl and config.advantage == "raft":
         raise ValueError(
             "reward_kl makes rewards differ that are accepted alike: write another advantage than "
@@ -82,6 +86,7 @@ def validate(config: RolloutConfig) -> None:
     choice("stratum_fallback", config.stratum_fallback, FALLBACKS)
     _at_least(config, 1, "max_generated_tokens")
     _at_least(config, 0, "beta", "importance_floor", "stratum_alpha", "reward_kl")
+    _at_least(config, 0, "adaptive_temperature_tau", "hapo_quantile")
     _at_least(config, 1, "num_iterations", "micro_batch_tokens", "importance_cap", "ratio_cap")
     choice("if_run_exists", config.if_run_exists, ("error", "resume"))
     _at_least(config, 1, "prompts_per_step", "rollouts_per_prompt", "max_completion_length")
@@ -103,6 +108,7 @@ def validate(config: RolloutConfig) -> None:
         "max_failed_share",
         "importance_floor",
         "stratum_alpha",
+        "hapo_quantile",
     ):
         if (getattr(config, name) or 0) > 1:
             raise ValueError(f"{name} must be at most 1, got {getattr(config, name)}")

@@ -68,7 +68,7 @@ def roll_out_wave(line: Line, *, version: int, **which: Any) -> Wave:
         proposal = planner.propose(**which)
         prompts = [line.prompts[i] for i in proposal.index_P]
         request = Request(prompts=prompts, budget_P=proposal.budget_P, seed_N=proposal.seed_N)
-        scored = roll_out(line, request, line.sampling, version=version)
+        scored = roll_out(line, request, line.params(), version=version)
         ledger.drawn(*size(scored.rollouts))
         if scored.failed is not None:
             ledger.drawn(*size(scored.failed))

@@ -60,8 +60,10 @@ class Rollouts:
     reference_logprob_NT: Tensor | None = None
     """(N, T) float, nats, under the reference policy; None without one."""
     entropy_NT: Tensor | None = None
-    """(N, T) float, nats: entropy of the distribution each decision was drawn from; None until
-    computed."""
+    """(N, T) float, nats: entropy of the policy at each decision, at the sampling temperature; None
+    until computed."""
+    heterogeneity_NT: Tensor | None = None
+    """(N, T) float in [-1, 1]: place of that entropy among those of the step (HAPO); None: not used."""
 
     def __post_init__(self) -> None:
         if self.mask_NT.ndim != 2 or self.mask_NT.dtype != torch.bool:

@@ -56,6 +56,14 @@ METHODS: dict[str, dict] = (
             "stopping_wave": 2,
             "selector": "posterior_mean",
         },
+        "hapo": {
+            "trainer": "grpo",
+            "loss": "hapo",
+            "adaptive_temperature_tau": 0.1,
+            "updates_per_step": 2,
+        },
+        "tokens d3s": {"trainer": "grpo", "token_selection": "d3s"},
+        "tokens entropy": {"trainer": "grpo", "token_selection": "entropy"},
         "all together": {
             "trainer": "grpo",
             "selector": "posterior_mean",
@@ -65,7 +73,10 @@ METHODS: dict[str, dict] = (
             "advantage": "leave_one_out",
             "down_sampling": "d3s",
             "updates_per_step": 2,
+            "token_selection": "d3s",
             "mask_truncated_completions": True,
+            "beta": 0.1,
+            "importance_correction": "token_truncate",
         },
     }
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from rl import hapo
 from rl.methods import LOSSES
 from rl.prepare import prepare
 from rl.step import collect, loss_of, mini_batches
@@ -28,7 +29,7 @@ def of_loss(name):
     return {"advantage": "raft", "objective": "em"} if name in ("raft", "raft_pp") else {}
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "hapo"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_micro_batches_by_rows_or_tokens_and_fused_heads_give_one_update(tmp_path, loss):
     common = settings(
         loss=loss,
@@ -232,6 +233,29 @@ def test_all_tokens_and_all_rows_give_the_plain_update(tmp_path):
     other = tiny.run(tmp_path / "d3s", **d3s)
     weights, expected = tiny.parameters(other), tiny.parameters(plain)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_tokens_are_drawn_around_the_pivot_of_the_step_before(tmp_path):
+    made = tiny.trainer(tmp_path, **settings(loss="hapo", adaptive_temperature_tau=0.2))
+    seen = []
+
+    class Look(Mismatched):
+        def generate(self, *args, params, **kwargs):
+            seen.append(params.adaptive_temperature)
+            return self.engine.generate(*args, params=params, **kwargs)
+
+    made.line = replace(made.line, engine=Look(made.line.engine, 0.0))
+    pivots = []
+    for step in range(3):
+        batch = prepare(made.line, made.model, collect(made.line, version=step))
+        made.ledger.end()
+        rows = batch.rollouts
+        pivots.append(made.line.memory.pivot)
+        assert pivots[-1] == hapo.pivot(rows.entropy_NT, rows.mask_NT)
+        expected = hapo.heterogeneity(rows.entropy_NT, rows.mask_NT, pivots[-1])
+        assert torch.equal(rows.heterogeneity_NT, expected)
+    assert seen[0] is None
+    assert seen[1:] == [pivot.adaptive_temperature(0.2) for pivot in pivots[:2]]
 
 
 def test_what_ratios_compare_with_may_be_recomputed(tmp_path):
