@@ -2,7 +2,9 @@
 
 A checkpoint is written under a temporary name, described by a manifest of sizes and checksums,
 synced and renamed. One whose manifest is missing or wrong is torn: it is named in a warning and the
-one before it is used. State is a nested dict of arrays (safetensors) and plain values (JSON).
+one before it is used. State is a nested dict of arrays (safetensors) and plain values (JSON). The
+optimizer's files are the base class's, loaded as weights only; those of DeepSpeed are pickles that it
+loads without reserve, so they are looked through first (`refuse_code`).
 """
 
 from __future__ import annotations
@@ -10,17 +12,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from transformers.utils import logging
 
 if TYPE_CHECKING:
@@ -66,8 +72,13 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: str | Path) -> dict[str, Any]:
-    """What `save_state` wrote into `folder`."""
+    """What `save_state` wrote into `folder`, of which nothing executes when it is loaded.
+
+    Raises:
+        pickle.UnpicklingError: as `refuse_code`.
+    """
     folder = Path(folder)
+    refuse_code(folder)
     arrays = load_file(folder / _ARRAYS)
 
     def rebuild(value: Any) -> Any:
@@ -78,6 +89,39 @@ def load_state(folder: str | Path) -> dict[str, Any]:
         return [rebuild(item) for item in value] if isinstance(value, list) else value
 
     return rebuild(json.loads((folder / _PLAIN).read_text()))
+
+
+def refuse_code(folder: str | Path) -> None:
+    """Raise if loading DeepSpeed's part of a checkpoint would run anything but its own classes.
+
+    DeepSpeed 0.19 unpickles `global_step*/*.pt` without restriction. Each file is loaded here first as
+    weights only, its tensors left on disk, with the classes of DeepSpeed that it names (settings of
+    the optimizer such as its loss scaler) and no functions.
+
+    Raises:
+        pickle.UnpicklingError: naming the file and what it would call.
+    """
+    for path in sorted(Path(folder).glob("global_step*/*.pt")):
+        named = get_unsafe_globals_in_checkpoint(str(path))
+        own = [_class_of_deepspeed(name) for name in named]
+        try:
+            with safe_globals([cls for cls in own if cls is not None]):
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:
+            unknown = [name for name, cls in zip(named, own, strict=True) if cls is None]
+            raise pickle.UnpicklingError(
+                f"{path} is not loaded: it would run {', '.join(unknown) or 'code'}, which no "
+                f"checkpoint of DeepSpeed needs ({str(error).splitlines()[0]})"
+            ) from None
+
+
+def _class_of_deepspeed(name: str) -> type | None:
+    """The class of that full name, if it is one and DeepSpeed's."""
+    module, _, attribute = name.rpartition(".")
+    if not module.startswith("deepspeed."):
+        return None
+    found = getattr(import_module(module), attribute, None)
+    return found if isinstance(found, type) else None
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The only file that knows ranks: deal work, gather rows, balance by tokens.
 
 Decisions are made from gathered columns, identically on every rank, so that one process, several
-processes and any micro-batch size give the same update. Axes: N rollouts, R requests.
+processes and any micro-batch size give the same update. A rank that fails says so at the next gather,
+and all stop there. Axes: P prompts, N rollouts, R requests.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -16,8 +18,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from trl.models.utils import unwrap_model_for_generation
+
+from rl.lengths import ExpectedLengths
 
 
 def deal(cost_R: Sequence[float], num_ranks: int) -> np.ndarray:
@@ -47,49 +52,97 @@ def deal(cost_R: Sequence[float], num_ranks: int) -> np.ndarray:
     return rank_R
 
 
-def chunks_of_budgets(budget_P: np.ndarray, num_ranks: int) -> list[np.ndarray]:
+def chunks_of_budgets(
+    budget_P: np.ndarray, num_ranks: int, length_P: np.ndarray | None = None
+) -> list[np.ndarray]:
     """Rows of a proposal, cut into the requests that are dealt to ranks.
 
     A request is one prompt's rollouts (they share a prefill), cut where a single prompt would
     outweigh a quarter of a rank's fair share.
+
+    Args:
+        budget_P: (P,) rollouts of each prompt.
+        num_ranks: ranks to deal to. One rank gets whole prompts.
+        length_P: (P,) expected tokens of one rollout of each prompt, positive. Default: all equal.
     """
-    most = (
-        max(1, -(-int(budget_P.sum()) // (4 * num_ranks))) if num_ranks > 1 else int(budget_P.sum())
-    )
-    first_P = np.cumsum(budget_P) - budget_P
-    return [
-        np.arange(first + start, first + min(start + most, budget))
-        for first, budget in zip(first_P.tolist(), budget_P.tolist(), strict=True)
-        for start in range(0, budget, max(most, 1))
-    ]
+    length_P = np.ones(len(budget_P)) if length_P is None else length_P
+    share = float(budget_P @ length_P) / (4 * num_ranks)
+    requests = []
+    first = 0
+    for budget, length in zip(budget_P.tolist(), length_P.tolist(), strict=True):
+        most = max(1, math.ceil(share / length) if num_ranks > 1 else budget)
+        rows = np.arange(first, first + budget)
+        requests += [rows[start : start + most] for start in range(0, budget, most)]
+        first += budget
+    return requests
 
 
 class Ranks:
-    """What the rest of the project may ask of the processes it runs on."""
+    """What the rest of the project may ask of the processes it runs on.
+
+    Raises:
+        ValueError: for a set-up whose model could not be saved or generated with.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
+        self._held: Exception | None = None
         self.num = accelerator.num_processes
         self.rank = accelerator.process_index
+        self.lengths = ExpectedLengths()
+        """What rollouts cost, by which they are dealt; the same on every rank."""
+        refuse_unusable(accelerator)
+
+    @property
+    def _zero_stage(self) -> int:
+        """Of DeepSpeed; 0 without it."""
+        deepspeed = _is_deepspeed(self._accelerator)
+        return self._accelerator.state.deepspeed_plugin.zero_stage if deepspeed else 0
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def gather(self, item: Any) -> list[Any]:
-        """`item` of every rank, in rank order, on every rank."""
-        return gather_object([item]) if self.num > 1 else [item]
+    def gather(self, item: Any, *, error: Exception | None = None) -> list[Any]:
+        """`item` of every rank, in rank order, on every rank; all raise if one brings an error.
+
+        Args:
+            item: anything that can be pickled.
+            error: why this rank has no item. It is raised here; the others raise its text.
+
+        Raises:
+            RuntimeError: on the other ranks, naming the rank that failed and its error.
+        """
+        error, self._held = self._held or error, None
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        rows = gather_object([(text, item)]) if self.num > 1 else [(text, item)]
+        if error is not None:
+            raise error
+        for rank, (text, _) in enumerate(rows):
+            if text is not None:
+                raise RuntimeError(f"rank {rank} failed, all stop: {text}")
+        return [item for _, item in rows]
 
     def from_main(self, make: Callable[[], Any]) -> Any:
         """`make()` of the main process, on every rank; all raise if it raises."""
-        with self.together():
+        item, error = None, None
+        try:
             item = make() if self.is_main else None
-        return self.gather(item)[0]
+        except Exception as caught:
+            error = caught
+        return self.gather(item, error=error)[0]
 
-    def share_of(self, budget_P: np.ndarray) -> np.ndarray:
-        """Rows of a proposal that this rank generates, increasing."""
-        requests = chunks_of_budgets(budget_P, self.num)
-        rank_R = deal([len(rows) for rows in requests], self.num)
+    def share_of(self, budget_P: np.ndarray, length_P: np.ndarray | None = None) -> np.ndarray:
+        """Rows of a proposal that this rank generates, increasing; the longest expected are dealt first.
+
+        Args:
+            budget_P: (P,) rollouts of each prompt.
+            length_P: (P,) expected tokens of one rollout of each prompt. Default: all equal.
+        """
+        length_P = np.ones(len(budget_P)) if length_P is None else np.maximum(length_P, 1.0)
+        requests = chunks_of_budgets(budget_P, self.num, length_P)
+        length_N = np.repeat(length_P, budget_P)
+        rank_R = deal([float(length_N[rows].sum()) for rows in requests], self.num)
         mine = [r for r, rank in zip(requests, rank_R, strict=True) if rank == self.rank]
         return np.sort(np.concatenate(mine)) if mine else np.zeros(0, dtype=np.int64)
 
@@ -121,8 +174,7 @@ class Ranks:
 
     def micro_batch(self, model: torch.nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch: no reduction before the last one."""
-        deepspeed = self._accelerator.distributed_type == DistributedType.DEEPSPEED
-        if is_last or deepspeed or self.num == 1:
+        if is_last or self.num == 1 or _is_deepspeed(self._accelerator):
             return nullcontext()
         return self._accelerator.no_sync(model)
 
@@ -132,11 +184,15 @@ class Ranks:
     ) -> Iterator[PreTrainedModel]:
         """The model to generate with: no wrapper, sharded weights gathered, activations not saved.
 
+        Every rank enters and leaves; inside, each may run the model as often as it likes.
+
         Args:
             model: as it is trained.
             checkpointing: settings of activation checkpointing to go back to, if it is on.
         """
         with ExitStack() as stack:
+            if self._zero_stage == 3:
+                stack.enter_context(_without_step_hook(model))
             with warnings.catch_warnings():  # TRL 1.16 asks transformers 5 by the old name
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
                 policy = stack.enter_context(
@@ -144,16 +200,14 @@ class Ranks:
                         model, self._accelerator, gradient_checkpointing_kwargs=checkpointing
                     )
                 )
+            if isinstance(policy, FSDPModule):
+                plugin = self._accelerator.state.fsdp_plugin
+                stack.enter_context(whole(policy, reshard=bool(plugin.reshard_after_forward)))
             yield policy
 
-    def fail_together(self, error: BaseException | None) -> None:
+    def fail_together(self, error: Exception | None) -> None:
         """Raise `error` here and its text everywhere, so that no rank waits for a failed one."""
-        texts = self.gather(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        for rank, text in enumerate(texts):
-            if text is not None:
-                raise RuntimeError(f"rank {rank} failed, all stop: {text}")
+        self.gather(None, error=error)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -164,3 +218,85 @@ class Ranks:
         except Exception as caught:
             error = caught
         self.fail_together(error)
+
+    @contextmanager
+    def until_gather(self) -> Iterator[None]:
+        """An error in this block is raised at the next gather, on all ranks; by one process, at once.
+
+        For checks between collectives that nothing may skip, such as the reduction of gradients: what
+        lies between the check and the gather goes on with values that are not to be used.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.num == 1:
+                raise
+            self._held = self._held or error
+
+
+@contextmanager
+def _without_step_hook(engine: Any) -> Iterator[None]:
+    """No collective at the beginning of a forward pass of a ZeRO-3 model, as ranks may differ in them.
+
+    DeepSpeed compares the order of modules over ranks there until it knows it. TRL 1.16 takes the
+    other hooks of ZeRO-3 off for generation, not this one.
+    """
+    offload = engine.optimizer.parameter_offload
+    offload.fwd_pre_hook.remove()
+    try:
+        yield
+    finally:
+        offload.fwd_pre_hook = offload.module.register_forward_pre_hook(
+            lambda *_: offload.get_param_coordinator().reset_step(), prepend=True
+        )
+
+
+@contextmanager
+def whole(model: FSDPModule, *, reshard: bool) -> Iterator[None]:
+    """The weights of an FSDP2 model whole on every rank, so that ranks may differ in what they run.
+
+    Args:
+        model: the outermost module.
+        reshard: whether inner modules give their weights up after a forward pass again afterwards.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(reshard and module is not model, recurse=False)
+            module.reshard()
+
+
+def refuse_unusable(accelerator: Accelerator) -> None:
+    """Raise for a set-up that would train for hours and could then not be saved or resumed.
+
+    Raises:
+        ValueError: saying what to write in the configuration of accelerate.
+    """
+    if _is_deepspeed(accelerator):
+        plugin = accelerator.state.deepspeed_plugin
+        zero = plugin.deepspeed_config["zero_optimization"]
+        if plugin.zero_stage == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+            raise ValueError(
+                "ZeRO-3 writes the trained model only with zero3_save_16bit_model: true "
+                "(stage3_gather_16bit_weights_on_model_save in a configuration of DeepSpeed's own)"
+            )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(
+                f"FSDP {plugin.fsdp_version} cannot generate rollouts; write fsdp_version: 2"
+            )
+        if "FULL" not in str(plugin.state_dict_type):
+            raise ValueError(
+                f"checkpoints of {plugin.state_dict_type} are indexed by a pickle, and nothing that "
+                "can execute is ever loaded; write fsdp_state_dict_type: FULL_STATE_DICT"
+            )
+
+
+def _is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED

@@ -14,6 +14,7 @@ from rl.metrics import drawn
 
 if TYPE_CHECKING:
     from rl.line import Batch, Line
+    from rollouts.batch import TokenRollouts
 
 
 @torch.no_grad()
@@ -34,10 +35,28 @@ def gradient_norms(line: Line, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     assert reward_N is not None
     accepted = ((raft(reward_N, prompt_N) > 0) & (rollouts.length_N > 0)).nonzero().flatten()
     mine = accepted[line.ranks.rows_to_train(rollouts.length_N[accepted])]
+    found, error = None, None
+    try:
+        found = _norms(line, rollouts, mine)
+    except Exception as caught:
+        error = caught
+    shares = line.ranks.gather(found, error=error)
+    row_norm = dict(pair for share in shares for pair in share)
+    norm_N = torch.tensor([row_norm[row] for row in accepted.tolist()], dtype=torch.float64)
+    reduce = {"mean": gradient_norm.mean_norm, "rms": gradient_norm.rms_norm}
+    prompt_K, norm_K = reduce[line.config.gvm_gradient_norm](
+        norm_N, prompt_N[accepted], torch.ones(len(accepted), dtype=torch.bool)
+    )
+    index_P = np.concatenate([wave.index_P for wave in batch.waves])
+    return index_P[prompt_K.numpy()], norm_K.numpy()
+
+
+def _norms(line: Line, rollouts: TokenRollouts, rows_K: torch.Tensor) -> list[tuple[int, float]]:
+    """Row and norm of each of `rows_K`; every rank takes part, as it gathers the head's weight."""
     found: list[tuple[int, float]] = []
     with line.policy() as policy:
         head = policy.get_output_embeddings()
-        for rows in mine.split(line.config.per_device_train_batch_size) if len(mine) else ():
+        for rows in rows_K.split(line.config.per_device_train_batch_size) if len(rows_K) else ():
             part = rollouts.take(rows).to(head.weight.device)
             norm_N = gradient_norm.head_gradient_norm(
                 head_inputs(policy, part, pad_id=line.tokenizer.pad_token_id),
@@ -48,11 +67,4 @@ def gradient_norms(line: Line, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
                 temperature=line.config.temperature,
             )
             found += zip(rows.tolist(), norm_N.tolist(), strict=True)
-    row_norm = dict(pair for share in line.ranks.gather(found) for pair in share)
-    norm_N = torch.tensor([row_norm[row] for row in accepted.tolist()], dtype=torch.float64)
-    reduce = {"mean": gradient_norm.mean_norm, "rms": gradient_norm.rms_norm}
-    prompt_K, norm_K = reduce[line.config.gvm_gradient_norm](
-        norm_N, prompt_N[accepted], torch.ones(len(accepted), dtype=torch.bool)
-    )
-    index_P = np.concatenate([wave.index_P for wave in batch.waves])
-    return index_P[prompt_K.numpy()], norm_K.numpy()
+    return found

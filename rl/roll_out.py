@@ -58,16 +58,19 @@ def roll_out(line: Line, request: Request, params: SamplingParams, *, version: i
             sees so many by itself stops scoring at once, and the others get a RuntimeError.
         RuntimeError: on the other ranks, if one rank fails.
     """
-    mine = line.ranks.share_of(request.budget_P)
+    keys, lengths = [prompt.key for prompt in request.prompts], line.ranks.lengths
+    mine = line.ranks.share_of(request.budget_P, lengths.of(keys))
     error, share = None, None
     try:
         share = _generate_and_score(line, request, mine, params, version)
     except Exception as caught:
         error = caught
-    line.ranks.fail_together(error)
     with line.ledger.phase("gather"):
-        shares = line.ranks.gather(share)
-    return _merge(line, request, [s for s in shares if s is not None])
+        shares = line.ranks.gather(share, error=error)
+    shares = [s for s in shares if s is not None]
+    for _, rollouts, _, _ in shares:
+        lengths.observe(keys, rollouts.prompt_N.numpy(), rollouts.length_N.numpy())
+    return _merge(line, request, shares)
 
 
 def _generate_and_score(

@@ -1,11 +1,14 @@
 """Dealing work to ranks: balanced, complete, the same everywhere."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import StateDictType
 
-from rl.distributed import chunks_of_budgets, deal
+from rl.distributed import Ranks, chunks_of_budgets, deal, refuse_unusable
 
 
 def test_deal_by_hand():
@@ -59,3 +62,97 @@ def test_one_prompt_with_most_rollouts_is_shared_between_ranks():
     rank_R = deal([len(r) for r in requests], 4)
     load = np.bincount(rank_R, weights=[len(r) for r in requests])
     assert load.max() <= 28  # 100 rows over 4 ranks, uncut it would be 97
+
+
+def test_requests_of_long_prompts_are_cut_finer():
+    # 8 rollouts of 30 tokens and 8 of 10 for 2 ranks: a quarter of a share is 320 / 8 = 40 tokens, so
+    # requests of ceil(40 / 30) = 2 rollouts and of ceil(40 / 10) = 4.
+    requests = chunks_of_budgets(np.array([8, 8]), 2, np.array([30.0, 10.0]))
+    assert [len(r) for r in requests] == [2, 2, 2, 2, 4, 4]
+
+
+class TwoRanks:
+    """What `Ranks` reads of an accelerator."""
+
+    distributed_type = "MULTI_CPU"
+    num_processes = 2
+
+    def __init__(self, rank):
+        self.process_index = rank
+
+
+def test_the_longest_expected_are_dealt_first_and_evenly():
+    budget_P, length_P = np.array([4, 4, 4, 4]), np.array([40.0, 1.0, 30.0, 9.0])
+    shares = [Ranks(TwoRanks(rank)).share_of(budget_P, length_P) for rank in range(2)]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(16))
+    length_N = np.repeat(length_P, budget_P)
+    loads = [length_N[rows].sum() for rows in shares]
+    # Requests of 4 x 40, 2 x 60, 36 and 4 tokens: 60 + 40 + 40 + 36 and 60 + 40 + 40 + 4.
+    assert sorted(loads) == [144, 176]
+    equal = [Ranks(TwoRanks(rank)).share_of(budget_P) for rank in range(2)]
+    assert [len(rows) for rows in equal] == [8, 8]
+
+
+def test_a_prompt_expected_to_say_nothing_still_counts_as_one_token():
+    assert len(Ranks(TwoRanks(0)).share_of(np.array([2, 2]), np.zeros(2))) == 2
+
+
+def test_alone_an_error_is_raised_at_once_and_as_it_is():
+    alone = TwoRanks(0)
+    alone.num_processes = 1
+    ranks = Ranks(alone)
+    assert ranks.gather("x") == ["x"]
+    with pytest.raises(ZeroDivisionError):
+        ranks.gather(None, error=ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError), ranks.until_gather():
+        1 / 0  # noqa: B018
+    with pytest.raises(ZeroDivisionError):
+        ranks.from_main(lambda: 1 / 0)
+    assert ranks.gather("x") == ["x"]
+
+
+def test_an_error_waits_for_the_gather_where_others_must_not_wait(monkeypatch):
+    """Both sides of one exchange, made one after the other: what each rank hands in, the other reads."""
+    handed = {}
+
+    def exchange(rows):
+        handed[len(handed)] = rows[0]
+        return [("FloatingPointError: NaN", None), (None, 5)] if len(handed) == 1 else rows * 2
+
+    monkeypatch.setattr("rl.distributed.gather_object", exchange)
+    failed, other = Ranks(TwoRanks(0)), Ranks(TwoRanks(1))
+    with failed.until_gather():
+        raise FloatingPointError("NaN")
+    with failed.until_gather():
+        raise ValueError("the first counts")
+    with pytest.raises(RuntimeError, match="rank 0 failed, all stop: FloatingPointError: NaN"):
+        other.gather(5)
+    with pytest.raises(FloatingPointError, match="NaN"):
+        failed.gather(5)
+    assert handed[1][0] == "FloatingPointError: NaN"
+    assert failed.gather(5) == [5, 5]  # said once
+
+
+def zero3(**zero):
+    plugin = SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": zero})
+    return SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
+    )
+
+
+def fsdp(version, state_dict):
+    plugin = SimpleNamespace(fsdp_version=version, state_dict_type=state_dict)
+    return SimpleNamespace(
+        distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin)
+    )
+
+
+def test_what_could_not_be_saved_or_resumed_is_refused():
+    with pytest.raises(ValueError, match="zero3_save_16bit_model: true"):
+        refuse_unusable(zero3())
+    refuse_unusable(zero3(stage3_gather_16bit_weights_on_model_save=True))
+    with pytest.raises(ValueError, match="FSDP 1 cannot generate rollouts; write fsdp_version: 2"):
+        refuse_unusable(fsdp(1, StateDictType.FULL_STATE_DICT))
+    with pytest.raises(ValueError, match="write fsdp_state_dict_type: FULL_STATE_DICT"):
+        refuse_unusable(fsdp(2, StateDictType.SHARDED_STATE_DICT))
+    refuse_unusable(fsdp(2, StateDictType.FULL_STATE_DICT))
