@@ -61,6 +61,11 @@ class SamplingParams:
             raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be between 0 and 1, got {self.min_p}")
+        adaptive = self.adaptive_temperature
+        if adaptive is not None and not isinstance(adaptive, AdaptiveTemperature):
+            raise ValueError(
+                f"adaptive_temperature must be an AdaptiveTemperature or None, got {adaptive!r}"
+            )
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
 

@@ -266,6 +266,82 @@ def test_check_engine_catches(broken):
         check_engine(broken(), tiny_prompts(3, 5, 2), params)
 
 
+# Engines that record entropies
+
+
+class WithEntropies(TableEngine):
+    def generate(self, *args, params, **kwargs):
+        rollouts = super().generate(*args, params=params, **kwargs)
+        last_NT = torch.cat([self.last(rollouts), rollouts.token_NT[:, :-1]], dim=1)
+        entropy_NT = self.entropies(self.logits[last_NT], params, rollouts)
+        return changed(rollouts, entropy_NT=entropy_NT)
+
+    def last(self, rollouts):
+        prompts = [rollouts.prompt_ids[p][-1] for p in rollouts.prompt_N.tolist()]
+        width = min(1, rollouts.token_NT.shape[1])
+        return torch.tensor(prompts, dtype=torch.int64).reshape(-1, 1)[:, :width]
+
+    def entropies(self, logits_NTV, params, rollouts):
+        p_NTV = (logits_NTV / (params.temperature or 1)).softmax(-1)
+        return torch.special.entr(p_NTV).sum(-1) * rollouts.mask_NT
+
+
+class NoEntropies(WithEntropies):
+    says = "entropy_NT must be set if and only if record_entropy is, which is True"
+
+    def entropies(self, logits_NTV, params, rollouts):
+        return None
+
+
+class EntropiesOffTheMask(WithEntropies):
+    says = "entropy_NT must be exactly 0 wherever mask_NT is False"
+
+    def entropies(self, logits_NTV, params, rollouts):
+        return super().entropies(logits_NTV, params, rollouts) + 1.0
+
+
+class NegativeEntropies(WithEntropies):
+    says = "entropy_NT must be finite and not negative"
+
+    def entropies(self, logits_NTV, params, rollouts):
+        return -super().entropies(logits_NTV, params, rollouts)
+
+
+class EntropiesOfOneToken(WithEntropies):
+    says = "the same prompt must have the same entropy"
+
+    def entropies(self, logits_NTV, params, rollouts):
+        return -rollouts.logprob_NT  # of what was drawn, not of the distribution
+
+
+class EntropiesAfterFilters(WithEntropies):
+    says = "over the whole vocabulary at `temperature`, before any filter"
+
+    def entropies(self, logits_NTV, params, rollouts):
+        best_NTV = logits_NTV.topk(3).values
+        return super().entropies(best_NTV, params, rollouts)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 0.0])
+def test_an_engine_that_records_entropies_passes(temperature):
+    params = SamplingParams(max_completion_length=12, temperature=temperature, record_entropy=True)
+    check_engine(WithEntropies(), tiny_prompts(3, 5, 2), params)
+
+
+@pytest.mark.parametrize(
+    "broken", WithEntropies.__subclasses__(), ids=lambda engine: engine.__name__
+)
+def test_check_engine_catches_wrong_entropies(broken):
+    params = SamplingParams(max_completion_length=12, record_entropy=True)
+    with pytest.raises(AssertionError, match=broken.says):
+        check_engine(broken(), tiny_prompts(3, 5, 2), params)
+
+
+def test_entropies_that_nobody_asked_for_are_refused():
+    with pytest.raises(AssertionError, match="record_entropy is, which is False"):
+        check_engine(WithEntropies(), tiny_prompts(3, 5, 2), PLAIN)
+
+
 def test_frequencies_of_a_correct_engine_rarely_raise_an_alarm():
     # 6 standard errors, at most 40 tokens, 30 tables: about 2e-6 alarms expected.
     for seed in range(30):
@@ -355,6 +431,7 @@ def test_no_prompt_and_an_empty_prompt_are_refused():
         ("min_p", 1.5, "between 0 and 1, got 1.5"),
         ("stop", "END", "tuple of non-empty strings, got 'END'"),
         ("stop", ("",), "tuple of non-empty strings"),
+        ("adaptive_temperature", 0.1, "must be an AdaptiveTemperature or None, got 0.1"),
     ],
 )
 def test_sampling_settings_out_of_range_are_refused(setting, value, message):
