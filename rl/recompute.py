@@ -37,11 +37,34 @@ def recompute(
     """
     if not columns:
         return rollouts
-    ranks, device = line.ranks, next(model.parameters()).device
+    ranks = line.ranks
     mine = ranks.rows_to_train(rollouts.length_N)
     micro = [mine[rows] for rows in line.micro_batches(rollouts.take(mine))]
-    found: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
-    for i in range(ranks.most(len(micro))):
+    most, found, error = ranks.most(len(micro)), None, None
+    try:
+        found = _scored(line, model, rollouts, micro, columns, most)
+    except Exception as caught:
+        error = caught
+    filled: dict[str, torch.Tensor] = {}
+    for share in ranks.gather(found, error=error):
+        for rows, of_part in share:
+            for name, value_NT in of_part.items():
+                empty_KT = value_NT.new_zeros(rollouts.mask_NT.shape)
+                filled.setdefault(name, empty_KT)[rows] = value_NT
+    return replace(rollouts, **filled)  # type: ignore[arg-type]
+
+
+def _scored(
+    line: Line,
+    model: torch.nn.Module,
+    rollouts: TokenRollouts,
+    micro: list[torch.Tensor],
+    columns: set[str],
+    most: int,
+) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Rows and columns of each of this rank's micro-batches; every rank runs `most` of them."""
+    device, found = next(model.parameters()).device, []
+    for i in range(most):
         # A rank that has finished takes part with any row: sharded weights need every rank.
         rows = micro[i] if i < len(micro) else torch.zeros(1, dtype=torch.int64)
         part, of_part = rollouts.take(rows).to(device), {}
@@ -53,13 +76,7 @@ def recompute(
                 of_part[REFERENCE] = line.score.logprobs(reference, part)
         if i < len(micro):
             found.append((rows, {name: of_part[name].cpu() for name in columns}))
-    filled: dict[str, torch.Tensor] = {}
-    for share in ranks.gather(found):
-        for rows, of_part in share:
-            for name, value_NT in of_part.items():
-                empty_KT = value_NT.new_zeros(rollouts.mask_NT.shape)
-                filled.setdefault(name, empty_KT)[rows] = value_NT
-    return replace(rollouts, **filled)  # type: ignore[arg-type]
+    return found
 
 
 def with_kl_penalty(line: Line, rollouts: TokenRollouts) -> TokenRollouts:

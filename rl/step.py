@@ -59,7 +59,8 @@ def update(
             with ranks.micro_batch(model, is_last=i == num_micro - 1):
                 logprob_NT = line.score.logprobs(model, rows)
                 loss, statistics = loss_of(line, batch, rows, logprob_NT, share=share)
-                metrics.require_finite(loss, logprob_NT, rows, batch.prompts)
+                with ranks.until_gather():
+                    metrics.require_finite(loss, logprob_NT, rows, batch.prompts)
                 ranks.backward(model, loss, is_last=i == num_micro - 1)
             total += loss.detach() * ranks.num / len(parts)
             metrics.add(sums, statistics)
