@@ -13,8 +13,9 @@ from rollouts.adaptive_temperature import (
     entropy,
     signed_heterogeneity,
 )
+from rollouts.drawing import draw
 from rollouts.engine import SamplingParams, check_engine
-from rollouts.transformers_engine import TransformersEngine, draw
+from rollouts.transformers_engine import TransformersEngine
 from tests.tiny_lm import tiny_model, tiny_prompts, tiny_tokenizer
 
 # The pivot of the entropies .05 .1 .5 1 2, at log 1.

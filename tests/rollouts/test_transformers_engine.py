@@ -16,15 +16,12 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from rollouts import transformers_engine
+from rollouts.drawing import draw, mix64, truncate, uniform
 from rollouts.engine import SamplingParams, check_engine
 from rollouts.transformers_engine import (
     TransformersEngine,
     _GrowingLayer,
     _StopStrings,
-    draw,
-    mix64,
-    truncate,
-    uniform,
 )
 from tests.tiny_lm import (
     EOS,
