@@ -3,7 +3,6 @@
 A launch costs some ten seconds, so one launch makes several runs.
 """
 
-import inspect
 import shutil
 import time
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl.step import update
 from tests import tiny
 from tests.launched import ON_CPU, RUNS, assert_same, launch, on_one_process, weights
 
@@ -88,10 +86,6 @@ def test_a_process_that_is_killed_ends_the_run_which_resumes(tmp_path):
     assert_identical(killed, whole)
 
 
-@pytest.mark.skipif(
-    "until_gather" not in inspect.getsource(update),
-    reason="update raises on one process alone, and the launcher ends the other",
-)
 def test_a_loss_that_is_not_finite_on_one_process_stops_both(tmp_path):
     small, broken, whole = ON_CPU | RUNS["small"], tmp_path / "broken", tmp_path / "whole"
     resumed = small | {"resume_from_checkpoint": "true"}
