@@ -191,7 +191,7 @@ class Ranks:
             checkpointing: settings of activation checkpointing to go back to, if it is on.
         """
         with ExitStack() as stack:
-            if self._zero_stage == 3:
+            if self._zero_stage == 3 and hasattr(model, "optimizer"):  # not before training
                 stack.enter_context(_without_step_hook(model))
             with warnings.catch_warnings():  # TRL 1.16 asks transformers 5 by the old name
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -200,7 +200,7 @@ class Ranks:
                         model, self._accelerator, gradient_checkpointing_kwargs=checkpointing
                     )
                 )
-            if isinstance(policy, FSDPModule):
+            if self._accelerator.distributed_type == DistributedType.FSDP:
                 plugin = self._accelerator.state.fsdp_plugin
                 stack.enter_context(whole(policy, reshard=bool(plugin.reshard_after_forward)))
             yield policy
@@ -252,7 +252,7 @@ def _without_step_hook(engine: Any) -> Iterator[None]:
 
 
 @contextmanager
-def whole(model: FSDPModule, *, reshard: bool) -> Iterator[None]:
+def whole(model: torch.nn.Module, *, reshard: bool) -> Iterator[None]:
     """The weights of an FSDP2 model whole on every rank, so that ranks may differ in what they run.
 
     Args:
