@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 # A folder or an index with CPU builds of torch, for a CPU machine whose default index serves CUDA:
 #   make run TORCH_SOURCE="--extra-index-url https://..."
 TORCH_SOURCE ?=
+# DeepSpeed is built for the accelerator it is told of; on a machine with a GPU: make test DEEPSPEED=
+DEEPSPEED ?= DS_ACCELERATOR=cpu
 # RUN passes more settings to the main job: make run RUN="--max_steps 20 --report_to tensorboard"
 RUN ?=
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -22,6 +24,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_SOURCE) torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_SOURCE) -e ".[recipes,track,test]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt wheel "setuptools<80"
+	$(DEEPSPEED) $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_SOURCE) \
+	    --no-build-isolation -e ".[deepspeed]"
 	@touch $@
 
 run: setup
@@ -44,7 +49,10 @@ bench: setup
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/samplers.py
 	$(BIN)/python benchmarks/trace.py
+	$(BIN)/python benchmarks/update.py --device cpu --threads 1
+	$(BIN)/python -m benchmarks.processes
 	$(BIN)/python benchmarks/allocation_arms.py --seeds 5 --max_steps 60
+	$(BIN)/python benchmarks/recipe_arms.py --seeds 5 --tokens 150000
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -129,6 +129,8 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
 
         report([config.output_dir])
         Console().print(f"model: {final}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return trainer
 
 

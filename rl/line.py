@@ -74,6 +74,7 @@ class Line:
             "planner": self.planner.state_dict(),
             "ledger": self.ledger.state_dict(),
             "buffer": None if self.buffer is None else self.buffer.state_dict(),
+            "lengths": self.ranks.lengths.state_dict(),
             "pivot": None if self.memory.pivot is None else self.memory.pivot.state_dict(),
         }
 
@@ -83,6 +84,7 @@ class Line:
         self.ledger.load_state_dict(state["ledger"])
         if self.buffer is not None:
             self.buffer.load_state_dict(state["buffer"])
+        self.ranks.lengths.load_state_dict(state["lengths"])
         pivot = state["pivot"]
         self.memory.pivot = None if pivot is None else EntropyPivot.from_state(pivot)
 

@@ -9,15 +9,14 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 
 class Reference:
     """The policy as it was before training: its adapters off, or a frozen copy of it.
 
-    With LoRA nothing is copied. Else the copy takes as much memory as the model; under ZeRO-3, where
-    a model in pieces cannot be copied, it is loaded again from where the model came from.
+    With LoRA nothing is copied. Else the copy takes as much memory as the model, sharded as it is; a
+    model that ZeRO-3 has cut up cannot be copied and is loaded again from where it came from.
 
     Args:
         policy: before training, and before any checkpoint is loaded into it.
@@ -32,7 +31,8 @@ class Reference:
         self._copy: torch.nn.Module | None = None
         if hasattr(policy, "disable_adapter"):
             return
-        if not is_deepspeed_zero3_enabled():
+        # A model that was loaded under ZeRO-3 is in pieces already; one made in memory is whole.
+        if not any(hasattr(weight, "ds_id") for weight in policy.parameters()):
             frozen = copy.deepcopy(policy)
         elif policy.config._name_or_path:
             frozen = AutoModelForCausalLM.from_pretrained(
@@ -40,8 +40,8 @@ class Reference:
             )
         else:
             raise ValueError(
-                "beta needs a reference policy, and under ZeRO-3 a model cannot be copied: give the "
-                "model as a folder or hub id, train with LoRA, or write beta: 0"
+                "beta needs a reference policy, and under ZeRO-3 a model in pieces cannot be copied: "
+                "give the model as a folder or hub id, train with LoRA, or write beta: 0"
             )
         frozen.requires_grad_(False).eval()
         if accelerator.state.deepspeed_plugin is not None:

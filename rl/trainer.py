@@ -257,7 +257,6 @@ class RolloutTrainer(Trainer):
                 + "; write the old values, or another output_dir"
             )
         self.line.load_state_dict(state["line"])
-        self.line.ranks.lengths.load_state_dict(state["lengths"])
         self._empty_steps = state["empty_steps"]
         self._steps_since_log = state["steps_since_log"]
         return state["step"]
@@ -294,7 +293,6 @@ class RolloutTrainer(Trainer):
             "step": self.state.global_step,
             "settings": self.args.decisive_settings(),
             "line": self.line.state_dict(),
-            "lengths": self.line.ranks.lengths.state_dict(),
             "empty_steps": self._empty_steps,
             "steps_since_log": self._steps_since_log,
         }

@@ -73,6 +73,13 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"trainer": "grpo", "updates_per_step": 2, "pilot_rollouts": 2, "gvm_gradient_norm": "mean"}
     # Small batches of generation, so that processes also differ in how often they run the model.
     | {"generation_batch_size": 3},
+    # What the trainer can be told to do at once, the reference policy and recomputed columns included.
+    "methods": {"reward": "small_digit", "trainer": "grpo", "max_steps": 3, "beta": 0.1}
+    | {"selector": "vade", "stopping": "early_unbiased", "stopping_wave": 2, "loss": "dapo"}
+    | {"down_sampling": "d3s", "token_selection": "d3s", "importance_correction": "token_truncate"}
+    | {"micro_batch_tokens": 24, "num_iterations": 2, "allocator": "leave_one_out"},
+    "refill": {"reward": "small_digit", "trainer": "grpo", "max_steps": 4, "refill": "true"}
+    | {"prompts_per_step": 3, "refill_wave": 5, "refill_max_age": 2, "loss": "gspo"},
     # One prompt of sixteen has accepted rows, so most steps have none and some have a single one.
     "sparse": {"reward": "one_prompt", "per_device_train_batch_size": 5, "max_steps": 7, "seed": 7},
 }

@@ -21,13 +21,9 @@ from tests.launched import (
 
 pytestmark = pytest.mark.slow
 
-WITHOUT_NORMS = {"gvm_gradient_norm": "none"}
-"""The closed form of gradient norms refuses the class that FSDP2 gives the head."""
-
 
 def test_fsdp2_does_what_one_process_does_and_resumes(tmp_path):
     runs = {name: SHARDED_ON_CPU | settings for name, settings in RUNS.items()}
-    runs["large"] |= WITHOUT_NORMS
     small, broken = runs["small"], tmp_path / "broken"
     done = launch(
         *[(tmp_path / name, settings) for name, settings in runs.items()],
@@ -39,7 +35,7 @@ def test_fsdp2_does_what_one_process_does_and_resumes(tmp_path):
     assert done.stdout.count("world size 2") == 2 * (len(runs) + 1)
     assert done.stdout.count("trained as FSDP FSDPQwen3ForCausalLM") == 2 * (len(runs) + 1)
     for name in RUNS:
-        on_one_process(tmp_path / "one" / name, name, **(WITHOUT_NORMS if name == "large" else {}))
+        on_one_process(tmp_path / "one" / name, name)
         assert_same(tmp_path / name, tmp_path / "one" / name)
 
     assert "rank 1 failed, all stop: MemoryError: no memory for generation" in done.stdout
