@@ -77,7 +77,8 @@ def _generate_and_score(
     line: Line, request: Request, rows: np.ndarray, params: SamplingParams, version: int
 ) -> tuple | None:
     if not len(rows):
-        with line.policy():  # gathering sharded weights takes every rank
+        with line.policy() as policy:  # gathering sharded weights takes every rank
+            line.engine.load_weights(policy)  # and so may handing them on
             return None
     position_Q, budget_Q = np.unique(request.prompt_N[rows], return_counts=True)
     with line.ledger.phase("rollout"), line.policy() as policy:
