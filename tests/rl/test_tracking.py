@@ -155,7 +155,9 @@ def test_a_run_says_one_line_a_step_and_nothing_else(tmp_path):
         timeout=240,
         check=True,
     )
-    assert done.stdout == "world size 1\n"
+    # DeepSpeed, where it is installed, says on import which accelerator it takes.
+    said = [line for line in done.stdout.splitlines() if "real_accelerator.py" not in line]
+    assert said == ["world size 1"]
     one, two, validation = done.stderr.splitlines()
     assert one.startswith("step 1/2 reward 0.") and two.startswith("step 2/2 reward 0.")
     assert re.fullmatch(r"step 2/2 validation pass [\d.]+% greedy [\d.]+%", validation)
