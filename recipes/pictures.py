@@ -147,7 +147,11 @@ def budgets_figure(groups: Groups) -> Figure | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    rows = {label: [row for run in runs for row in run.steps] for label, runs in groups.items()}
+    # A step that trained on what waited in the buffer generated nothing and has no budgets.
+    rows = {
+        label: [row for run in runs for row in run.steps if row["budgets"]]
+        for label, runs in groups.items()
+    }
     rows = {label: found for label, found in rows.items() if found}
     if not rows:
         return None

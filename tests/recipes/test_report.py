@@ -13,6 +13,7 @@ from recipes import pictures
 from recipes import report as module
 from recipes.report import report
 from recipes.run_folder import change, grouped, named, read_run, rollouts_until, smooth, values_of
+from tests import tiny
 
 PICTURES = ["learning", "budgets", "posterior", "groups"]
 
@@ -356,3 +357,21 @@ def test_the_command_line(tmp_path, run, words, capsys):
     with pytest.raises(SystemExit):
         module.main(["--help"])
     assert "--group-seeds" in capsys.readouterr().out
+
+
+def test_steps_that_generate_nothing_have_a_place_in_the_report(tmp_path):
+    tiny.run(
+        tmp_path / "run",
+        data=tiny.rows("a"),
+        reward=tiny.small_digit,
+        trainer="grpo",
+        allocator="uniform",
+        refill=True,
+        refill_wave=5,
+        refill_max_age=3,
+        prompts_per_step=3,
+        max_steps=8,
+    )
+    assert any(not row["budgets"] for row in tiny.lines(tmp_path / "run"))
+    report([str(tmp_path / "run")])
+    assert (tmp_path / "run" / "report-budgets.png").stat().st_size > 1000
