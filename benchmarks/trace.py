@@ -2,6 +2,7 @@
 
     python benchmarks/trace.py                    # the mandatory arms, four pools, five seeds
     python benchmarks/trace.py --quick            # a minute: fewer arms, pools, seeds and steps
+    python benchmarks/trace.py --recipes          # one arm per recipe; results/trace_recipes.json
     python benchmarks/trace.py --cross            # every selector x allocator x stopping x rows
     python benchmarks/trace.py --pools half_dead --arms vade uniform/loo
 
@@ -43,7 +44,6 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ from numpy.typing import NDArray
 from benchmarks.trace_arms import (
     ALLOCATIONS,
     DOWNSAMPLERS,
+    RECIPES,
     SELECTIONS,
     STOPPINGS,
     Arm,
@@ -99,6 +100,8 @@ class _Step:
     """Places in the concatenated index."""
     length: list[IntArray] = field(default_factory=list)
     pilot: list[NDArray[np.bool_]] = field(default_factory=list)
+    weight: list[FloatArray] = field(default_factory=list)
+    """(P,) of each wave: what the stopping rule multiplies a group's gradient by."""
     losses: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
 
@@ -136,11 +139,7 @@ class Simulation:
             decay_chosen=self.selection.decay_chosen,
             decay_rest=self.selection.decay_rest,
         )
-        scale = self.allocation.scale
-        if scale is allocation.thompson_std:
-            scale = partial(scale, generator=step_generator(seed, "scale", 0))
         stop = STOPPINGS[arm.stopping]
-        self.stopping = stop.make() if stop.make else None
         context = Context(posterior, self.policy, self.keys, seed)
         self.planner = Planner(
             posterior,
@@ -149,11 +148,11 @@ class Simulation:
             keys=self.keys,
             prompts_per_step=settings.prompts_per_step,
             rollouts_per_step=settings.rollouts_per_step * stop.plan,
-            scale=scale,
+            scale=self.allocation.scale,
             minimum=2 if self.allocation.objective == "mean" else 1,
             run_seed=seed,
             **self.allocation.planner,
-            stopping=self.stopping,
+            stopping=stop.rule,
             wave=stop.wave,
         )
         self.refill = (
@@ -189,8 +188,6 @@ class Simulation:
             cost_D = costs(self.allocation.objective, rate_D, policy.norm_D)
             self.planner.observe_gradient_norms(np.arange(len(cost_D)), np.sqrt(cost_D))
         step = _Step()
-        if self.stopping:
-            self.stopping.begin()
         accepted_P = self._refilled(step) if self.refill else None
         if accepted_P is None:
             self._wave(step)
@@ -218,8 +215,7 @@ class Simulation:
         kept = keep(batch)
         used_K = kept.weight_K != 0
         rows_K, weight_K = rows_N[kept.rows_K[used_K]], kept.weight_K[used_K]
-        if self.stopping:
-            weight_K = weight_K * self.stopping.weight_P(len(index_P))[prompt_N[rows_K]]
+        weight_K = weight_K * np.concatenate(step.weight)[prompt_N[rows_K]]
         gradient = (
             policy.gradient(index_P, prompt_N[rows_K], reward_N[rows_K], weight_K)
             if len(rows_K)
@@ -287,6 +283,7 @@ class Simulation:
             step.pilot.append(np.full(len(reward_N), not proposal.is_last))
             if not planner.is_open:
                 break
+        step.weight.append(planner.group_weight_P)
         step.errors.append(float(np.square(a_P / (a_P + b_P) - rate_D[index_P]).mean()))
         step.losses.append(excess_log_loss(a_P, b_P, rate_D[index_P], right_P, trials_P))
         return proposal
@@ -396,6 +393,7 @@ def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for (pool, trace, name), runs in cells.items():
         row: dict[str, Any] = {"pool": pool, "trace": trace, "arm": name, "seeds": sorted(runs)}
         row["what"] = Arm.parse(name).what
+        row["recipe"] = next((r for r, arm in RECIPES.items() if str(arm) == name), None)
         for figure in next(iter(runs.values())):
             values = [run[figure] for run in runs.values() if run[figure] is not None]
             row[figure] = _spread(values) | {"seeds": len(values)}
@@ -450,7 +448,10 @@ def show(table: list[dict[str, Any]]) -> None:
         for name in columns:
             view.add_column(name)
         for row in rows:
-            view.add_row(row["arm"], *(_cell(row.get(f), form) for f, form in columns.values()))
+            view.add_row(
+                row["recipe"] or row["arm"],
+                *(_cell(row.get(f), form) for f, form in columns.values()),
+            )
         console.print(view)
 
 
@@ -516,6 +517,7 @@ def draw(table: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer arms, pools, seeds and steps")
+    parser.add_argument("--recipes", action="store_true", help="one arm per recipe, learning trace")
     parser.add_argument("--cross", action="store_true", help="every combination; takes hours")
     parser.add_argument("--arms", nargs="+", type=Arm.parse, help="selection/allocation/stop/rows")
     parser.add_argument("--pools", nargs="+", choices=list(POOLS))
@@ -525,8 +527,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="start no further seed after so long")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     results_path = ROOT / "benchmarks" / "results"
-    parser.add_argument("--output", type=Path, default=results_path / "trace.json")
+    parser.add_argument("--output", type=Path, help="default: trace.json or trace_recipes.json")
     options = parser.parse_args()
+    name = "trace_recipes.json" if options.recipes else "trace.json"
+    options.output = options.output or results_path / name
+    if options.recipes:
+        options.arms, options.traces = list(RECIPES.values()), options.traces or ["learning"]
 
     settings = Settings()
     if options.steps or options.quick:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.trace_policy import FloatArray, Generator, IntArray, Policy
-from samplers import allocation, downsampling, stopping
+from samplers import allocation, downsampling, rules
 from samplers.difficulty_band import OnlineBandSelector, StaticBandSelector
 from samplers.diversity import DiverseSelector
 from samplers.keys import stable_hash
@@ -276,7 +276,8 @@ SELECTIONS: dict[str, Selection] = {
 class Allocation:
     what: str
     allocate: allocation.Allocator
-    scale: Callable[..., FloatArray] = allocation.posterior_std
+    scale: Callable[..., FloatArray] | None = allocation.posterior_std
+    """None for an allocator that takes the posterior's parameters itself."""
     objective: str = "mean"
     planner: dict[str, Any] = field(default_factory=dict)
     norms: str = ""
@@ -307,7 +308,11 @@ ALLOCATIONS: dict[str, Allocation] = {
     "loo_thompson": Allocation("the same, scale of a draw (iv)", _LOO, allocation.thompson_std),
     "loo_norm": Allocation("scale (iii) times measured G", _LOO, norms="measured"),
     "neyman": Allocation("c/n rule, posterior scale (iii)", allocation.neyman),
+    "gvm": Allocation("GVM's rule by the posterior", allocation.neyman, allocation.gvm),
     "knapsack": Allocation("Knapsack RL", allocation.knapsack, allocation.mean_pass_rate),
+    "knapsack_posterior": Allocation(
+        "Knapsack RL, expected over the posterior", allocation.knapsack_posterior, None
+    ),
     "permuted": Allocation("c/n budgets dealt at random", permuted),
     "oracle": Allocation("leave-one-out rule, true p and G", _LOO, flat_scale, norms="oracle"),
     "em_uniform": Allocation("8 each, accepted rows", allocation.uniform, objective="em"),
@@ -365,78 +370,10 @@ ALLOCATIONS: dict[str, Allocation] = {
 }
 
 
-class EarlyStop:
-    """`stopping.early_stop` as the planner asks; with rho < 1 condemned groups may go on by lot.
-
-    Those that do weigh 1 / rho, once, however often they are tested: their lot stays the same.
-    """
-
-    def __init__(self, *, threshold: float, rho: float = 0.0) -> None:
-        self._threshold, self._rho = threshold, rho
-        self._lucky_P = np.zeros(0, dtype=bool)
-
-    def begin(self) -> None:
-        """Forget the lots of the step before."""
-        self._lucky_P = np.zeros(0, dtype=bool)
-
-    def weight_P(self, num_prompts: int) -> FloatArray:
-        """(P,) what each group's gradient is multiplied with."""
-        lucky_P = self._lucky_P if len(self._lucky_P) else np.zeros(num_prompts, dtype=bool)
-        return np.where(lucky_P, 1 / self._rho if self._rho else 1.0, 1.0)
-
-    def __call__(
-        self,
-        successes_P: FloatArray,
-        trials_P: IntArray,
-        a_P: FloatArray,
-        b_P: FloatArray,
-        *,
-        left_P: IntArray,
-        chance_P: FloatArray,
-    ) -> NDArray[np.bool_]:
-        goes_on_P = stopping.early_stop(
-            a_P, b_P, successes_P, trials_P, left_P, threshold=self._threshold
-        )
-        lucky_P = ~goes_on_P & (left_P > 0) & (chance_P < self._rho)
-        self._lucky_P = lucky_P | self._lucky_P if len(self._lucky_P) else lucky_P
-        return goes_on_P | lucky_P
-
-
-class Sequential:
-    """Reinforce-Ada's rounds as the planner asks: "positive" or "balanced"."""
-
-    def __init__(self, rule: str, *, wave: int, max_rounds: int) -> None:
-        self._rule, self._wave, self._max_rounds = rule, wave, max_rounds
-
-    def begin(self) -> None:
-        """Nothing to forget."""
-
-    def weight_P(self, num_prompts: int) -> FloatArray:
-        """(P,) ones: the rule changes the objective and nothing is done about it."""
-        return np.ones(num_prompts)
-
-    def __call__(
-        self,
-        successes_P: FloatArray,
-        trials_P: IntArray,
-        a_P: FloatArray,
-        b_P: FloatArray,
-        *,
-        left_P: IntArray,
-        chance_P: FloatArray,
-    ) -> NDArray[np.bool_]:
-        rounds_P = trials_P // self._wave
-        if self._rule == "positive":
-            return stopping.positive(successes_P, rounds_P, max_rounds=self._max_rounds)
-        return stopping.balanced(
-            successes_P, trials_P - successes_P, rounds_P, keep=HALF, max_rounds=self._max_rounds
-        )
-
-
 @dataclass(frozen=True)
 class Stop:
     what: str
-    make: Callable[[], EarlyStop | Sequential] | None = None
+    rule: rules.Stopping | None = None
     wave: int | None = None
     plan: int = 1
     """Rollouts planned at most, in multiples of what other arms generate per step."""
@@ -446,24 +383,26 @@ STOPPINGS: dict[str, Stop] = {
     "none": Stop("budgets as allocated"),
     "early": Stop(
         "after 4 of 8 alike, stop if a mixed group is less likely than not",
-        partial(EarlyStop, threshold=0.5),
+        rules.while_mixed_is_likely(threshold=0.5),
         wave=4,
     ),
-    "early_alike": Stop("stop after 4 of 8 alike", partial(EarlyStop, threshold=1.0), wave=4),
+    "early_alike": Stop(
+        "stop after 4 of 8 alike", rules.while_mixed_is_likely(threshold=1.0), wave=4
+    ),
     "early_unbiased": Stop(
         "as early, but half of those go on and weigh double",
-        partial(EarlyStop, threshold=0.5, rho=0.5),
+        rules.while_mixed_is_likely_unbiased(threshold=0.5, rho=0.5),
         wave=4,
     ),
     "ada_positive": Stop(
         "rounds of 4 until one passed, at most 4 (Reinforce-Ada)",
-        partial(Sequential, "positive", wave=4, max_rounds=4),
+        rules.until_positive(),
         wave=4,
         plan=2,
     ),
     "ada_balanced": Stop(
         "rounds of 4 until 2 passed and 2 failed, at most 4 (Reinforce-Ada)",
-        partial(Sequential, "balanced", wave=4, max_rounds=4),
+        rules.until_balanced(keep=HALF),
         wave=4,
         plan=2,
     ),
@@ -524,6 +463,20 @@ def mandatory_arms() -> list[Arm]:
     arms += [Arm("vade", "loo"), Arm("vade", "em_uniform"), Arm("vade", "em_gvm_posterior")]
     arms += [Arm("vade", stopping="early"), Arm("uniform", "uniform", "ada_balanced", "balanced")]
     return [*arms, Arm("vade", rows="pods"), Arm("vade", rows="d3s")]
+
+
+RECIPES = {
+    # What can be simulated of recipes/arithmetic/*.yaml. D3S's tokens, DAPO's clip and all of HAPO
+    # concern tokens, of which there are none here.
+    "grpo": Arm(rows="grpo"),
+    "vade_grpo": Arm("vade", rows="grpo"),
+    "d3s_grpo": Arm(rows="d3s"),
+    "pods_grpo": Arm(rows="pods"),
+    "gvm_grpo": Arm(allocation="gvm", rows="grpo"),
+    "reinforce_ada": Arm(stopping="ada_balanced", rows="balanced"),
+    "dapo": Arm("refill", rows="grpo"),
+    "everything": Arm("vade_0.8", "loo", "early"),
+}
 
 
 def quick_arms() -> list[Arm]:

@@ -13,6 +13,7 @@ from benchmarks.trace import Simulation, simulate, summarise
 from benchmarks.trace_arms import (
     ALLOCATIONS,
     DOWNSAMPLERS,
+    RECIPES,
     SELECTIONS,
     STOPPINGS,
     Arm,
@@ -246,13 +247,9 @@ def test_lots_undo_what_stopping_does_to_the_gradient():
     once_P = np.ones(size)
     bias = {}
     for name in ("early_alike", "early_unbiased"):
-        rule = STOPPINGS[name].make()
-        rule.begin()
-        four = right_PS[:, :4].sum(axis=1)
-        goes_on_P = rule(
-            four, 4 * once_P, once_P, once_P, left_P=np.full(size, 4), chance_P=chance_P
-        )
-        rule(four, 8 * once_P, once_P, once_P, left_P=np.zeros(size), chance_P=chance_P)
+        rule = STOPPINGS[name].rule
+        answer = rule(four, 4 * once_P, once_P, once_P, left_P=np.full(size, 4), chance_P=chance_P)
+        goes_on_P, weight_P = answer if isinstance(answer, tuple) else (answer, once_P)
         alike_P = (four == 0) | (four == 4)
         assert goes_on_P[~alike_P].all()
         assert goes_on_P[alike_P].mean() == pytest.approx(
@@ -261,7 +258,7 @@ def test_lots_undo_what_stopping_does_to_the_gradient():
         advantage_PS = leave_one_out(right_PS.ravel(), prompt_N).reshape(size, 8)
         # A stopped group has leave-one-out gradient 0: its rollouts are all alike.
         gradient_P = goes_on_P * (advantage_PS * (right_PS - p)).mean(axis=1)
-        gradient_P = gradient_P * rule.weight_P(size)
+        gradient_P = gradient_P * weight_P
         error = gradient_P.std() / math.sqrt(size)
         bias[name] = (gradient_P.mean() - p * (1 - p)) / error
     assert abs(bias["early_unbiased"]) < 4
@@ -282,6 +279,12 @@ def test_excess_nats_by_hand():
     assert excess_log_loss(*sure) == pytest.approx(0, abs=1e-5)
     dead = (np.array([1.0]), np.array([9.0]), np.array([0.0]), np.array([0]), np.array([1]))
     assert excess_log_loss(*dead) == pytest.approx(math.log(10 / 9))
+
+
+def test_recipes_are_arms_that_can_be():
+    assert all(Arm.parse(str(arm)) == arm and arm.is_possible for arm in RECIPES.values())
+    figures = small(str(RECIPES["everything"]), pool="half_dead")
+    assert figures["rollouts"] >= 8 * 64 and figures["waste_down_sampled"] == 0
 
 
 def test_names_of_arms():
