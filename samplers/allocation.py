@@ -29,7 +29,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from samplers.boxes import bound_of, boxes, one_per_prompt
 from samplers.greedy import best_first, fill
+from samplers.knapsack import knapsack, knapsack_posterior
 from samplers.scales import (
     FloatArray,
     Scale,
@@ -47,7 +49,6 @@ from samplers.scales import (
     reinforce_ada_std,
     thompson_std,
 )
-from samplers.scales import _beta_parameters as beta_parameters
 
 __all__ = [
     "Allocator",
@@ -114,7 +115,7 @@ def uniform(
     Raises:
         ValueError: if `total` cannot cover the minima or exceeds the maxima.
     """
-    lower_P, upper_P = _boxes(len(_scales(std_P)), total, minimum, maximum, least=0)
+    lower_P, upper_P = boxes(len(one_per_prompt(std_P)), total, minimum, maximum, least=0)
     return fill(lower_P, upper_P, total - int(lower_P.sum()))
 
 
@@ -149,7 +150,7 @@ def neyman(
             finite and non-negative. The solver never guesses a scale.
     """
     root_P = _roots(std_P)
-    lower_P, upper_P = _boxes(len(root_P), total, minimum, maximum, least=0)
+    lower_P, upper_P = boxes(len(root_P), total, minimum, maximum, least=0)
     return _share(root_P, lower_P, upper_P, total)
 
 
@@ -177,7 +178,7 @@ def leave_one_out(
         ValueError: as `neyman`, and if a minimum is below 2.
     """
     root_P = _roots(std_P)
-    lower_P, upper_P = _boxes(len(root_P), total, minimum, maximum, least=2)
+    lower_P, upper_P = boxes(len(root_P), total, minimum, maximum, least=2)
     return 1 + _share(root_P, lower_P - 1, upper_P - 1, total - len(root_P))
 
 
@@ -200,7 +201,7 @@ def dr_grpo(
         ValueError: as `neyman`, and if a minimum is below 3.
     """
     root_P = _roots(std_P)
-    lower_P, upper_P = _boxes(len(root_P), total, minimum, maximum, least=3)
+    lower_P, upper_P = boxes(len(root_P), total, minimum, maximum, least=3)
     return best_first(
         _dr_grpo_gain,
         (np.square(root_P), root_P),
@@ -261,10 +262,10 @@ def cost_aware(
     if not 0 <= total < math.inf:
         raise ValueError(f"total must be finite and non-negative, got {total}")
     most_P = np.floor(np.minimum(total / length_P, 2.0**52)).astype(np.int64)
-    lower_P = _bound("minimum", minimum, len(root_P))
+    lower_P = bound_of("minimum", minimum, len(root_P))
     upper_P = np.maximum(most_P, lower_P) if maximum is None else maximum
-    capacity = int(np.sum(_bound("maximum", upper_P, len(root_P))))
-    lower_P, upper_P = _boxes(
+    capacity = int(np.sum(bound_of("maximum", upper_P, len(root_P))))
+    lower_P, upper_P = boxes(
         len(root_P), max(capacity, int(lower_P.sum())), lower_P, upper_P, least=0
     )
     needed = float(lower_P @ length_P)
@@ -274,72 +275,6 @@ def cost_aware(
             f"it must be at least {needed}"
         )
     return _share(_roots(root_P / np.sqrt(length_P)), lower_P, upper_P, total, weight_P=length_P)
-
-
-def knapsack(
-    p_P: ArrayLike, total: int, *, minimum: ArrayLike = 2, maximum: ArrayLike | None = 128
-) -> IntArray:
-    """Spend `total` rollouts where mixed groups are likely and worth most.
-
-    Maximises  sum_p (1 - p^n - (1 - p)^n) p (1 - p)^2  over integers  minimum <= n_p <= maximum,
-    sum_p n_p = total: the chance that a group has both outcomes times its value.
-
-    (Knapsack RL, arXiv:2509.25849, whose code solves it by dynamic programming. The gain of one
-    more rollout, p (1 - p)^2 (p^n (1 - p) + (1 - p)^n p), never increases with n, so the greedy is
-    exact. What no prompt gains from is shared evenly here; the released code gives it to prompts
-    that never passed.)
-
-    Args:
-        p_P: (P,) pass rates in [0, 1], for example `mean_pass_rate` of a posterior, in the place
-            where other allocators take a scale.
-        total: rollouts to hand out.
-        minimum: rollouts every prompt gets, one int or (P,), at least 2.
-        maximum: rollouts no prompt exceeds, one int or (P,); None for no cap.
-
-    Returns:
-        (P,) int64 counts that sum to `total`, ties as in `neyman`.
-
-    Raises:
-        ValueError: if `total` does not fit the boxes, or a pass rate is outside [0, 1].
-    """
-    p_P = _scales(p_P, name="p_P")
-    valid_P = (p_P >= 0) & (p_P <= 1)
-    if not valid_P.all():
-        p = int(np.flatnonzero(~valid_P)[0])
-        raise ValueError(f"pass rates must be in [0, 1], got {p_P[p]} for prompt {p}")
-    lower_P, upper_P = _boxes(len(p_P), total, minimum, maximum, least=2)
-    return best_first(_knapsack_gain, (p_P,), lower_P, upper_P, total - int(lower_P.sum()))
-
-
-def knapsack_posterior(
-    a_P: ArrayLike,
-    b_P: ArrayLike,
-    total: int,
-    *,
-    minimum: ArrayLike = 2,
-    maximum: ArrayLike | None = 128,
-) -> IntArray:
-    """`knapsack` when pass rates are known as Beta(a, b) only: maximises the expected value.
-
-    The gain of one more rollout is  E[p (1 - p)^2 (p^n (1 - p) + (1 - p)^n p)] =
-    (B(a + n + 1, b + 3) + B(a + 2, b + n + 2)) / B(a, b),  still decreasing in n. A prompt that
-    failed every time is not given up: it may yet pass.
-
-    Args:
-        a_P, b_P: (P,) positive parameters of the posteriors.
-        total, minimum, maximum: as in `knapsack`.
-
-    Returns:
-        (P,) int64 counts that sum to `total`, ties as in `neyman`.
-
-    Raises:
-        ValueError: if `total` does not fit the boxes, or a parameter is not positive and finite.
-    """
-    a_P, b_P = beta_parameters(a_P, b_P, least=0)
-    lower_P, upper_P = _boxes(len(_scales(a_P)), total, minimum, maximum, least=2)
-    return best_first(
-        _knapsack_posterior_gain, (a_P, b_P), lower_P, upper_P, total - int(lower_P.sum())
-    )
 
 
 def _share(
@@ -411,45 +346,6 @@ def _dr_grpo_guess(level: float, cost_K: FloatArray, root_K: FloatArray) -> Floa
     return np.ceil(np.sqrt(np.maximum(inverse_K, 0)) - 1.5)
 
 
-def _knapsack_gain(n_K: FloatArray, p_K: FloatArray) -> FloatArray:
-    rest_K = 1 - p_K
-    return p_K * rest_K**2 * (p_K**n_K * rest_K + rest_K**n_K * p_K)
-
-
-def _knapsack_posterior_gain(n_K: FloatArray, a_K: FloatArray, b_K: FloatArray) -> FloatArray:
-    c_K = a_K + b_K
-    # The factors that do not grow with n in full, the others as logs of rising factorials.
-    passing_K = np.exp(_log_rising(a_K, n_K + 1) - _log_rising(c_K, n_K + 1))
-    failing_K = np.exp(_log_rising(b_K, n_K + 2) - _log_rising(c_K, n_K + 2))
-    far_K = c_K + n_K
-    passing_K = passing_K * (
-        b_K / (far_K + 1) * ((b_K + 1) / (far_K + 2)) * ((b_K + 2) / (far_K + 3))
-    )
-    failing_K = failing_K * (a_K / (far_K + 2) * ((a_K + 1) / (far_K + 3)))
-    return passing_K + failing_K
-
-
-def _log_rising(x_K: FloatArray, n_K: FloatArray) -> FloatArray:
-    """log(x (x + 1) ... (x + n - 1)), x > 0, n >= 0: log Gamma(x + n) - log Gamma(x).
-
-    By Stirling's series once x is at least 10, arranged so that large x do not cancel.
-    """
-    shift_K = np.ones_like(x_K)
-    for step in range(10):
-        # Gamma(x) = Gamma(x + 10) / (x (x + 1) ... (x + 9)), and likewise for x + n.
-        shift_K *= (x_K + step) / (x_K + n_K + step)
-    low_K, high_K = x_K + 10, x_K + n_K + 10
-    body_K = (low_K - 0.5) * np.log1p(n_K / low_K) + n_K * (np.log(high_K) - 1)
-    return np.log(shift_K) + body_K + (_stirling(high_K) - _stirling(low_K))
-
-
-def _stirling(x_K: FloatArray) -> FloatArray:
-    """log Gamma(x) - ((x - 1/2) log x - x + log(2 pi) / 2), to 1e-16 from x = 10 on."""
-    square_K = 1 / np.square(x_K)
-    tail_K = 1 / 1680 - square_K * (1 / 1188 - square_K * (691 / 360360 - square_K / 156))
-    return (1 / 12 - square_K * (1 / 360 - square_K * (1 / 1260 - square_K * tail_K))) / x_K
-
-
 def _levels(
     root_P: FloatArray,
     lower_P: IntArray,
@@ -485,58 +381,9 @@ def _levels(
     return [1 / (t * t) for t in multipliers if 1e-100 < t < 1e100]
 
 
-def _boxes(
-    num_prompts: int, total: int, minimum: ArrayLike, maximum: ArrayLike | None, *, least: int
-) -> tuple[IntArray, IntArray]:
-    """(P,) lower and upper bounds of the budgets, checked to be feasible."""
-    lower_P = _bound("minimum", minimum, num_prompts)
-    upper_P = _bound("maximum", total if maximum is None else maximum, num_prompts)
-    if (lower_P < least).any():
-        raise ValueError(f"minimum must be at least {least}, got {int(lower_P.min())}")
-    if total < lower_P.sum():
-        what = (
-            f"{num_prompts} prompts {int(lower_P[0])} rollouts each"
-            if (lower_P == lower_P[0]).all()
-            else f"{num_prompts} prompts their minima"
-        )
-        raise ValueError(
-            f"total={total} cannot give {what}; it must be at least {int(lower_P.sum())}"
-        )
-    if maximum is None:
-        return lower_P, np.maximum(upper_P, lower_P)
-    if (lower_P > upper_P).any():
-        p = int(np.flatnonzero(lower_P > upper_P)[0])
-        raise ValueError(
-            f"minimum={int(lower_P[p])} exceeds maximum={int(upper_P[p])} of prompt {p}"
-        )
-    if total > upper_P.sum():
-        raise ValueError(
-            f"total={total} exceeds what {num_prompts} prompts may get; "
-            f"it must be at most {int(upper_P.sum())}, the sum of their maxima"
-        )
-    return lower_P, upper_P
-
-
-def _bound(name: str, bound: ArrayLike, num_prompts: int) -> IntArray:
-    bound = np.asarray(bound)
-    if bound.dtype.kind not in "iu" or bound.shape not in [(), (num_prompts,)]:
-        raise ValueError(
-            f"{name} must be one integer or ({num_prompts},) integers, "
-            f"got shape {bound.shape} of {bound.dtype}"
-        )
-    return np.broadcast_to(bound, (num_prompts,)).astype(np.int64)
-
-
-def _scales(std_P: ArrayLike, *, name: str = "std_P") -> FloatArray:
-    std_P = np.asarray(std_P, dtype=np.float64)
-    if std_P.ndim != 1 or len(std_P) == 0:
-        raise ValueError(f"{name} must be 1-d with at least one prompt, got shape {std_P.shape}")
-    return std_P
-
-
 def _roots(std_P: ArrayLike) -> FloatArray:
     """std, divided by a power of two near the largest so that no square over- or underflows."""
-    std_P = _scales(std_P)
+    std_P = one_per_prompt(std_P)
     valid_P = (std_P >= 0) & (std_P < np.inf)
     if not valid_P.all():
         p = int(np.flatnonzero(~valid_P)[0])

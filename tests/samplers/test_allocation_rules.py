@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import integrate, special, stats
 
 from samplers import allocation
+from samplers import knapsack as knapsack_rule
 from samplers.allocation import (
     align_total,
     cost_aware,
@@ -89,7 +90,7 @@ def test_golden_values_of_knapsack():
 
 
 def test_golden_value_of_the_posterior_gain():
-    gain = allocation._knapsack_posterior_gain(np.array([8.0]), np.array([2.0]), np.array([8.0]))
+    gain = knapsack_rule._knapsack_posterior_gain(np.array([8.0]), np.array([2.0]), np.array([8.0]))
     assert gain[0] == pytest.approx(0.003026076, abs=5e-10)
 
 
@@ -98,12 +99,12 @@ def test_the_posterior_gain_is_the_expected_gain(a, b):
     n = np.array([2.0, 3, 8, 31, 128, 5000])
     formula = special.betaln(a + n + 1, b + 3), special.betaln(a + 2, b + n + 2)
     expected = sum(np.exp(x - special.betaln(a, b)) for x in formula)
-    gain = allocation._knapsack_posterior_gain(n, np.full(6, float(a)), np.full(6, float(b)))
+    gain = knapsack_rule._knapsack_posterior_gain(n, np.full(6, float(a)), np.full(6, float(b)))
     np.testing.assert_allclose(gain, expected, rtol=2e-9 if a > 100 else 1e-10)
     if a < 100:
         quadrature = [
             integrate.quad(
-                lambda p, m=m: stats.beta.pdf(p, a, b) * allocation._knapsack_gain(m, p),
+                lambda p, m=m: stats.beta.pdf(p, a, b) * knapsack_rule._knapsack_gain(m, p),
                 *(0, 1),
                 points=[0.05, 0.5, 0.95],
                 limit=200,
@@ -112,9 +113,7 @@ def test_the_posterior_gain_is_the_expected_gain(a, b):
         ]
         np.testing.assert_allclose(gain[:4], quadrature, rtol=1e-6)
     many = np.arange(2.0, 3000.0)
-    assert (
-        np.diff(allocation._knapsack_posterior_gain(many, a + 0 * many, b + 0 * many)) < 0
-    ).all()
+    assert (np.diff(knapsack_rule._knapsack_posterior_gain(many, a + 0 * many, b + 0 * many)) < 0).all()
 
 
 def test_with_much_evidence_the_posterior_gives_the_budgets_of_its_mean():
@@ -177,8 +176,8 @@ def test_large_knapsack_budgets_meet_the_real_solution():
     p = np.array([0.003, 0.01, 0.03, 0.1, 0.5])
     budget = knapsack(p, 3000, maximum=None)
     assert budget.min() > 2
-    gain = allocation._knapsack_gain(budget.astype(float), p)
-    before = allocation._knapsack_gain(budget - 1.0, p)
+    gain = knapsack_rule._knapsack_gain(budget.astype(float), p)
+    before = knapsack_rule._knapsack_gain(budget - 1.0, p)
     assert gain.max() <= before.min()
 
 

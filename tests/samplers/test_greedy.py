@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from samplers import allocation, greedy
+from samplers import allocation, greedy, knapsack
 from samplers.greedy import best_first, fill
 
 
@@ -127,10 +127,10 @@ def slow(family, seed):
         return in_turn(gain, lower, upper, room), allocation.dr_grpo(std, total, **box)
     if family == "knapsack":
         columns = (np.minimum(std, 1.0),)
-        function, result = allocation._knapsack_gain, allocation.knapsack(*columns, total, **box)
+        function, result = knapsack._knapsack_gain, allocation.knapsack(*columns, total, **box)
     else:
         columns = tuple(generator.choice([1.0, 1.2, 4.5, 9.0], (2, len(std))))
-        function = allocation._knapsack_posterior_gain
+        function = knapsack._knapsack_posterior_gain
         result = allocation.knapsack_posterior(*columns, total, **box)
     n = np.arange(int(lower.min()), int(upper.max()) + 1, dtype=float)
     table = [function(n, *(np.full(len(n), c[p]) for c in columns)) for p in range(len(std))]

@@ -1,0 +1,58 @@
+"""What allocators are given, checked: numbers per prompt and boxes of counts. Axes: P prompts."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+def boxes(
+    num_prompts: int, total: int, minimum: ArrayLike, maximum: ArrayLike | None, *, least: int
+) -> tuple[IntArray, IntArray]:
+    """(P,) lower and upper bounds of the budgets, checked to be feasible."""
+    lower_P = bound_of("minimum", minimum, num_prompts)
+    upper_P = bound_of("maximum", total if maximum is None else maximum, num_prompts)
+    if (lower_P < least).any():
+        raise ValueError(f"minimum must be at least {least}, got {int(lower_P.min())}")
+    if total < lower_P.sum():
+        what = (
+            f"{num_prompts} prompts {int(lower_P[0])} rollouts each"
+            if (lower_P == lower_P[0]).all()
+            else f"{num_prompts} prompts their minima"
+        )
+        raise ValueError(
+            f"total={total} cannot give {what}; it must be at least {int(lower_P.sum())}"
+        )
+    if maximum is None:
+        return lower_P, np.maximum(upper_P, lower_P)
+    if (lower_P > upper_P).any():
+        p = int(np.flatnonzero(lower_P > upper_P)[0])
+        raise ValueError(
+            f"minimum={int(lower_P[p])} exceeds maximum={int(upper_P[p])} of prompt {p}"
+        )
+    if total > upper_P.sum():
+        raise ValueError(
+            f"total={total} exceeds what {num_prompts} prompts may get; "
+            f"it must be at most {int(upper_P.sum())}, the sum of their maxima"
+        )
+    return lower_P, upper_P
+
+
+def bound_of(name: str, bound: ArrayLike, num_prompts: int) -> IntArray:
+    """(P,) one integer for all prompts, or one for each; anything else is a ValueError."""
+    bound = np.asarray(bound)
+    if bound.dtype.kind not in "iu" or bound.shape not in [(), (num_prompts,)]:
+        raise ValueError(
+            f"{name} must be one integer or ({num_prompts},) integers, "
+            f"got shape {bound.shape} of {bound.dtype}"
+        )
+    return np.broadcast_to(bound, (num_prompts,)).astype(np.int64)
+
+
+def one_per_prompt(std_P: ArrayLike, *, name: str = "std_P") -> FloatArray:
+    """(P,) float64 of at least one prompt; any other shape is a ValueError."""
+    std_P = np.asarray(std_P, dtype=np.float64)
+    if std_P.ndim != 1 or len(std_P) == 0:
+        raise ValueError(f"{name} must be 1-d with at least one prompt, got shape {std_P.shape}")
+    return std_P
