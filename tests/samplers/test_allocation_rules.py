@@ -113,7 +113,9 @@ def test_the_posterior_gain_is_the_expected_gain(a, b):
         ]
         np.testing.assert_allclose(gain[:4], quadrature, rtol=1e-6)
     many = np.arange(2.0, 3000.0)
-    assert (np.diff(knapsack_rule._knapsack_posterior_gain(many, a + 0 * many, b + 0 * many)) < 0).all()
+    assert (
+        np.diff(knapsack_rule._knapsack_posterior_gain(many, a + 0 * many, b + 0 * many)) < 0
+    ).all()
 
 
 def test_with_much_evidence_the_posterior_gives_the_budgets_of_its_mean():
