@@ -64,6 +64,12 @@ def launch(
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
+def errors_of(done: subprocess.CompletedProcess) -> str:
+    """What a launch that failed wrote, without the list of modules a crash prints."""
+    lines = [line for line in done.stderr.splitlines() if "Extension modules:" not in line]
+    return "\n".join(lines)[-12000:]
+
+
 RUNS: dict[str, dict[str, Any]] = {
     # Few rows train, in micro-batches of two, so processes differ in how many they have.
     "small": {"reward": "small_digit", "per_device_train_batch_size": 2, "max_steps": 4}

@@ -7,7 +7,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 
-from tests.launched import CONFIGS, ON_CPU, ROOT, launch
+from tests.launched import CONFIGS, ON_CPU, ROOT, errors_of, launch
 
 TOPOLOGIES = {
     # file: kind, processes, machines, stage of ZeRO or version of FSDP
@@ -68,5 +68,5 @@ def test_the_cpu_topology_starts_two_processes(tmp_path):
     done = launch(
         (tmp_path, ON_CPU | {"max_steps": 1}), flags=("--config_file", str(CONFIGS / "cpu-2.yaml"))
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, errors_of(done)
     assert done.stdout.count("world size 2") == 2

@@ -13,6 +13,7 @@ from tests.launched import (
     RUNS,
     SHARDED_ON_CPU,
     assert_same,
+    errors_of,
     launch,
     on_one_process,
     weights,
@@ -51,7 +52,7 @@ def test_zero_does_what_one_process_does_and_resumes(stage, one_process, tmp_pat
     output = ""
     for runs_of in launches:
         done = launch(*runs_of, flags=under_zero(stage))
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, errors_of(done)
         output += done.stdout
     assert output.count("world size 2") == 2 * (len(runs) + 1)
     assert output.count("trained as DEEPSPEED DeepSpeedEngine") == 2 * (len(runs) + 1)

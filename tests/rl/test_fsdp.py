@@ -14,6 +14,7 @@ from tests.launched import (
     RUNS,
     SHARDED_ON_CPU,
     assert_same,
+    errors_of,
     launch,
     on_one_process,
     weights,
@@ -31,7 +32,7 @@ def test_fsdp2_does_what_one_process_does_and_resumes(tmp_path):
         (broken, small | {"resume_from_checkpoint": "true"}),
         flags=("--config_file", str(CONFIGS / "fsdp2.yaml"), "--mixed_precision", "no"),
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, errors_of(done)
     assert done.stdout.count("world size 2") == 2 * (len(runs) + 1)
     assert done.stdout.count("trained as FSDP FSDPQwen3ForCausalLM") == 2 * (len(runs) + 1)
     for name in RUNS:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.launched import ON_CPU, RUNS, assert_same, launch, on_one_process, weights
+from tests.launched import ON_CPU, RUNS, assert_same, errors_of, launch, on_one_process, weights
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def test_two_processes_do_what_one_does(tmp_path):
         runs += [(folder, small | {"fault": f"{kind}@3"})]
         runs += [(folder, small | {"resume_from_checkpoint": "true"})]
     done = launch(*runs)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, errors_of(done)
     assert done.stdout.count("world size 2") == 2 * (len(RUNS) + len(broken))
     assert done.stdout.count("trained as MULTI_CPU DistributedDataParallel") >= 2 * len(RUNS)
     for name, settings in RUNS.items():
@@ -82,7 +82,7 @@ def test_a_process_that_is_killed_ends_the_run_which_resumes(tmp_path):
     assert "world size" not in done.stdout
 
     done = launch((killed, small | {"resume_from_checkpoint": "true"}), (whole, small))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, errors_of(done)
     assert_identical(killed, whole)
 
 
@@ -90,7 +90,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_both(tmp_path):
     small, broken, whole = ON_CPU | RUNS["small"], tmp_path / "broken", tmp_path / "whole"
     resumed = small | {"resume_from_checkpoint": "true"}
     done = launch((broken, small | {"fault": "nan@3"}), (broken, resumed), (whole, small))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, errors_of(done)
     what = "FloatingPointError: the loss or a log-probability is NaN or infinite"
     assert f"stopped: {what}" in done.stdout
     assert f"stopped: RuntimeError: rank 1 failed, all stop: {what}" in done.stdout

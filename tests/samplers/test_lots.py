@@ -1,4 +1,4 @@
-"""The number in [0, 1) that a stopping rule may draw by: one per draw of a prompt, whatever else happens."""
+"""The number in [0, 1) that a stopping rule may draw by: one per draw of a prompt."""
 
 import numpy as np
 
