@@ -2,7 +2,9 @@
 
 Selectors that believe something read the run's one `BetaPosterior` and keep no copy of it. Prompts
 are taken in the order of their keys, where keys are given, so that shuffling the rows of the data
-set changes nothing. `difficulty_band.py` and `diversity.py` hold more selectors.
+set changes nothing. `difficulty_band.py` and `diversity.py` hold more selectors. MPTS (risk-predictive
+selection) is not among them: its predictor is a neural process, which NumPy cannot hold exactly to
+the page, and a Beta posterior in its place would be MoPPS.
 Axes: D prompts of the data set, K candidates, P chosen.
 """
 
