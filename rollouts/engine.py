@@ -18,7 +18,14 @@ from rollouts.adaptive_temperature import AdaptiveTemperature
 from rollouts.batch import TokenRollouts
 from rollouts.prompts import Prompt
 
-__all__ = ["Engine", "Prompt", "SamplingParams", "check_engine", "requested_rows"]
+__all__ = [
+    "Engine",
+    "Prompt",
+    "SamplingParams",
+    "check_engine",
+    "end_of_sequence_ids",
+    "requested_rows",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +113,17 @@ class Engine(Protocol):
     def load_weights(self, model: Any) -> None:
         """Generate with the weights of `model` from now on."""
         ...
+
+
+def end_of_sequence_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a completion: those of the model's generation config and the tokenizer's own."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if configured is None:
+        configured = []
+    elif isinstance(configured, int):
+        configured = [configured]
+    own = tokenizer.eos_token_id
+    return tuple(sorted({int(i) for i in configured} | ({own} if own is not None else set())))
 
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)

@@ -30,7 +30,7 @@ from transformers.cache_utils import (
 from rollouts.adaptive_temperature import entropy
 from rollouts.batch import TokenRollouts
 from rollouts.drawing import at_temperature, draw, mix64, uniform
-from rollouts.engine import SamplingParams, requested_rows
+from rollouts.engine import SamplingParams, end_of_sequence_ids, requested_rows
 from rollouts.prompts import Prompt
 
 COMPACT_BELOW = 0.875
@@ -100,14 +100,7 @@ class TransformersEngine:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a completion: those of the generation config and the tokenizer's own."""
-        config = getattr(self.model, "generation_config", None)
-        configured = getattr(config, "eos_token_id", None)
-        if configured is None:
-            configured = []
-        elif isinstance(configured, int):
-            configured = [configured]
-        own = self.tokenizer.eos_token_id
-        return tuple(sorted({int(i) for i in configured} | ({own} if own is not None else set())))
+        return end_of_sequence_ids(self.model, self.tokenizer)
 
     def generate(
         self,

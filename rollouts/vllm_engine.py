@@ -1,0 +1,333 @@
+"""An engine on vLLM, through TRL: a server of its own, or beside the trainer on the same GPU.
+
+A rollout is one request for one completion with a seed of its own, so budgets may be as uneven as they
+like; vLLM's scheduler batches them, and its prefix cache (on by default) makes the prompt's prefill
+be computed once. Starting vLLM and handing weights on are TRL's `VLLMGeneration`.
+Axes: P prompts, N rollouts, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import requests
+import torch
+from torch import Tensor
+from trl.generation import vllm_client, vllm_generation
+
+from rollouts.batch import TokenRollouts
+from rollouts.engine import SamplingParams, end_of_sequence_ids, requested_rows
+from rollouts.prompts import Prompt
+
+LAUNCH = (
+    'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
+    "--logprobs-mode processed_logprobs"
+)
+"""How a server is started whose weights and log-probabilities are the ones needed."""
+
+
+class VLLMEngine:
+    """Generates with vLLM; trains nothing itself, so `load_weights` hands weights on.
+
+    Prompt, seed, weights and `params` determine a rollout up to float error, which in vLLM depends on
+    what is batched together: `check_engine` needs tolerances for it. `logprob_NT` is what vLLM calls
+    processed log-probabilities: at the sampling temperature, and *after* top_k, top_p and min_p, which
+    renormalise. With such a filter they are not what a trainer recomputes, so filters are refused
+    unless `filtered_logprobs` says that the trainer computes its own.
+
+    Every process generates its own share. In server mode each talks to the one server and the main
+    process hands the weights on; colocated, each has a vLLM of its own on its GPU.
+
+    Args:
+        generation: TRL's `VLLMGeneration`, in either mode. `vllm_engine` makes one.
+        tokenizer: for end-of-sequence ids, and to find stop strings.
+        concurrency: requests a process has open at a server at once.
+        timeout: seconds a request to a server may take; None waits for ever.
+        filtered_logprobs: accept top_k, top_p and min_p although log-probabilities come after them.
+
+    Raises:
+        ValueError: for settings that do not fit, or a server that reports other log-probabilities.
+    """
+
+    def __init__(
+        self,
+        generation: Any,
+        tokenizer: Any,
+        *,
+        concurrency: int = 64,
+        timeout: float | None = 600.0,
+        filtered_logprobs: bool = False,
+    ) -> None:
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+        if generation.mode == "colocate" and generation.tensor_parallel_size > 1:
+            raise ValueError(
+                f"tensor_parallel_size={generation.tensor_parallel_size} needs the same prompts on "
+                "several processes, which each have their own here; serve the model in server mode "
+                "with --tensor-parallel-size instead"
+            )
+        self.tokenizer = tokenizer
+        self.filtered_logprobs = filtered_logprobs
+        self._generation = generation
+        self._concurrency = concurrency
+        self._asleep = generation.mode == "colocate" and generation.enable_sleep_mode
+        if generation.mode == "server":
+            self._client = _client_of(generation)
+            self._client.session.request = partial(self._client.session.request, timeout=timeout)
+            _require_processed(self._client)
+
+    def load_weights(self, model: Any) -> None:
+        """Hand the weights of `model` on to vLLM, and forget prefixes computed with older ones.
+
+        Every process enters: sharded weights are gathered by all, LoRA is merged on the way, and no
+        process goes on before the server has them. A vLLM that rests is woken.
+        """
+        generation = self._generation
+        generation.model = model
+        generation.sync_weights()
+        if self._asleep:
+            generation.llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        generation.accelerator.wait_for_everyone()
+
+    def rest(self) -> None:
+        """Give the GPU memory of weights and cache to the trainer, where sleep mode is on.
+
+        The weights are gone: the next use begins with `load_weights`.
+        """
+        if self._generation.mode == "colocate" and self._generation.enable_sleep_mode:
+            self._generation.llm.sleep(level=2)
+            self._asleep = True
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        budget_P: Any,
+        *,
+        seeds_N: Any,
+        params: SamplingParams,
+        version: int = 0,
+    ) -> TokenRollouts:
+        """`budget_P[p]` rollouts of prompt p; see `Engine.generate`.
+
+        Raises:
+            ValueError: if the request is malformed, or `params` ask for what vLLM does not do.
+            RuntimeError: if vLLM rests, a server does not answer or answers something else than was
+                asked; the prompt's key is named.
+            FloatingPointError: if a log-probability is missing, NaN or infinite.
+        """
+        prompt_N, seed_N = requested_rows(prompts, budget_P, seeds_N)
+        self._refuse(params)
+        if self._asleep:
+            raise RuntimeError("vLLM rests and has no weights; call load_weights before generate")
+        eos = end_of_sequence_ids(self._generation.model, self.tokenizer)
+        rows = [prompts[p] for p in prompt_N.tolist()]
+        settings = {
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "min_p": params.min_p,
+            "repetition_penalty": 1.0,
+            "max_tokens": params.max_completion_length,
+            "logprobs": 0,
+        }
+        more = {"stop": list(params.stop), "stop_token_ids": list(eos)}
+        answer = self._from_server if self._generation.mode == "server" else self._from_colocated
+        drawn = answer(rows, seed_N.tolist(), settings, more) if rows else []
+        return self._batch(prompts, prompt_N, seed_N, drawn, eos, params, version)
+
+    def _refuse(self, params: SamplingParams) -> None:
+        if params.adaptive_temperature is not None:
+            raise ValueError("adaptive_temperature needs the transformers engine, not vLLM")
+        if params.record_entropy:
+            raise ValueError(
+                "record_entropy needs the transformers engine: vLLM gives no entropies"
+            )
+        if not self.filtered_logprobs and (params.top_k or params.top_p < 1 or params.min_p):
+            raise ValueError(
+                f"vLLM's log-probabilities come after top_k={params.top_k}, top_p={params.top_p} and "
+                f"min_p={params.min_p}, so the trainer's ratio would start away from 1; turn the "
+                "filters off, or let the trainer compute its own (old_logprobs: trainer)"
+            )
+
+    def _from_server(
+        self, rows: list[Prompt], seeds: list[int], settings: dict, more: dict
+    ) -> list[tuple[list[int], list[float | None]]]:
+        """Tokens and log-probabilities of each row, asked for one by one, many at a time."""
+
+        def ask(row: int) -> tuple[list[int], list[float | None]]:
+            ids = list(rows[row].token_ids)
+            extra = more | {"seed": seeds[row]}
+            try:
+                answer = self._client.generate([ids], n=1, **settings, generation_kwargs=extra)
+            except Exception as error:
+                raise RuntimeError(
+                    f"the vLLM server at {self._client.base_url} failed on prompt {rows[row].key}: "
+                    f"{error}"
+                ) from error
+            if answer["prompt_ids"] != [ids] or len(answer["completion_ids"]) != 1:
+                raise RuntimeError(
+                    f"the vLLM server at {self._client.base_url} answered another prompt than "
+                    f"{rows[row].key}, or {len(answer['completion_ids'])} completions instead of 1"
+                )
+            return _sampled(answer, 0, rows[row])
+
+        with ThreadPoolExecutor(min(self._concurrency, len(rows))) as pool:
+            return list(pool.map(ask, range(len(rows))))
+
+    def _from_colocated(
+        self, rows: list[Prompt], seeds: list[int], settings: dict, more: dict
+    ) -> list[tuple[list[int], list[float | None]]]:
+        """The same from the vLLM of this process, in one call."""
+        from vllm import SamplingParams as RequestParams
+
+        outputs = self._generation.llm.generate(
+            [{"prompt_token_ids": list(prompt.token_ids)} for prompt in rows],
+            sampling_params=[RequestParams(n=1, seed=s, **settings, **more) for s in seeds],
+            use_tqdm=False,
+        )
+        if len(outputs) != len(rows):
+            raise RuntimeError(f"vLLM was asked for {len(rows)} rollouts and gave {len(outputs)}")
+        logprobs, ids = vllm_generation.extract_logprobs(outputs)
+        answer = {
+            "completion_ids": [list(output.outputs[0].token_ids) for output in outputs],
+            "logprobs": logprobs,
+            "logprob_token_ids": ids,
+        }
+        return [_sampled(answer, row, prompt) for row, prompt in enumerate(rows)]
+
+    def _batch(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_N: Tensor,
+        seed_N: Tensor,
+        drawn: list[tuple[list[int], list[float | None]]],
+        eos: tuple[int, ...],
+        params: SamplingParams,
+        version: int,
+    ) -> TokenRollouts:
+        limit = params.max_completion_length
+        length_N = torch.tensor([len(ids) for ids, _ in drawn], dtype=torch.int64)
+        longest = int(length_N.max()) if drawn else 0
+        pad = self.tokenizer.pad_token_id
+        token_NT = torch.full((len(drawn), longest), 0 if pad is None else pad, dtype=torch.int64)
+        logprob_NT = torch.zeros(token_NT.shape)
+        truncated_N = torch.zeros(len(drawn), dtype=torch.bool)
+        for row, (ids, logprobs) in enumerate(drawn):
+            key = prompts[int(prompt_N[row])].key
+            if not 1 <= len(ids) <= limit:
+                raise RuntimeError(
+                    f"vLLM gave prompt {key} a completion of {len(ids)} tokens, asked for 1 to {limit}"
+                )
+            token_NT[row, : len(ids)] = torch.tensor(ids)
+            values = torch.tensor([float("nan") if x is None else x for x in logprobs])
+            if not values.isfinite().all():
+                raise FloatingPointError(
+                    f"vLLM gave prompt {key} a log-probability that is missing, NaN or infinite"
+                )
+            logprob_NT[row, : len(ids)] = values
+            ended = ids[-1] in eos or any(s in self.tokenizer.decode(ids) for s in params.stop)
+            truncated_N[row] = len(ids) == limit and not ended
+        return TokenRollouts(
+            prompt_N=prompt_N,
+            mask_NT=torch.arange(longest) < length_N[:, None],
+            logprob_NT=logprob_NT,
+            version=version,
+            token_NT=token_NT,
+            truncated_N=truncated_N,
+            seed_N=seed_N,
+            prompt_ids=tuple(tuple(prompt.token_ids) for prompt in prompts),
+        )
+
+
+def vllm_engine(
+    model: Any,
+    tokenizer: Any,
+    accelerator: Any,
+    *,
+    mode: str,
+    base_url: str = "http://localhost:8000",
+    server_timeout: float = 240.0,
+    gpu_memory_utilization: float = 0.3,
+    max_model_length: int | None = None,
+    enable_sleep_mode: bool = False,
+    filtered_logprobs: bool = False,
+) -> VLLMEngine:
+    """A `VLLMEngine` on a vLLM that TRL starts ("colocate") or connects to ("server").
+
+    Args:
+        model: the model being trained; colocated, vLLM loads its folder or hub id first.
+        tokenizer: its tokenizer.
+        accelerator: of the processes.
+        mode: "server" or "colocate".
+        base_url: of the server.
+        server_timeout: seconds to wait for the server to come up.
+        gpu_memory_utilization: share of the GPU that a colocated vLLM takes.
+        max_model_length: positions of a colocated vLLM. Default: the model's.
+        enable_sleep_mode: a colocated vLLM gives its memory back while the trainer updates.
+        filtered_logprobs: see `VLLMEngine`.
+
+    Raises:
+        ImportError: if vLLM is not installed.
+        ConnectionError: if no server answers in time.
+    """
+    if mode not in ("server", "colocate"):
+        raise ValueError(f"vllm_mode must be 'server' or 'colocate', got {mode!r}")
+    if not vllm_generation.is_vllm_available():
+        raise ImportError(
+            "engine: vllm needs the package vllm, which is not installed: pip install 'apportion[vllm]'"
+        )
+    try:
+        generation = vllm_generation.VLLMGeneration(
+            model,
+            accelerator,
+            tokenizer,
+            mode=mode,
+            server_base_url=base_url,
+            server_timeout=server_timeout,
+            gpu_memory_utilization=gpu_memory_utilization,
+            max_model_length=max_model_length,
+            enable_sleep_mode=enable_sleep_mode,
+        )
+    except requests.ConnectionError as error:
+        raise ConnectionError(
+            f"no vLLM server answers at {base_url} within {server_timeout} s; start one with\n"
+            f"    {LAUNCH}"
+        ) from error
+    return VLLMEngine(generation, tokenizer, filtered_logprobs=filtered_logprobs)
+
+
+def _client_of(generation: Any) -> Any:
+    """The client of this process: the one that hands weights on, or one for requests alone."""
+    if generation.accelerator.is_main_process:
+        return generation.vllm_client
+    return vllm_client.VLLMClient(
+        base_url=generation.server_base_url, connection_timeout=generation.server_timeout
+    )
+
+
+def _require_processed(client: Any) -> None:
+    """Raise if the server's log-probabilities are not at the sampling temperature."""
+    mode = client.get_server_info().get("model_config", {}).get("logprobs_mode")
+    if mode is not None and mode != "processed_logprobs":
+        raise ValueError(
+            f"the vLLM server at {client.base_url} reports {mode}, which are not those that tokens "
+            f"are drawn by; start it with --logprobs-mode processed_logprobs:\n    {LAUNCH}"
+        )
+
+
+def _sampled(answer: dict, row: int, prompt: Prompt) -> tuple[list[int], list[float | None]]:
+    """Tokens of a row and the log-probability of each, from those listed at its position."""
+    ids = answer["completion_ids"][row]
+    if answer["logprobs"] is None:
+        raise FloatingPointError(f"vLLM gave prompt {prompt.key} no log-probabilities")
+    listed = zip(answer["logprob_token_ids"][row], answer["logprobs"][row], strict=True)
+    tables = [dict(zip(tokens, values, strict=True)) for tokens, values in listed]
+    if len(tables) != len(ids):
+        raise RuntimeError(
+            f"vLLM gave prompt {prompt.key} {len(ids)} tokens and {len(tables)} log-probabilities"
+        )
+    return list(ids), [table.get(token) for token, table in zip(ids, tables, strict=True)]

@@ -1,0 +1,299 @@
+"""VLLMEngine against a server that speaks vLLM's protocol, and against a colocated stand-in."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from trl.generation import vllm_generation
+
+from rl.logprobs import completion_logprobs
+from rollouts.adaptive_temperature import AdaptiveTemperature
+from rollouts.engine import SamplingParams, check_engine
+from rollouts.transformers_engine import TransformersEngine
+from rollouts.vllm_engine import VLLMEngine, vllm_engine
+from tests.tiny_lm import EOS, PAD, tiny_model, tiny_prompts, tiny_tokenizer
+from tests.vllm_stand_in import LLM, serving
+
+PARAMS = SamplingParams(max_completion_length=6)
+PROMPTS = tiny_prompts(3, 5, 4)
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def served(model, tmp_path, monkeypatch):
+    with serving(model, tiny_tokenizer(), tmp_path, monkeypatch) as server:
+        yield server
+
+
+def on_server(server, model, **settings):
+    made = vllm_engine(
+        model,
+        tiny_tokenizer(),
+        Accelerator(cpu=True),
+        mode="server",
+        base_url=server.url,
+        **settings,
+    )
+    server.asked.clear()
+    return made
+
+
+def colocated(model, monkeypatch, *, sleep=False):
+    """An engine whose LLM is a stand-in; TRL's own synchronization and sleeping."""
+    vllm = ModuleType("vllm")
+    vllm.SamplingParams = SimpleNamespace
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    generation = object.__new__(vllm_generation.VLLMGeneration)
+    vars(generation).update(
+        model=model,
+        mode="colocate",
+        accelerator=Accelerator(cpu=True),
+        _dist=SimpleNamespace(is_fsdp=False, gather_params=lambda _: torch.no_grad()),
+        tensor_parallel_size=1,
+        enable_sleep_mode=sleep,
+        llm=LLM(model, tiny_tokenizer()),
+    )
+    if sleep:  # as TRL leaves it
+        generation.llm.sleep(level=2)
+    return VLLMEngine(generation, tiny_tokenizer()), generation.llm
+
+
+def test_it_keeps_the_contract_of_engines(served, model):
+    check_engine(on_server(served, model), PROMPTS, PARAMS)
+
+
+def test_colocated_it_keeps_the_contract_of_engines(model, monkeypatch):
+    check_engine(colocated(model, monkeypatch)[0], PROMPTS, PARAMS)
+
+
+def test_every_rollout_is_a_request_with_its_seed(served, model):
+    rollouts = on_server(served, model).generate(
+        PROMPTS, [2, 0, 1], seeds_N=[7, 2**62, 9], params=PARAMS, version=4
+    )
+    bodies = [body for path, body in served.asked if path == "/v1/completions"]
+    assert sorted(body["seed"] for body in bodies) == [7, 9, 2**62]
+    by_seed = {body["seed"]: body for body in bodies}
+    assert by_seed[7]["prompt"] == by_seed[2**62]["prompt"] == [list(PROMPTS[0].token_ids)]
+    assert by_seed[9]["prompt"] == [list(PROMPTS[2].token_ids)]
+    for body in bodies:
+        assert body["n"] == 1 and body["logprobs"] == 0 and body["max_tokens"] == 6
+        assert body["stop_token_ids"] == [EOS]
+    assert rollouts.prompt_N.tolist() == [0, 0, 2] and rollouts.version == 4
+    assert served.paths().count("/v1/completions") == len(served.asked)  # no weights were sent
+
+
+def test_rollouts_are_those_of_the_model_and_logprobs_those_of_the_trainer(served, model):
+    engine = on_server(served, model)
+    params = SamplingParams(max_completion_length=6, temperature=0.7)
+    asked = {"seeds_N": [1, 2, 3, 4, 5, 6], "params": params}
+    ours = engine.generate(PROMPTS, [3, 1, 2], **asked)
+    theirs = TransformersEngine(model, tiny_tokenizer()).generate(PROMPTS, [3, 1, 2], **asked)
+    assert torch.equal(ours.mask_NT, theirs.mask_NT)
+    assert torch.equal(ours.token_NT[ours.mask_NT], theirs.token_NT[theirs.mask_NT])
+    assert torch.equal(ours.truncated_N, theirs.truncated_N)
+    assert ours.truncated_N.any() and not ours.truncated_N.all()
+    again = completion_logprobs(model, ours, temperature=0.7, pad_id=PAD)
+    torch.testing.assert_close(again, ours.logprob_NT, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stop", ["a", "e"])
+def test_a_stop_string_at_the_limit_is_no_truncation(served, model, stop):
+    params = SamplingParams(max_completion_length=3, stop=(stop,))
+    asked = {"seeds_N": range(40), "params": params}
+    ours = on_server(served, model).generate(PROMPTS[:1], [40], **asked)
+    theirs = TransformersEngine(model, tiny_tokenizer()).generate(PROMPTS[:1], [40], **asked)
+    full_N = ours.length_N == 3
+    assert torch.equal(ours.truncated_N, theirs.truncated_N)
+    assert (full_N & ~ours.truncated_N).any() and ours.truncated_N.any()
+
+
+def changed(model):
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)))
+
+
+def logprobs(engine, model):
+    """Recorded, and those of `model`: of the same rollouts."""
+    rollouts = engine.generate(PROMPTS, [2, 2, 2], seeds_N=range(6), params=PARAMS)
+    with torch.no_grad():
+        return rollouts.logprob_NT, completion_logprobs(
+            model, rollouts, temperature=1.0, pad_id=PAD
+        )
+
+
+def test_weights_are_handed_on_when_they_are_loaded(served, model):
+    engine = on_server(served, model)
+    changed(model)
+    stale, fresh = logprobs(engine, model)
+    assert (stale - fresh).abs().max() > 0.1
+    engine.load_weights(model)
+    sent = [path for path in served.paths() if path != "/v1/completions"]
+    assert sent == [
+        "/start_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+        "/reset_prefix_cache",
+    ]
+    recorded, fresh = logprobs(engine, model)
+    torch.testing.assert_close(recorded, fresh, rtol=0, atol=1e-4)
+
+
+def test_another_model_may_be_loaded(served, model):
+    engine, other = on_server(served, model), tiny_model(seed=1)
+    engine.load_weights(other)
+    recorded, fresh = logprobs(engine, other)
+    torch.testing.assert_close(recorded, fresh, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_is_merged_on_the_way_and_stays_an_adapter(served, model):
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    engine = on_server(served, adapted)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.add_(0.5)
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    engine.load_weights(adapted)
+    recorded, fresh = logprobs(engine, adapted)
+    torch.testing.assert_close(recorded, fresh, rtol=0, atol=1e-4)
+    for name, value in adapted.state_dict().items():
+        torch.testing.assert_close(value, before[name])
+
+
+def test_colocated_it_sleeps_between_uses_and_wakes_with_new_weights(model, monkeypatch):
+    engine, llm = colocated(model, monkeypatch, sleep=True)
+    with pytest.raises(RuntimeError, match="call load_weights before generate"):
+        engine.generate(PROMPTS, [1, 1, 1], seeds_N=range(3), params=PARAMS)
+    changed(model)
+    engine.load_weights(model)
+    recorded, fresh = logprobs(engine, model)
+    torch.testing.assert_close(recorded, fresh, rtol=0, atol=1e-4)
+    engine.rest()
+    assert llm.calls == ["sleep", "wake weights", "reset_prefix_cache", "wake kv_cache", "sleep"]
+    with pytest.raises(RuntimeError, match="rests"):
+        logprobs(engine, model)
+    engine.load_weights(model)
+    recorded, fresh = logprobs(engine, model)
+    torch.testing.assert_close(recorded, fresh, rtol=0, atol=1e-4)
+
+
+def test_without_sleep_mode_rest_does_nothing(model, monkeypatch):
+    engine, llm = colocated(model, monkeypatch)
+    engine.rest()
+    assert llm.calls == []
+    engine.generate(PROMPTS, [1, 1, 1], seeds_N=range(3), params=PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda c: c | {"token_ids": c["token_ids"][:-1]}, RuntimeError, "tokens and"),
+        (lambda c: c | {"prompt_token_ids": [1]}, RuntimeError, "another prompt than prompt-0"),
+        (lambda c: c | {"logprobs": None}, FloatingPointError, "prompt-0 no log-probabilities"),
+        (
+            lambda c: c | {"token_ids": [3] * 9, "logprobs": listed([3] * 9)},
+            RuntimeError,
+            "a completion of 9 tokens, asked for 1 to 6",
+        ),
+        (lambda c: c | {"token_ids": [], "logprobs": listed([])}, RuntimeError, "of 0 tokens"),
+        (
+            lambda c: c | {"token_ids": [3], "logprobs": listed([3], float("nan"))},
+            FloatingPointError,
+            "missing, NaN or infinite",
+        ),
+        (
+            lambda c: c | {"token_ids": [3], "logprobs": listed([4])},
+            FloatingPointError,
+            "missing, NaN or infinite",
+        ),
+    ],
+)
+def test_an_answer_that_cannot_be_is_refused(served, model, spoil, error, message):
+    engine = on_server(served, model)
+    served.spoil = spoil
+    with pytest.raises(error, match=message):
+        engine.generate(PROMPTS[:1], [1], seeds_N=[0], params=PARAMS)
+
+
+def listed(tokens, value=-1.0):
+    names = [f"token_id:{token}" for token in tokens]
+    values = [value] * len(names)
+    tops = [{name: value} for name in names]
+    return {"tokens": names, "token_logprobs": values, "top_logprobs": tops}
+
+
+def test_an_error_of_the_server_is_told_with_the_prompt(served, model):
+    engine = on_server(served, model)
+    with pytest.raises(
+        RuntimeError, match=r"failed on prompt prompt-0: Request failed: 400, .*130"
+    ):
+        engine.generate(
+            PROMPTS[:1],
+            [1],
+            seeds_N=[0],
+            params=SamplingParams(max_completion_length=130),
+        )
+
+
+def test_what_vllm_does_not_do_is_refused(served, model):
+    engine = on_server(served, model)
+
+    def ask(**settings):
+        params = SamplingParams(max_completion_length=2, **settings)
+        return engine.generate(PROMPTS[:1], [1], seeds_N=[0], params=params)
+
+    with pytest.raises(ValueError, match="adaptive_temperature needs the transformers engine"):
+        ask(
+            adaptive_temperature=AdaptiveTemperature(
+                tau=0.1, log_quantile=0.0, above=1.0, below=1.0
+            )
+        )
+    with pytest.raises(ValueError, match="record_entropy needs the transformers engine"):
+        ask(record_entropy=True)
+    for setting in ({"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}):
+        with pytest.raises(ValueError, match="come after .*old_logprobs: trainer"):
+            ask(**setting)
+    assert served.asked == []
+    engine.filtered_logprobs = True
+    assert len(ask(top_k=3)) == 1
+
+
+def test_settings_that_cannot_be_are_refused(served, model, monkeypatch):
+    with pytest.raises(ValueError, match="vllm_mode must be 'server' or 'colocate', got 'near'"):
+        vllm_engine(model, tiny_tokenizer(), None, mode="near")
+    engine = on_server(served, model)
+    with pytest.raises(ValueError, match="concurrency must be at least 1, got 0"):
+        VLLMEngine(engine._generation, tiny_tokenizer(), concurrency=0)
+    split = SimpleNamespace(mode="colocate", tensor_parallel_size=2)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 needs .* --tensor-parallel-size"):
+        VLLMEngine(split, tiny_tokenizer())
+    served.logprobs_mode = "raw_logprobs"
+    with pytest.raises(ValueError, match="reports raw_logprobs.*\n.*vllm serve"):
+        on_server(served, model)
+
+
+def test_a_server_that_is_not_there_is_told_with_how_to_start_it(model, served):
+    with pytest.raises(
+        ConnectionError, match=r"127.0.0.1:9 within 0 s; start one with\n.*vllm serve"
+    ):
+        vllm_engine(
+            model,
+            tiny_tokenizer(),
+            Accelerator(cpu=True),
+            mode="server",
+            base_url="http://127.0.0.1:9",
+            server_timeout=0,
+        )
+
+
+def test_without_vllm_it_says_what_to_install(model):
+    with pytest.raises(ImportError, match=r"pip install 'apportion\[vllm\]'"):
+        vllm_engine(model, tiny_tokenizer(), Accelerator(cpu=True), mode="colocate")
