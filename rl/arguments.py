@@ -264,6 +264,23 @@ class RolloutConfig(TrainingArguments):
     )
     hapo_quantile: float = _setting(0.8, "HAPO: quantile of log entropies where nothing changes.")
     generation_batch_size: int = _setting(256, "Most rows decoded together on one process.")
+    engine: str = _setting(
+        "transformers", "transformers (the model that trains generates) or vllm (needs a GPU)."
+    )
+    vllm_mode: str = _setting(
+        "colocate", "colocate (a vLLM beside each process, on its GPU) or server (one apart)."
+    )
+    vllm_server_base_url: str = _setting("http://localhost:8000", "Address of the vLLM server.")
+    vllm_server_timeout: float = _setting(240.0, "Seconds to wait for the server to come up.")
+    vllm_gpu_memory_utilization: float = _setting(
+        0.3, "Share of the GPU's memory that a colocated vLLM takes."
+    )
+    vllm_max_model_length: int | None = _setting(
+        None, "Prompt and completion of a colocated vLLM, in tokens. Default: the model's."
+    )
+    vllm_enable_sleep_mode: bool = _setting(
+        False, "A colocated vLLM gives its memory back while the trainer updates."
+    )
 
     # -- reward
     reward_weights: list[float] | None = _setting(

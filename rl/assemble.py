@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -120,13 +120,20 @@ def make_line(
 ) -> Line:
     """The line of `config` over these prompts; `config` names its methods, the rest is given.
 
-    Without an engine, the `TransformersEngine` on the training model.
+    Without an engine, the one `config` names: `TransformersEngine` on the training model, or vLLM,
+    which gathers sharded weights itself and one by one.
 
     Raises:
         RewardError: if a reward function needs a column the prompts do not have.
     """
     check_columns(rewards, prompts)
-    if engine is None:
+    generating = policy
+    if engine is None and config.engine == "vllm":
+        engine, generating = (
+            _vllm(config, model, tokenizer, accelerator),
+            partial(nullcontext, model),
+        )
+    elif engine is None:
         rows = config.generation_batch_size
         engine = TransformersEngine(model, tokenizer, max_batch_rows=rows)
     return Line(
@@ -134,6 +141,7 @@ def make_line(
         planner=planner,
         engine=engine,
         policy=policy,
+        generating=generating,
         sampling=SamplingParams(
             max_completion_length=config.max_completion_length,
             temperature=config.temperature,
@@ -171,6 +179,23 @@ def make_line(
         memory=Memory(),
         ranks=Ranks(accelerator),
         config=config,
+    )
+
+
+def _vllm(config: RolloutConfig, model: Any, tokenizer: Any, accelerator: Accelerator) -> Engine:
+    from rollouts.vllm_engine import vllm_engine
+
+    return vllm_engine(
+        model,
+        tokenizer,
+        accelerator,
+        mode=config.vllm_mode,
+        base_url=config.vllm_server_base_url,
+        server_timeout=config.vllm_server_timeout,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        max_model_length=config.vllm_max_model_length,
+        enable_sleep_mode=config.vllm_enable_sleep_mode,
+        filtered_logprobs=config.old_logprobs == "trainer",
     )
 
 

@@ -70,5 +70,6 @@ def evaluate(
             "mean_length": float(rollouts.length_N.double().mean()),
             "rollouts": float(len(rollouts) + len(prompts)),
         }
+    line.rest()
     training.seconds("validation", time.perf_counter() - started)
     return metrics

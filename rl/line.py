@@ -27,6 +27,7 @@ class Memory:
     """What one step leaves for the next, besides what planner and buffer know."""
 
     pivot: EntropyPivot | None = None  # of the last step's entropies, for the temperature
+    loaded_version: int | None = None  # of the weights the engine has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,8 @@ class Line:
     prompts: list[Prompt]  # one per data-set row
     planner: Planner
     engine: Engine
-    policy: Callable[[], AbstractContextManager[PreTrainedModel]]  # the weights to generate with
+    policy: Callable[[], AbstractContextManager[PreTrainedModel]]  # whole, as it trains
+    generating: Callable[[], AbstractContextManager[PreTrainedModel]]  # as the engine wants it
     sampling: SamplingParams
     tokenizer: PreTrainedTokenizerBase
     reward: Callable[..., RewardResult]  # (prompts, texts, token ids, *, max_failed_share)
@@ -85,8 +87,21 @@ class Line:
         if self.buffer is not None:
             self.buffer.load_state_dict(state["buffer"])
         self.ranks.lengths.load_state_dict(state["lengths"])
+        self.memory.loaded_version = None
         pivot = state["pivot"]
         self.memory.pivot = None if pivot is None else EntropyPivot.from_state(pivot)
+
+    def load_weights(self, policy: PreTrainedModel, *, version: int) -> None:
+        """Give the engine the weights of `version`, unless it has them. Every rank calls this."""
+        if self.memory.loaded_version != version:
+            self.engine.load_weights(policy)
+            self.memory.loaded_version = version
+
+    def rest(self) -> None:
+        """Generation is over until weights have changed: an engine that can give memory back does."""
+        if hasattr(self.engine, "rest"):
+            self.engine.rest()
+        self.memory.loaded_version = None
 
     def params(self) -> SamplingParams:
         """How this step's tokens are drawn: around the pivot of the last step, if at all."""

@@ -77,12 +77,12 @@ def _generate_and_score(
     line: Line, request: Request, rows: np.ndarray, params: SamplingParams, version: int
 ) -> tuple | None:
     if not len(rows):
-        with line.policy() as policy:  # gathering sharded weights takes every rank
-            line.engine.load_weights(policy)  # and so may handing them on
+        with line.generating() as policy:  # gathering sharded weights takes every rank
+            line.load_weights(policy, version=version)  # and so may handing them on
             return None
     position_Q, budget_Q = np.unique(request.prompt_N[rows], return_counts=True)
-    with line.ledger.phase("rollout"), line.policy() as policy:
-        line.engine.load_weights(policy)
+    with line.ledger.phase("rollout"), line.generating() as policy:
+        line.load_weights(policy, version=version)
         rollouts = line.engine.generate(
             [request.prompts[p] for p in position_Q],
             budget_Q,

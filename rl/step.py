@@ -31,6 +31,7 @@ def collect(line: Line, *, version: int) -> Batch:
     else:
         waves = [roll_out_wave(line, version=version)]
         groups = groups_of(line, waves[0])
+    line.rest()
     return weigh(line, groups, waves, progress=line.progress(version))
 
 

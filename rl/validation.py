@@ -59,6 +59,30 @@ def _at_least(config: RolloutConfig, least: float, *names: str) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def _engine(config: RolloutConfig) -> None:
+    choice("engine", config.engine, ("transformers", "vllm"))
+    choice("vllm_mode", config.vllm_mode, ("colocate", "server"))
+    if not 0 < config.vllm_gpu_memory_utilization <= 1:
+        raise ValueError(
+            f"vllm_gpu_memory_utilization must be above 0 and at most 1, "
+            f"got {config.vllm_gpu_memory_utilization}"
+        )
+    _at_least(config, 0, "vllm_server_timeout")
+    _at_least(config, 2, "vllm_max_model_length")
+    if config.engine != "vllm":
+        return
+    if config.adaptive_temperature_tau:
+        raise ValueError(
+            f"adaptive_temperature_tau={config.adaptive_temperature_tau} needs engine: transformers"
+        )
+    filters = {"top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
+    if filters != {"top_k": 0, "top_p": 1, "min_p": 0} and config.old_logprobs != "trainer":
+        raise ValueError(
+            f"vLLM's log-probabilities come after {filters}: turn these off, or write "
+            "old_logprobs: trainer"
+        )
+
+
 def validate(config: RolloutConfig) -> None:
     """Raise ValueError for the first setting that is out of range or does not fit another."""
     choice("allocator", config.allocator, ALLOCATORS)
@@ -73,6 +97,7 @@ def validate(config: RolloutConfig) -> None:
     choice("overlong_prompts", config.overlong_prompts, ("error", "truncate", "drop"))
     choice("old_logprobs", config.old_logprobs, ("engine", "trainer"))
     choice("importance_correction", config.importance_correction, IMPORTANCE_CORRECTIONS)
+    _engine(config)
     kl_loss(config.kl)
     if not config.adaptive_temperature_tau < 1:
         raise ValueError(

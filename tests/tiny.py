@@ -119,7 +119,7 @@ def trainer(
     others = {
         name: settings.pop(name)
         for name in ("eval_dataset", "peft_config", "planner", "callbacks", "engine")
-        if name in settings
+        if name in settings and not isinstance(settings[name], str)  # `engine` may be a name
     }
     policy = settings.pop("model", None) or model()
     return RolloutTrainer(
