@@ -129,10 +129,8 @@ def make_line(
     check_columns(rewards, prompts)
     generating = policy
     if engine is None and config.engine == "vllm":
-        engine, generating = (
-            _vllm(config, model, tokenizer, accelerator),
-            partial(nullcontext, model),
-        )
+        engine = _vllm(config, model, tokenizer, accelerator)
+        generating = lambda: nullcontext(model)  # noqa: E731
     elif engine is None:
         rows = config.generation_batch_size
         engine = TransformersEngine(model, tokenizer, max_batch_rows=rows)

@@ -280,6 +280,20 @@ def test_settings_that_cannot_be_are_refused(served, model, monkeypatch):
         on_server(served, model)
 
 
+def test_other_processes_have_clients_for_requests_alone(served, model):
+    main = on_server(served, model)._generation
+    other = SimpleNamespace(
+        mode="server",
+        accelerator=SimpleNamespace(is_main_process=False),
+        server_base_url=served.url,
+        server_timeout=0,
+        model=model,
+    )
+    engine = VLLMEngine(other, tiny_tokenizer())
+    assert engine._client is not main.vllm_client and engine._client.communicator is None
+    assert len(engine.generate(PROMPTS, [1, 0, 2], seeds_N=[1, 2, 3], params=PARAMS)) == 3
+
+
 def test_a_server_that_is_not_there_is_told_with_how_to_start_it(model, served):
     with pytest.raises(
         ConnectionError, match=r"127.0.0.1:9 within 0 s; start one with\n.*vllm serve"

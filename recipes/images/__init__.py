@@ -1,0 +1,1 @@
+"""The embedded image task: a tiny conditional diffusion model of handwritten digits."""
