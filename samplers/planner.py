@@ -63,6 +63,8 @@ class Planner:
         run_seed: of selection and rollouts.
         success_above: a reward above it is a success; None takes rewards in [0, 1] as (fractional)
             successes and refuses others.
+        evidence: what a rollout counts as in the posterior, above 0 and at most 1: siblings that share
+            the beginning of a denoising chain tell less than as many independent rollouts.
 
     Raises:
         ValueError: if settings contradict each other or the data set.
@@ -87,6 +89,7 @@ class Planner:
         wave: int | None = None,
         run_seed: int = 0,
         success_above: float | None = None,
+        evidence: float = 1.0,
     ) -> None:
         check_keys(keys, posterior.num_prompts)
         if not 1 <= prompts_per_step <= len(keys):
@@ -104,6 +107,8 @@ class Planner:
             )
         if stopping is not None and pilot:
             raise ValueError(f"a stopping rule has waves of its own; pilot must be 0, got {pilot}")
+        if not 0 < evidence <= 1:
+            raise ValueError(f"evidence must be above 0 and at most 1, got {evidence}")
         self.posterior = posterior
         self.selector = selector
         self.keys = tuple(keys)
@@ -122,6 +127,7 @@ class Planner:
         self._maximum = maximum
         self._run_seed = run_seed
         self._success_above = success_above
+        self._evidence = evidence
         # A budget that cannot be spent, or a scale that cannot be computed, is told now and not
         # after the first rollouts.
         if scale is None and estimate == "pilot":
@@ -204,7 +210,8 @@ class Planner:
         trials_P, successes_P = self._last.take_in(proposal.budget_P, reward_N, success_N, prompt_N)
         scored_K = np.flatnonzero(trials_P)
         learn = self.posterior.observe if proposal.round == 0 else self.posterior.add
-        learn(proposal.index_P[scored_K], successes_P[scored_K], trials_P[scored_K])
+        counts = successes_P[scored_K] * self._evidence, trials_P[scored_K] * self._evidence
+        learn(proposal.index_P[scored_K], *counts)
         self._in_flight = None
         ends = proposal.is_last or self._all_stopped(self._last)
         self._step += int(ends)
