@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
@@ -46,6 +45,11 @@ PROMPTS = tuple(f"the digit {digit}" for digit in range(10))
 
 SIZE_ARGUMENT = 64
 """`height` and `width` of the pipeline call: it divides by 8 where there is no VAE to ask."""
+
+ABSENT = dict.fromkeys(
+    ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
+)
+"""Components of the pipeline that digits do not have; diffusers wants to hear so at loading too."""
 
 CLASSIFIER_IMAGES = 1300
 """Images the classifier is fitted to; the other 497 measure it."""
@@ -89,8 +93,9 @@ def encode(prompts: Sequence[Prompt | str]) -> dict[str, Tensor]:
     """
     texts = [prompt.prompt if isinstance(prompt, Prompt) else prompt for prompt in prompts]
     rows = [1 + digit_of(str(text)) for text in texts]
-    embedding = torch.tensor(scipy.linalg.hadamard(16), dtype=torch.float32)
-    return {"prompt_embeds": embedding[torch.tensor(rows, dtype=torch.int64)][:, None, :]}
+    order_2 = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    hadamard = functools.reduce(torch.kron, [order_2] * 4)
+    return {"prompt_embeds": hadamard[torch.tensor(rows, dtype=torch.int64)][:, None, :]}
 
 
 def digit_of(prompt: str) -> int:
@@ -163,14 +168,7 @@ def build_scheduler() -> DDIMScheduler:
 def build_pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     """diffusers' pipeline around the denoiser, without VAE, text encoder and tokenizer."""
     pipeline = StableDiffusionPipeline(
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        unet=unet,
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        unet=unet, scheduler=build_scheduler(), requires_safety_checker=False, **ABSENT
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -179,7 +177,7 @@ def build_pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
 def load(folder: str | Path) -> StableDiffusionPipeline:
     """The pipeline that `pretrain` put into a folder, in float32, on the CPU."""
     pipeline = StableDiffusionPipeline.from_pretrained(
-        Path(folder), use_safetensors=True, local_files_only=True
+        Path(folder), **ABSENT, use_safetensors=True, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -293,9 +291,7 @@ def _check(settings: Digits) -> None:
     if not settings.learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {settings.learning_rate}")
     if not 0 <= settings.replaced_captions <= 1:
-        raise ValueError(
-            f"replaced_captions must lie in [0, 1], got {settings.replaced_captions}"
-        )
+        raise ValueError(f"replaced_captions must lie in [0, 1], got {settings.replaced_captions}")
 
 
 def _difference(folder: Path, wanted: dict[str, Any]) -> str:
@@ -355,35 +351,31 @@ def _read(image_NHWC: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, n
     wanted_N = np.array([digit_of(prompt) for prompt in prompts], dtype=np.int64)
     if not len(wanted_N):
         return wanted_N, np.zeros((0, 10))
-    features = image_NHWC.reshape(len(image_NHWC), 64) / 255
+    features = image_NHWC.reshape(len(image_NHWC), 64) / 127.5 - 1
     return wanted_N, np.asarray(classifier().predict_proba(features), dtype=np.float64)
 
 
 @functools.cache
 def classifier() -> Any:
-    """Logistic regression on pixels in [0, 1], fitted to 1300 of the images.
+    """Logistic regression on pixels in [-1, 1], fitted to the first 1300 images.
 
-    Which 1300 is fixed (every image whose place in a shuffle with seed 0 is below it), because the
-    data set is ordered by writer. Fitted once in a process.
+    The data set is in the order of its writers, so the images left out are mostly by others: a
+    shuffled split measures .978 where this one measures .930. Fitted once in a process.
     """
-    features, digits, order = _pixels()
-    chosen = order[:CLASSIFIER_IMAGES]
-    return _library("linear_model").LogisticRegression(max_iter=1000).fit(
-        features[chosen], digits[chosen]
-    )
+    features, digits = _pixels()
+    fit = _library("linear_model").LogisticRegression(max_iter=1000).fit
+    return fit(features[:CLASSIFIER_IMAGES], digits[:CLASSIFIER_IMAGES])
 
 
 def classifier_accuracy() -> float:
     """Share of the 497 images left out of the fit that the classifier reads correctly."""
-    features, digits, order = _pixels()
-    rest = order[CLASSIFIER_IMAGES:]
-    return float(classifier().score(features[rest], digits[rest]))
+    features, digits = _pixels()
+    return float(classifier().score(features[CLASSIFIER_IMAGES:], digits[CLASSIFIER_IMAGES:]))
 
 
-def _pixels() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pixels() -> tuple[np.ndarray, np.ndarray]:
     data = _library("datasets").load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))
-    return data.data / 16, data.target, order
+    return data.data / 8 - 1, data.target
 
 
 def _library(name: str) -> Any:
