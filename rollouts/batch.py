@@ -1,6 +1,7 @@
 """Batches of rollouts.
 
-Axes: N rollouts, K rows kept, T decision steps (tokens, or denoising steps).
+Axes: N rollouts, K rows kept, T decision steps (tokens, or denoising steps), S = T + 1 states of a
+denoising chain, M distinct states of a tree, P prompts.
 
 A batch is immutable: later stages add a column with `dataclasses.replace`. Engines put every
 tensor on the CPU; only micro-batches travel to the accelerator.
@@ -8,13 +9,15 @@ tensor on the CPU; only micro-batches travel to the accelerator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from rollouts.step_plan import StepPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +54,9 @@ class Rollouts:
     """(N,) float64; None until scored."""
     advantage_N: Tensor | None = None
     """(N,) float; None until compared with its peers."""
+    advantage_NT: Tensor | None = None
+    """(N, T) float: credit of each decision, where it differs along a rollout (trees of denoising
+    steps); None: `advantage_N` counts at every decision."""
     stratum_N: Tensor | None = None
     """(N,) int64: peers within the prompt, such as the number of tool calls; None: all are."""
     weight_NT: Tensor | None = None
@@ -80,7 +86,8 @@ class Rollouts:
                 continue
             # The name of a column ends in its axes.
             axes = field.name.rsplit("_", 1)[1]
-            expected = (num_rollouts, num_steps) if axes == "NT" else (num_rollouts,)
+            further = {"NT": (num_steps,), "NS": (num_steps + 1,)}.get(axes, ())
+            expected = (num_rollouts, *further)
             if tuple(value.shape) != expected:
                 raise ValueError(
                     f"{field.name} has shape {tuple(value.shape)}, expected {expected} "
@@ -164,6 +171,115 @@ class TokenRollouts(Rollouts):
             )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StateTree:
+    """The latents of a batch of denoising chains, each distinct one once.
+
+    A state is a latent before edge 0 .. T-1, or at T a finished sample. Rollouts that branched late
+    share their earlier states. Batches made by `take` share the tree.
+
+    Raises:
+        ValueError: if a column has another length or type than stated, or a parent does not stand one
+            step before its child.
+    """
+
+    latent_M: Tensor
+    """(M, ...) in the type the pipeline passed on, on the CPU."""
+    parent_M: Tensor
+    """(M,) int64: the state before; -1 at roots. Parents stand before their children."""
+    step_M: Tensor
+    """(M,) int64, 0 .. T: edges taken so far; pure noise has 0."""
+    leaves_M: Tensor
+    """(M,) int64: finished samples below, when generated; a finished sample has 1."""
+    prompt_M: Tensor
+    """(M,) int64: row of the prompt in `conditions`."""
+    levels: Tensor
+    """(T, 4) float64: alpha, sigma, alpha', sigma' of every edge, as sampled. Recorded, because sigma
+    rebuilt from a timestep drifts."""
+    timesteps: Tensor
+    """(T,) as the scheduler made them."""
+    plan: StepPlan
+    """Where noise was drawn, and where the tree branches."""
+    conditions: Mapping[str, Tensor]
+    """(P, ...) each: what the pipeline was told of every prompt, by the name of its argument."""
+
+    def __post_init__(self) -> None:
+        num_states = len(self.latent_M)
+        for name in ("parent_M", "step_M", "leaves_M", "prompt_M"):
+            value = getattr(self, name)
+            if value.dtype != torch.int64 or tuple(value.shape) != (num_states,):
+                raise ValueError(
+                    f"{name} must be int64 of shape ({num_states},) to match latent_M, got "
+                    f"{value.dtype} of shape {tuple(value.shape)}"
+                )
+        num_steps = self.plan.num_steps
+        if tuple(self.levels.shape) != (num_steps, 4) or len(self.timesteps) != num_steps:
+            raise ValueError(
+                f"levels and timesteps must have {num_steps} rows, one for each step of the plan, got "
+                f"shapes {tuple(self.levels.shape)} and {tuple(self.timesteps.shape)}"
+            )
+        child_M = self.parent_M >= 0
+        before_M = self.step_M[self.parent_M.clamp(min=0)] if num_states else self.step_M
+        if not torch.equal(self.step_M, torch.where(child_M, before_M + 1, 0)):
+            raise ValueError("a state must stand one step after its parent, and a root at step 0")
+        if num_states and self.step_M.max() > num_steps:
+            raise ValueError(
+                f"states lie at steps 0 to {self.step_M.max()}, but the plan has {num_steps} steps"
+            )
+
+    def __len__(self) -> int:
+        return len(self.parent_M)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenoisingRollouts(Rollouts):
+    """Rollouts of a diffusion model: a decision is one denoising step, a row one finished sample.
+
+    The mask is True on edges that drew noise. `logprob_NT` is float64: summed over the elements of a
+    latent, at magnitude 4e4, float32 is spaced by .004 nats.
+
+    Example, one root with two children at its second and last edge. States 0 and 1 are shared::
+
+        DenoisingRollouts(
+            prompt_N=torch.tensor([0, 0]),
+            mask_NT=torch.tensor([[False, True], [False, True]]),
+            logprob_NT=torch.tensor([[0.0, -3.1], [0.0, -2.8]], dtype=torch.float64),
+            version=12,
+            branch_N=torch.tensor([0, 0]),
+            node_NS=torch.tensor([[0, 1, 2], [0, 1, 3]]),
+            seed_N=torch.tensor([11, 12]),
+            tree=tree,  # step_M 0, 1, 2, 2 and parent_M -1, 0, 1, 1
+        )
+    """
+
+    branch_N: Tensor
+    """(N,) int64: rows of one branch come from one root, and share its states up to the first split."""
+    node_NS: Tensor
+    """(N, S) int64: the states of each row, from noise to sample, in `tree`."""
+    seed_N: Tensor
+    """(N,) int64: the seeds of a root's rows, with the prompt and the policy, determine them."""
+    tree: StateTree
+    """The latents; not a column, `take` shares it."""
+
+    def __post_init__(self) -> None:
+        Rollouts.__post_init__(self)
+        for name in ("branch_N", "node_NS", "seed_N"):
+            if getattr(self, name).dtype != torch.int64:
+                raise ValueError(f"{name} must be int64, got {getattr(self, name).dtype}")
+        if self.logprob_NT.dtype != torch.float64:
+            raise ValueError(f"logprob_NT must be float64, got {self.logprob_NT.dtype}")
+        num_steps = self.tree.plan.num_steps
+        if self.mask_NT.shape[1] != num_steps:
+            raise ValueError(
+                f"mask_NT has {self.mask_NT.shape[1]} steps, the plan of the tree {num_steps}"
+            )
+        if len(self) and not 0 <= self.node_NS.min() <= self.node_NS.max() < len(self.tree):
+            raise ValueError(
+                f"node_NS must index the {len(self.tree)} states of the tree, got values from "
+                f"{self.node_NS.min()} to {self.node_NS.max()}"
+            )
+
+
 Batch = TypeVar("Batch", bound=Rollouts)
 
 
@@ -176,9 +292,10 @@ def concatenate(
         batches: at least one, all of one class and one `version`. A column is None in all or in
             none. Shorter batches are padded to the longest T with False, 0 and `pad_id`.
         offsets: added to each batch's `prompt_N`. None where the batches hold rollouts of one
-            shared list of prompts (two rounds of one step). Token rollouts carry their prompts,
-            and these are chained, so there the offsets are the running totals: 0, the number
-            of prompts of the first batch, and so on.
+            shared list of prompts (two rounds of one step). Token and denoising rollouts carry
+            their prompts, and these are chained, so there the offsets are the running totals: 0,
+            the number of prompts of the first batch, and so on. Branches of different batches
+            stay different branches, and trees must be of one plan and table.
         pad_id: token id written where a batch is lengthened; the mask is False there.
 
     Raises:
@@ -211,6 +328,8 @@ def concatenate(
 
     if isinstance(first, TokenRollouts):
         columns["prompt_ids"] = _joined_prompts(batches, offsets)
+    if isinstance(first, DenoisingRollouts):
+        columns |= _joined_trees(batches, offsets)
     return replace(first, **columns)
 
 
@@ -231,3 +350,62 @@ def _joined_prompts(
             )
         joined += batch.prompt_ids
     return joined
+
+
+def _joined_trees(batches: Sequence[Any], offsets: Sequence[int] | None) -> dict[str, Any]:
+    """The columns that refer to trees, and the trees one after the other."""
+    trees = [batch.tree for batch in batches]
+    first = trees[0]
+    if offsets is None and all(tree is first for tree in trees):
+        return {}  # parts of one batch
+    for tree in trees:
+        for name, same in (
+            ("plan", tree.plan == first.plan),
+            ("levels", torch.equal(tree.levels, first.levels)),
+            ("timesteps", torch.equal(tree.timesteps, first.timesteps)),
+            ("names of conditions", set(tree.conditions) == set(first.conditions)),
+        ):
+            if not same:
+                raise ValueError(f"trees of one batch must have one {name}")
+    if offsets is None:
+        for name, value in first.conditions.items():
+            if not all(torch.equal(tree.conditions[name], value) for tree in trees):
+                raise ValueError("batches of different prompts need offsets for their prompt_N")
+        shifts, conditions = [0] * len(trees), first.conditions
+    else:
+        counts = [len(next(iter(tree.conditions.values()), ())) for tree in trees]
+        totals = [sum(counts[:i]) for i in range(len(counts))]
+        if list(offsets) != totals:
+            raise ValueError(
+                f"offsets must be the running totals of the prompt lists, got {list(offsets)} for "
+                f"conditions of {counts} prompts"
+            )
+        shifts = totals
+        conditions = {
+            name: torch.cat([t.conditions[name] for t in trees]) for name in first.conditions
+        }
+
+    states = [sum(len(tree) for tree in trees[:i]) for i in range(len(trees))]
+    branches, next_branch = [], 0
+    for batch in batches:
+        branches.append(batch.branch_N + next_branch)
+        if len(batch):
+            next_branch = int(branches[-1].max()) + 1
+    joined = StateTree(
+        latent_M=torch.cat([tree.latent_M for tree in trees]),
+        parent_M=torch.cat(
+            [
+                tree.parent_M.where(tree.parent_M < 0, tree.parent_M + start)
+                for tree, start in zip(trees, states, strict=True)
+            ]
+        ),
+        step_M=torch.cat([tree.step_M for tree in trees]),
+        leaves_M=torch.cat([tree.leaves_M for tree in trees]),
+        prompt_M=torch.cat([t.prompt_M + shift for t, shift in zip(trees, shifts, strict=True)]),
+        levels=first.levels,
+        timesteps=first.timesteps,
+        plan=first.plan,
+        conditions=conditions,
+    )
+    nodes = [batch.node_NS + start for batch, start in zip(batches, states, strict=True)]
+    return {"tree": joined, "node_NS": torch.cat(nodes), "branch_N": torch.cat(branches)}
