@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,10 +37,11 @@ from rl.methods import (
 from rl.reference import Reference
 from rl.scorer import Scorer
 from rl.waves import GroupBuffer
+from rollouts.batch import TokenRollouts
 from rollouts.engine import Engine, SamplingParams
 from rollouts.prompts import Prompt, PromptReport, ensure_pad_token, make_prompts
 from rollouts.reward_functions import load_reward
-from rollouts.rewards import RewardFunction, check_columns, score
+from rollouts.rewards import RewardFunction, RewardResult, check_columns, score
 from rollouts.transformers_engine import TransformersEngine
 from samplers.allocation import Allocator, Scale
 from samplers.ledger import Ledger
@@ -134,34 +136,36 @@ def make_line(
     elif engine is None:
         rows = config.generation_batch_size
         engine = TransformersEngine(model, tokenizer, max_batch_rows=rows)
+    sampling = SamplingParams(
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        stop=tuple(config.stop or ()),
+    )
+    micro_batches = micro_batches_of(config)
     return Line(
         prompts=prompts,
         planner=planner,
         engine=engine,
         policy=policy,
         generating=generating,
-        sampling=SamplingParams(
-            max_completion_length=config.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p,
-            stop=tuple(config.stop or ()),
-        ),
+        sampling=sampling,
+        validations={
+            "greedy": (1, replace(sampling, temperature=0.0)),
+            "sampled": (config.eval_rollouts_per_prompt, sampling),
+        },
         tokenizer=tokenizer,
-        reward=partial(
-            score,
-            rewards,
-            weights=config.reward_weights,
-            timeout=config.reward_timeout,
-            retries=config.reward_retries,
-        ),
+        reward=reward_of(config, rewards, tokenizer),
         advantage=advantage_of(config),
         advantage_after=advantage_after_of(config),
         down_sample=down_sampler_of(config),
         buffer=_buffer(config, planner),
+        history=None,
         objective=config.objective or "",
         length_weight=config.length_weight or "",
+        decisions=lambda rollouts: rollouts.mask_NT,
         select_tokens=token_selector_of(config),
         reference=Reference(model, accelerator) if config.beta or config.reward_kl else None,
         score=Scorer(
@@ -169,7 +173,8 @@ def make_line(
             pad_id=tokenizer.pad_token_id,
             fused=config.fused_logprobs,
         ),
-        micro_batches=micro_batches_of(config),
+        micro_batches=micro_batches,
+        cut=lambda rollouts: [rollouts.take(rows) for rows in micro_batches(rollouts)],
         loss=loss_of(config),
         loss_columns=LOSS_COLUMNS.get(config.loss or "", {}),
         kl=kl_of(config),
@@ -178,6 +183,29 @@ def make_line(
         ranks=Ranks(accelerator),
         config=config,
     )
+
+
+def reward_of(
+    config: RolloutConfig, rewards: list[RewardFunction], tokenizer: PreTrainedTokenizerBase
+) -> Callable[..., tuple[list[str], RewardResult]]:
+    """`reward(prompts, rollouts, *, max_failed_share) -> (texts, result)`: decode, then score."""
+    scored = partial(
+        score,
+        rewards,
+        weights=config.reward_weights,
+        timeout=config.reward_timeout,
+        retries=config.reward_retries,
+    )
+
+    def reward(
+        prompts: list[Prompt], rollouts: TokenRollouts, *, max_failed_share: float
+    ) -> tuple[list[str], RewardResult]:
+        pairs = zip(rollouts.token_NT, rollouts.mask_NT, strict=True)
+        ids = [token_T[mask_T].tolist() for token_T, mask_T in pairs]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts, scored(prompts, texts, ids, max_failed_share=max_failed_share)
+
+    return reward
 
 
 def _vllm(config: RolloutConfig, model: Any, tokenizer: Any, accelerator: Accelerator) -> Engine:

@@ -53,7 +53,10 @@ def deal(cost_R: Sequence[float], num_ranks: int) -> np.ndarray:
 
 
 def chunks_of_budgets(
-    budget_P: np.ndarray, num_ranks: int, length_P: np.ndarray | None = None
+    budget_P: np.ndarray,
+    num_ranks: int,
+    length_P: np.ndarray | None = None,
+    together: int = 1,
 ) -> list[np.ndarray]:
     """Rows of a proposal, cut into the requests that are dealt to ranks.
 
@@ -64,6 +67,7 @@ def chunks_of_budgets(
         budget_P: (P,) rollouts of each prompt.
         num_ranks: ranks to deal to. One rank gets whole prompts.
         length_P: (P,) expected tokens of one rollout of each prompt, positive. Default: all equal.
+        together: rows that must not be parted: a request's are a multiple of it, as budgets are.
     """
     length_P = np.ones(len(budget_P)) if length_P is None else length_P
     share = float(budget_P @ length_P) / (4 * num_ranks)
@@ -71,6 +75,7 @@ def chunks_of_budgets(
     first = 0
     for budget, length in zip(budget_P.tolist(), length_P.tolist(), strict=True):
         most = max(1, math.ceil(share / length) if num_ranks > 1 else budget)
+        most = -(-most // together) * together
         rows = np.arange(first, first + budget)
         requests += [rows[start : start + most] for start in range(0, budget, most)]
         first += budget
@@ -132,15 +137,18 @@ class Ranks:
             error = caught
         return self.gather(item, error=error)[0]
 
-    def share_of(self, budget_P: np.ndarray, length_P: np.ndarray | None = None) -> np.ndarray:
+    def share_of(
+        self, budget_P: np.ndarray, length_P: np.ndarray | None = None, *, together: int = 1
+    ) -> np.ndarray:
         """Rows of a proposal that this rank generates, increasing; the longest expected are dealt first.
 
         Args:
             budget_P: (P,) rollouts of each prompt.
             length_P: (P,) expected tokens of one rollout of each prompt. Default: all equal.
+            together: rows that must not be parted, such as the leaves of a branch.
         """
         length_P = np.ones(len(budget_P)) if length_P is None else np.maximum(length_P, 1.0)
-        requests = chunks_of_budgets(budget_P, self.num, length_P)
+        requests = chunks_of_budgets(budget_P, self.num, length_P, together)
         length_N = np.repeat(length_P, budget_P)
         rank_R = deal([float(length_N[rows].sum()) for rows in requests], self.num)
         mine = [r for r, rank in zip(requests, rank_R, strict=True) if rank == self.rank]

@@ -27,6 +27,7 @@ def evaluate(
     """Validation metrics, without prefix; what no rollout could be scored for is absent.
 
         greedy_accuracy   share of prompts whose greedy completion has reward > success_above
+                          (of a diffusion model deterministic_accuracy: no noise along the chain)
         pass_rate         mean over prompts of the share of sampled completions that do
         reward            mean reward of the sampled completions
         pass_rate_se      standard error of pass_rate over prompts
@@ -38,12 +39,8 @@ def evaluate(
     """
     started = time.perf_counter()
     training, line = line.ledger, replace(line, ledger=Ledger())  # nothing here is drawn to train
-    slots = line.config.eval_rollouts_per_prompt
     metrics: dict[str, float] = {}
-    for name, budget, params in (
-        ("greedy", 1, replace(line.sampling, temperature=0.0)),
-        ("sampled", slots, line.sampling),
-    ):
+    for name, (budget, params) in line.validations.items():
         request = Request(
             prompts=prompts,
             budget_P=np.full(len(prompts), budget, dtype=np.int64),
@@ -60,8 +57,8 @@ def evaluate(
         count_P = np.bincount(prompt_N, minlength=len(prompts))
         sum_P = np.bincount(prompt_N, weights=success_N, minlength=len(prompts))
         share_P = sum_P[count_P > 0] / count_P[count_P > 0]
-        if name == "greedy":
-            metrics["greedy_accuracy"] = float(share_P.mean())
+        if name != "sampled":
+            metrics[f"{name}_accuracy"] = float(share_P.mean())
             continue
         metrics |= {
             "pass_rate": float(share_P.mean()),

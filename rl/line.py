@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,9 +12,8 @@ from rl.arguments import RolloutConfig
 from rl.distributed import Ranks
 from rl.hapo import EntropyPivot
 from rl.reference import Reference
-from rl.scorer import Scorer
 from rl.waves import GroupBuffer, Wave
-from rollouts.batch import TokenRollouts
+from rollouts.batch import Rollouts
 from rollouts.engine import Engine, SamplingParams
 from rollouts.prompts import Prompt
 from rollouts.rewards import RewardResult
@@ -30,6 +29,22 @@ class Memory:
     loaded_version: int | None = None  # of the weights the engine has
 
 
+class Scores(Protocol):
+    """Log-probabilities, and entropies, of recorded rollouts under a model: `rl.scorer.Scorer`."""
+
+    def logprobs(self, model: torch.nn.Module, rollouts: Any) -> torch.Tensor: ...
+
+    def statistics(self, model: torch.nn.Module, rollouts: Any) -> Any: ...
+
+
+class History(Protocol):
+    """Rewards of earlier steps, as far as an advantage needs them."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Line:
     """The stages of one run, in the order a rollout passes them."""
@@ -39,19 +54,27 @@ class Line:
     engine: Engine
     policy: Callable[[], AbstractContextManager[PreTrainedModel]]  # whole, as it trains
     generating: Callable[[], AbstractContextManager[PreTrainedModel]]  # as the engine wants it
-    sampling: SamplingParams
-    tokenizer: PreTrainedTokenizerBase
-    reward: Callable[..., RewardResult]  # (prompts, texts, token ids, *, max_failed_share)
-    advantage: Callable[[TokenRollouts], torch.Tensor]  # of full groups
-    advantage_after: Callable[[TokenRollouts], torch.Tensor] | None  # of the rows kept (PODS)
-    down_sample: Callable[[TokenRollouts, float], torch.Tensor]  # (rollouts, progress) -> rows_K
+    sampling: SamplingParams | Callable[[int], Any]  # how rollouts are made, or how at a version
+    validations: dict[
+        str, tuple[int, Any]
+    ]  # rollouts of each held-out prompt, and how they are made
+    tokenizer: PreTrainedTokenizerBase | None
+    reward: Callable[
+        ..., tuple[list[Any], RewardResult]
+    ]  # (prompts, rollouts, *, max_failed_share)
+    advantage: Callable[[Rollouts, list[Prompt]], torch.Tensor]  # of full groups, (N,) or (N, T)
+    advantage_after: Callable[[Rollouts], torch.Tensor] | None  # of the rows kept (PODS)
+    down_sample: Callable[[Rollouts, float], torch.Tensor]  # (rollouts, progress) -> rows_K
     buffer: GroupBuffer | None  # draws until enough groups are mixed; None: one wave a step
+    history: History | None  # what advantages remember of earlier steps
     objective: str
     length_weight: str
-    select_tokens: Callable[[TokenRollouts, float], torch.Tensor]  # -> kept_NT
+    decisions: Callable[[Rollouts], torch.Tensor]  # (N, T): those that may train, or their weights
+    select_tokens: Callable[[Rollouts, float], torch.Tensor]  # -> kept_NT
     reference: Reference | None
-    score: Scorer
-    micro_batches: Callable[[TokenRollouts], list[torch.Tensor]]
+    score: Scores
+    micro_batches: Callable[[Any], list[torch.Tensor]]
+    cut: Callable[[Any], list[Any]]  # the micro-batches of an update
     loss: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
     loss_columns: dict[str, str]  # keywords of the loss besides the common ones, and their columns
     kl: Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]] | None
@@ -77,6 +100,7 @@ class Line:
             "ledger": self.ledger.state_dict(),
             "buffer": None if self.buffer is None else self.buffer.state_dict(),
             "lengths": self.ranks.lengths.state_dict(),
+            "history": None if self.history is None else self.history.state_dict(),
             "pivot": None if self.memory.pivot is None else self.memory.pivot.state_dict(),
         }
 
@@ -88,6 +112,8 @@ class Line:
             self.buffer.load_state_dict(state["buffer"])
         self.ranks.lengths.load_state_dict(state["lengths"])
         self.memory.loaded_version = None
+        if self.history is not None:
+            self.history.load_state_dict(state["history"])
         pivot = state["pivot"]
         self.memory.pivot = None if pivot is None else EntropyPivot.from_state(pivot)
 
@@ -103,8 +129,10 @@ class Line:
             self.engine.rest()
         self.memory.loaded_version = None
 
-    def params(self) -> SamplingParams:
-        """How this step's tokens are drawn: around the pivot of the last step, if at all."""
+    def params(self, version: int) -> Any:
+        """How this step's rollouts are made; tokens around the pivot of the last step, if at all."""
+        if not isinstance(self.sampling, SamplingParams):
+            return self.sampling(version)
         tau, pivot = self.config.adaptive_temperature_tau, self.memory.pivot
         if not tau or pivot is None:
             return self.sampling
@@ -115,7 +143,7 @@ class Line:
 class Batch:
     """What one step trains on, the same on every rank."""
 
-    rollouts: TokenRollouts  # K rows, with rewards and advantages
+    rollouts: Rollouts  # K rows, with rewards and advantages
     weight_K: torch.Tensor  # per-prompt weights of the objective
     denominator: float
     original_denominator: float  # of all rows, before any was dropped

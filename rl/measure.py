@@ -11,10 +11,10 @@ from rl import gradient_norm
 from rl.advantages import raft
 from rl.logprobs import head_inputs
 from rl.metrics import drawn
+from rollouts.batch import TokenRollouts
 
 if TYPE_CHECKING:
     from rl.line import Batch, Line
-    from rollouts.batch import TokenRollouts
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def gradient_norms(line: Line, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
     rollouts = drawn(batch.waves)
     reward_N, prompt_N = rollouts.reward_N, rollouts.prompt_N
-    assert reward_N is not None
+    assert reward_N is not None and isinstance(rollouts, TokenRollouts)
     accepted = ((raft(reward_N, prompt_N) > 0) & (rollouts.length_N > 0)).nonzero().flatten()
     mine = accepted[line.ranks.rows_to_train(rollouts.length_N[accepted])]
     found, error = None, None
@@ -54,6 +54,7 @@ def gradient_norms(line: Line, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 def _norms(line: Line, rollouts: TokenRollouts, rows_K: torch.Tensor) -> list[tuple[int, float]]:
     """Row and norm of each of `rows_K`; every rank takes part, as it gathers the head's weight."""
     found: list[tuple[int, float]] = []
+    assert line.tokenizer is not None
     with line.policy() as policy:
         head = policy.get_output_embeddings()
         for rows in rows_K.split(line.config.per_device_train_batch_size) if len(rows_K) else ():

@@ -16,7 +16,7 @@ import torch
 from rl import advantages, hapo, losses, micro_batches, sequence_losses, token_selection
 from rl.kl import kl_loss
 from rl.logprobs import ends
-from rollouts.batch import TokenRollouts
+from rollouts.batch import Rollouts, TokenRollouts
 from samplers import allocation, downsampling, rules
 from samplers.difficulty_band import OnlineBandSelector, StaticBandSelector
 from samplers.diversity import DiverseSelector
@@ -163,21 +163,21 @@ ADVANTAGES: dict[str, tuple[Callable, tuple[str, ...]]] = {
 }
 
 
-def advantage_of(config: RolloutConfig) -> Callable[[TokenRollouts], torch.Tensor]:
+def advantage_of(config: RolloutConfig) -> Callable[[Rollouts, Any], torch.Tensor]:
     """The estimator named by `config`, of a batch with rewards."""
     function, columns = ADVANTAGES[config.advantage or ""]
     if config.advantage == "stratified":
         blend = {"alpha": config.stratum_alpha, "fallback": config.stratum_fallback}
         function = partial(function, **blend)
 
-    def advantage(rollouts: TokenRollouts) -> torch.Tensor:
+    def advantage(rollouts: Rollouts, _: Any = None) -> torch.Tensor:
         more = [_column(rollouts, name) for name in columns]
         return function(rollouts.reward_N, rollouts.prompt_N, *more)
 
     return advantage
 
 
-def _column(rollouts: TokenRollouts, name: str) -> torch.Tensor:
+def _column(rollouts: Rollouts, name: str) -> torch.Tensor:
     value = getattr(rollouts, name)
     # Without tools nobody is set apart, and every rollout of a prompt is a peer.
     return torch.zeros_like(rollouts.prompt_N) if value is None else value
@@ -238,11 +238,11 @@ DOWN_SAMPLERS: dict[str, Callable[..., np.ndarray]] = {
 KEEPS_PER_PROMPT = ("max_variance", "pods", "half", "balanced")
 
 
-def down_sampler_of(config: RolloutConfig) -> Callable[[TokenRollouts, float], torch.Tensor]:
+def down_sampler_of(config: RolloutConfig) -> Callable[[Rollouts, float], torch.Tensor]:
     """`rows(rollouts, progress) -> rows_K`, increasing, of the method named by `config`."""
     method = DOWN_SAMPLERS[config.down_sampling]
 
-    def rows(rollouts: TokenRollouts, progress: float) -> torch.Tensor:
+    def rows(rollouts: Rollouts, progress: float) -> torch.Tensor:
         assert rollouts.reward_N is not None and rollouts.advantage_N is not None
         columns = (rollouts.reward_N.numpy(), rollouts.advantage_N.double().numpy())
         return torch.from_numpy(method(config, *columns, rollouts.prompt_N.numpy(), progress))
@@ -250,7 +250,7 @@ def down_sampler_of(config: RolloutConfig) -> Callable[[TokenRollouts, float], t
     return rows
 
 
-def advantage_after_of(config: RolloutConfig) -> Callable[[TokenRollouts], torch.Tensor] | None:
+def advantage_after_of(config: RolloutConfig) -> Callable[[Rollouts], torch.Tensor] | None:
     """PODS compares the rows it keeps with each other, by the unbiased std (arXiv:2504.13818)."""
     if config.down_sampling != "pods":
         return None
@@ -261,16 +261,16 @@ def advantage_after_of(config: RolloutConfig) -> Callable[[TokenRollouts], torch
 # -- which of their tokens train: select(config, rollouts, share) -> kept_NT
 
 
-def _every_token(_: RolloutConfig, rollouts: TokenRollouts, __: float) -> torch.Tensor:
+def _every_token(_: RolloutConfig, rollouts: Rollouts, __: float) -> torch.Tensor:
     return rollouts.mask_NT
 
 
-def _d3s_tokens(c: RolloutConfig, rollouts: TokenRollouts, share: float) -> torch.Tensor:
+def _d3s_tokens(c: RolloutConfig, rollouts: Rollouts, share: float) -> torch.Tensor:
     columns = (_set(rollouts.advantage_N), _set(rollouts.entropy_NT), rollouts.mask_NT)
     return token_selection.top_tokens(*columns, fraction=share, scope=c.token_scope)
 
 
-def _entropy_tokens(c: RolloutConfig, rollouts: TokenRollouts, share: float) -> torch.Tensor:
+def _entropy_tokens(c: RolloutConfig, rollouts: Rollouts, share: float) -> torch.Tensor:
     columns = (_set(rollouts.entropy_NT), rollouts.mask_NT)
     return token_selection.top_entropy(*columns, fraction=share, scope=c.token_scope)
 
@@ -282,11 +282,11 @@ TOKEN_SELECTIONS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def token_selector_of(config: RolloutConfig) -> Callable[[TokenRollouts, float], torch.Tensor]:
+def token_selector_of(config: RolloutConfig) -> Callable[[Rollouts, float], torch.Tensor]:
     """`kept(rollouts, progress) -> kept_NT` of the method named by `config`."""
     method = TOKEN_SELECTIONS[config.token_selection]
 
-    def kept(rollouts: TokenRollouts, progress: float) -> torch.Tensor:
+    def kept(rollouts: Rollouts, progress: float) -> torch.Tensor:
         ends = {"initial": config.token_fraction_initial, "final": config.token_fraction_final}
         return method(config, rollouts, downsampling.token_fraction(progress, **ends))
 
@@ -376,7 +376,7 @@ def kl_of(config: RolloutConfig) -> Callable | None:
         return None
     function = kl_loss(config.kl)
 
-    def kl(logprob_NT: torch.Tensor, rows: TokenRollouts, *, denominator: float) -> Any:
+    def kl(logprob_NT: torch.Tensor, rows: Rollouts, *, denominator: float) -> Any:
         old_NT = rows.logprob_NT if rows.old_logprob_NT is None else rows.old_logprob_NT
         more = {"old_logprob_NT": old_NT} if config.kl == "k3_weighted" else {}
         columns = (_set(rows.reference_logprob_NT), _set(rows.weight_NT))

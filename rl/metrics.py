@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from rollouts.batch import TokenRollouts, concatenate
+from rollouts.batch import Rollouts, TokenRollouts, concatenate
 from rollouts.prompts import Prompt
 from samplers.downsampling import selection_metrics
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rl.waves import Wave
 
 
-def of_rollouts(waves: list[Wave], kept: TokenRollouts) -> dict[str, float]:
+def of_rollouts(waves: list[Wave], kept: Rollouts) -> dict[str, float]:
     """Metrics of everything a step generated, and of what it trains on.
 
     Groups are the prompts of the step with at least one scored rollout; a constant group is all-pass
@@ -50,6 +50,9 @@ def of_rollouts(waves: list[Wave], kept: TokenRollouts) -> dict[str, float]:
         metrics |= {
             "reward": reward_N.mean().item(),
             "reward_std": float(np.mean([g.std(correction=0).item() for g in groups])),
+        }
+    if len(rollouts) and isinstance(rollouts, TokenRollouts):
+        metrics |= {
             "completions/mean_length": length_N.mean().item(),
             "completions/max_length": length_N.max().item(),
             "completions/clipped_ratio": rollouts.truncated_N.double().mean().item(),
@@ -59,8 +62,9 @@ def of_rollouts(waves: list[Wave], kept: TokenRollouts) -> dict[str, float]:
         metrics |= {
             "reward_trained": kept.reward_N.mean().item(),
             "advantage_abs_mean": kept.advantage_N.abs().mean().item(),
-            "completions/mean_length_trained": kept.length_N.double().mean().item(),
         }
+    if len(kept) and isinstance(kept, TokenRollouts):
+        metrics["completions/mean_length_trained"] = kept.length_N.double().mean().item()
     for name in rounds[0].reward_by_function:
         values = [v for s in rounds for v in s.reward_by_function[name] if v is not None]
         if values:
@@ -68,14 +72,14 @@ def of_rollouts(waves: list[Wave], kept: TokenRollouts) -> dict[str, float]:
     return metrics
 
 
-def drawn(waves: list[Wave]) -> TokenRollouts:
+def drawn(waves: list[Wave]) -> Rollouts:
     """Every scored rollout of the waves as one batch; prompts count on from wave to wave."""
     of_waves = [concatenate([scored.rollouts for scored in wave.rounds]) for wave in waves]
     sizes = [len(wave.prompts) for wave in waves]
     return concatenate(of_waves, offsets=np.cumsum([0, *sizes[:-1]]).tolist())
 
 
-def of_selection(method: str, everything: TokenRollouts, chosen: Tensor) -> dict[str, float]:
+def of_selection(method: str, everything: Rollouts, chosen: Tensor) -> dict[str, float]:
     """What a down-sampler did to the groups; nothing where there was none."""
     if method == "none" or not len(everything):
         return {}
@@ -119,7 +123,7 @@ def add(sums: dict[str, float], statistics: dict[str, Tensor]) -> None:
 
 
 def require_finite(
-    loss: Tensor, logprob_NT: Tensor, rollouts: TokenRollouts, prompts: list[Prompt]
+    loss: Tensor, logprob_NT: Tensor, rollouts: Rollouts, prompts: list[Prompt]
 ) -> None:
     """Stop before a NaN reaches the weights, naming the prompt.
 
@@ -179,6 +183,7 @@ def completions_of(batch: Batch, *, rows: int, step: int) -> list[dict[str, Any]
     rounds = [(wave.prompts, scored) for wave in batch.waves for scored in wave.rounds]
     for prompts, scored in rounds:
         rollouts = scored.rollouts
+        assert isinstance(rollouts, TokenRollouts)
         for i in range(min(rows - len(table), len(rollouts))):
             prompt = prompts[int(rollouts.prompt_N[i])]
             table.append(
@@ -188,7 +193,7 @@ def completions_of(batch: Batch, *, rows: int, step: int) -> list[dict[str, Any]
                     "prompt": prompt.prompt
                     if isinstance(prompt.prompt, str)
                     else str(prompt.prompt),
-                    "completion": scored.text_N[i],
+                    "completion": scored.shown_N[i],
                     "reward": float(scored.reward_N[i]),
                     **{f"reward/{n}": v[i] for n, v in scored.reward_by_function.items()},
                     "tokens": int(rollouts.length_N[i]),

@@ -17,7 +17,7 @@ from rl.recompute import ENTROPY, OLD, REFERENCE, recompute
 
 if TYPE_CHECKING:
     from rl.line import Batch, Line
-    from rollouts.batch import TokenRollouts
+    from rollouts.batch import Rollouts
 
 
 def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
@@ -30,12 +30,15 @@ def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
     if not len(rollouts):
         return batch
     rollouts = recompute(line, model, rollouts, _columns(line))
+    decision_NT = line.decisions(rollouts)
     weight_NT = step_weights.token_weight(
         line.length_weight,
         batch.weight_K,
-        rollouts.mask_NT,
+        decision_NT != 0,
         max_completion_length=config.max_completion_length,
     )
+    if decision_NT.dtype != torch.bool:
+        weight_NT = weight_NT * decision_NT
     metrics, denominator = dict(batch.metrics), batch.denominator
     if rollouts.entropy_NT is not None:
         decisions = rollouts.mask_NT.sum().clamp(min=1)
@@ -71,7 +74,7 @@ def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
     )
 
 
-def _account(line: Line, rollouts: TokenRollouts, trains_K: torch.Tensor) -> None:
+def _account(line: Line, rollouts: Rollouts, trains_K: torch.Tensor) -> None:
     """Rows that train, and of their tokens those that do; a row all of whose tokens left is filtered."""
     assert rollouts.weight_NT is not None
     trained = int((rollouts.weight_NT != 0).sum())
@@ -99,7 +102,7 @@ def _columns(line: Line) -> set[str]:
     return columns
 
 
-def _correction(line: Line, rollouts: TokenRollouts) -> tuple[torch.Tensor, dict[str, float]]:
+def _correction(line: Line, rollouts: Rollouts) -> tuple[torch.Tensor, dict[str, float]]:
     """Factors of the weights, and means of what engine and trainer differ by."""
     config = line.config
     assert rollouts.old_logprob_NT is not None

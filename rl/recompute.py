@@ -15,15 +15,15 @@ from rl.kl import k1_penalty
 
 if TYPE_CHECKING:
     from rl.line import Line
-    from rollouts.batch import TokenRollouts
+    from rollouts.batch import Rollouts
 
 OLD, ENTROPY, REFERENCE = "old_logprob_NT", "entropy_NT", "reference_logprob_NT"
 
 
 @torch.no_grad()
 def recompute(
-    line: Line, model: torch.nn.Module, rollouts: TokenRollouts, columns: set[str]
-) -> TokenRollouts:
+    line: Line, model: torch.nn.Module, rollouts: Rollouts, columns: set[str]
+) -> Rollouts:
     """`rollouts` with `columns` filled in: any of OLD, ENTROPY and REFERENCE.
 
     Log-probabilities and entropies are those of the training model at the sampling temperature,
@@ -57,7 +57,7 @@ def recompute(
 def _scored(
     line: Line,
     model: torch.nn.Module,
-    rollouts: TokenRollouts,
+    rollouts: Rollouts,
     micro: list[torch.Tensor],
     columns: set[str],
     most: int,
@@ -79,7 +79,7 @@ def _scored(
     return found
 
 
-def with_kl_penalty(line: Line, rollouts: TokenRollouts) -> TokenRollouts:
+def with_kl_penalty(line: Line, rollouts: Rollouts) -> Rollouts:
     """`rollouts` whose rewards are lowered by what their departure from the reference costs.
 
         reward_i - reward_kl * sum_t (logprob_it - reference_it)

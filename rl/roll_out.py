@@ -7,18 +7,17 @@ everywhere. Axes: P prompts, N rollouts.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from rollouts.batch import TokenRollouts, concatenate
+from rollouts.batch import Rollouts, TokenRollouts, concatenate
 from rollouts.prompts import Prompt
 from rollouts.rewards import RewardError
 
 if TYPE_CHECKING:
     from rl.line import Line
-    from rollouts.engine import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +37,10 @@ class Request:
 class Scored:
     """Rollouts with rewards; rows whose reward failed stand apart and are in no statistic."""
 
-    rollouts: TokenRollouts
-    text_N: list[str]
+    rollouts: Rollouts
+    shown_N: list[Any]  # what the reward saw of each row: a text, or an image
     reward_by_function: dict[str, list[float | None]]
-    failed: TokenRollouts | None
+    failed: Rollouts | None
     failures: list[dict[str, str]]  # prompt key and reason of each failed row
 
     @property
@@ -50,8 +49,14 @@ class Scored:
         return self.rollouts.reward_N
 
 
-def roll_out(line: Line, request: Request, params: SamplingParams, *, version: int) -> Scored:
+def roll_out(line: Line, request: Request, params: Any, *, version: int) -> Scored:
     """Generate and score `request`, each rank its share.
+
+    Args:
+        line: the stages of the run.
+        request: what to make.
+        params: how, in the words of the engine.
+        version: optimizer steps taken.
 
     Raises:
         RewardError: if more than `max_failed_share` of all rows could not be scored. A rank that
@@ -59,7 +64,8 @@ def roll_out(line: Line, request: Request, params: SamplingParams, *, version: i
         RuntimeError: on the other ranks, if one rank fails.
     """
     keys, lengths = [prompt.key for prompt in request.prompts], line.ranks.lengths
-    mine = line.ranks.share_of(request.budget_P, lengths.of(keys))
+    together = getattr(params, "leaves_per_root", 1)
+    mine = line.ranks.share_of(request.budget_P, lengths.of(keys), together=together)
     error, share = None, None
     try:
         share = _generate_and_score(line, request, mine, params, version)
@@ -74,7 +80,7 @@ def roll_out(line: Line, request: Request, params: SamplingParams, *, version: i
 
 
 def _generate_and_score(
-    line: Line, request: Request, rows: np.ndarray, params: SamplingParams, version: int
+    line: Line, request: Request, rows: np.ndarray, params: Any, version: int
 ) -> tuple | None:
     if not len(rows):
         with line.generating() as policy:  # gathering sharded weights takes every rank
@@ -91,15 +97,13 @@ def _generate_and_score(
             version=version,
         )
     with line.ledger.phase("reward"):
-        ids = [t[m].tolist() for t, m in zip(rollouts.token_NT, rollouts.mask_NT, strict=True)]
-        texts = line.tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = [request.prompts[p] for p in request.prompt_N[rows]]
         allowed = line.config.max_failed_share * len(request.seed_N) / len(rows)
-        result = line.reward(prompts, texts, ids, max_failed_share=min(allowed, 1.0))
-    prompt_N = torch.from_numpy(position_Q)[rollouts.prompt_N]
-    everyone = tuple(prompt.token_ids for prompt in request.prompts)
-    rollouts = replace(rollouts, prompt_N=prompt_N, prompt_ids=everyone)
-    return rows, rollouts, texts, result
+        shown, result = line.reward(prompts, rollouts, max_failed_share=min(allowed, 1.0))
+    changes: dict[str, Any] = {"prompt_N": torch.from_numpy(position_Q)[rollouts.prompt_N]}
+    if isinstance(rollouts, TokenRollouts):
+        changes["prompt_ids"] = tuple(prompt.token_ids for prompt in request.prompts)
+    return rows, replace(rollouts, **changes), shown, result
 
 
 def _merge(line: Line, request: Request, shares: list[tuple]) -> Scored:
@@ -108,7 +112,7 @@ def _merge(line: Line, request: Request, shares: list[tuple]) -> Scored:
     assert np.array_equal(row_N[order], np.arange(len(request.seed_N))), "rows lost on the way"
     rollouts = concatenate([rollouts for _, rollouts, _, _ in shares])
     reward_N = torch.cat([torch.as_tensor(result.reward_N) for *_, result in shares])
-    texts = [text for _, _, part, _ in shares for text in part]
+    shown = [one for _, _, part, _ in shares for one in part]
     by_function = {
         name: [value for *_, result in shares for value in result.per_function[name]]
         for name in shares[0][3].per_function
@@ -132,7 +136,7 @@ def _merge(line: Line, request: Request, shares: list[tuple]) -> Scored:
     bad = torch.tensor([i for i in order.tolist() if int(row_N[i]) in reasons], dtype=torch.long)
     return Scored(
         rollouts=replace(rollouts.take(good), reward_N=reward_N[good]),
-        text_N=[texts[i] for i in good.tolist()],
+        shown_N=[shown[i] for i in good.tolist()],
         reward_by_function={n: [v[i] for i in good.tolist()] for n, v in by_function.items()},
         failed=rollouts.take(bad) if len(bad) else None,
         failures=failures,

@@ -17,7 +17,7 @@ from rl import metrics
 from rl.line import Batch, Line
 from rl.waves import groups_of, roll_out_wave
 from rl.weigh import weigh
-from rollouts.batch import TokenRollouts
+from rollouts.batch import Rollouts
 
 
 def collect(line: Line, *, version: int) -> Batch:
@@ -50,10 +50,10 @@ def update(
     share = len(parts) // config.num_iterations
     for number, part_K in enumerate(parts):
         mine = part_K[ranks.rows_to_train(rollouts.length_N[part_K])]
-        micro = [mine[rows] for rows in line.micro_batches(rollouts.take(mine))]
+        micro = line.cut(rollouts.take(mine))
         num_micro = ranks.most(len(micro))
         for i in range(num_micro):
-            rows = rollouts.take(micro[i] if i < len(micro) else part_K[:1]).to(total.device)
+            rows = (micro[i] if i < len(micro) else rollouts.take(part_K[:1])).to(total.device)
             if i >= len(micro):
                 assert rows.weight_NT is not None
                 rows = replace(rows, weight_NT=torch.zeros_like(rows.weight_NT))
@@ -79,7 +79,7 @@ def mini_batches(line: Line, batch: Batch) -> list[torch.Tensor]:
 
 
 def loss_of(
-    line: Line, batch: Batch, rows: TokenRollouts, logprob_NT: torch.Tensor, *, share: int
+    line: Line, batch: Batch, rows: Rollouts, logprob_NT: torch.Tensor, *, share: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The policy's loss of some rows, and beta times their KL to the reference policy.
 
@@ -90,8 +90,9 @@ def loss_of(
     old_NT = rows.logprob_NT if rows.old_logprob_NT is None else rows.old_logprob_NT
     denominator = batch.denominator / share
     more = {name: getattr(rows, column) for name, column in line.loss_columns.items()}
+    advantage = rows.advantage_N if rows.advantage_NT is None else rows.advantage_NT
     loss, statistics = line.loss(
-        logprob_NT, old_NT, rows.advantage_N, rows.weight_NT, denominator=denominator, **more
+        logprob_NT, old_NT, advantage, rows.weight_NT, denominator=denominator, **more
     )
     if line.kl is not None:
         kl, of_kl = line.kl(logprob_NT, rows, denominator=denominator)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rl.roll_out import Request, Scored, roll_out
-from rollouts.batch import TokenRollouts, concatenate
+from rollouts.batch import Rollouts, TokenRollouts, concatenate
 from rollouts.prompts import Prompt
 from samplers.planner import Proposal
 from samplers.refill import Refill
@@ -42,13 +42,13 @@ class Groups:
     """What a step may train on: whole groups, rows ordered by prompt, then slot."""
 
     prompts: list[Prompt]  # P, as `rollouts.prompt_N` counts them
-    rollouts: TokenRollouts  # N rows, scored
+    rollouts: Rollouts  # N rows, scored
     pass_rate_P: torch.Tensor  # known before any rollout of these groups
     weight_P: torch.Tensor  # of the stopping rule
     num_padded: int = 0  # groups that are missing and that the denominator counts as well
 
 
-def size(rollouts: TokenRollouts) -> tuple[int, int]:
+def size(rollouts: Rollouts) -> tuple[int, int]:
     """Rollouts and tokens, as the ledger counts them."""
     return len(rollouts), int(rollouts.length_N.sum())
 
@@ -68,7 +68,7 @@ def roll_out_wave(line: Line, *, version: int, **which: Any) -> Wave:
         proposal = planner.propose(**which)
         prompts = [line.prompts[i] for i in proposal.index_P]
         request = Request(prompts=prompts, budget_P=proposal.budget_P, seed_N=proposal.seed_N)
-        scored = roll_out(line, request, line.params(), version=version)
+        scored = roll_out(line, request, line.params(version), version=version)
         ledger.drawn(*size(scored.rollouts))
         if scored.failed is not None:
             ledger.drawn(*size(scored.failed))
@@ -225,7 +225,7 @@ class GroupBuffer:
         }
 
 
-def _only(rollouts: TokenRollouts, place: int) -> TokenRollouts:
+def _only(rollouts: Any, place: int) -> TokenRollouts:
     """The rows of one prompt, as a batch of that prompt alone."""
     rows = rollouts.take((rollouts.prompt_N == place).nonzero().flatten())
     return replace(

@@ -14,10 +14,10 @@ from rl import metrics, step_weights
 from rl.line import Batch
 from rl.recompute import with_kl_penalty
 from rl.waves import Groups, Wave, size
+from rollouts.batch import Rollouts, TokenRollouts
 
 if TYPE_CHECKING:
     from rl.line import Line
-    from rollouts.batch import TokenRollouts
 
 
 def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> Batch:
@@ -36,16 +36,17 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
     everything = groups.rollouts
     if config.reward_kl:
         everything = with_kl_penalty(line, everything)
-    everything = replace(everything, advantage_N=line.advantage(everything))
+    everything = with_credit(everything, line.advantage(everything, groups.prompts))
     chosen = line.down_sample(everything, progress) if len(everything) else torch.arange(0)
     if config.mask_truncated_completions:
+        assert isinstance(everything, TokenRollouts)
         chosen = chosen[~everything.truncated_N[chosen]]
     rollouts = everything.take(chosen)
     if line.advantage_after is not None and len(rollouts):
         rollouts = replace(rollouts, advantage_N=line.advantage_after(rollouts))
     weight_K, denominator, original = _objective(line, groups, everything, chosen)
     assert rollouts.advantage_N is not None
-    trains_K = (rollouts.advantage_N * weight_K != 0) & (rollouts.length_N > 0)
+    trains_K = has_signal(rollouts) & (weight_K != 0) & (rollouts.length_N > 0)
     kept = rollouts.take(trains_K.nonzero().flatten())
     trained_N = torch.zeros(len(everything), dtype=torch.bool)
     trained_N[chosen[trains_K]] = True
@@ -62,8 +63,25 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
     )
 
 
+def with_credit(rollouts: Rollouts, advantage: torch.Tensor) -> Rollouts:
+    """`rollouts` with an advantage per row, or per decision, of which the row's is the mean."""
+    if advantage.ndim == 1:
+        return replace(rollouts, advantage_N=advantage)
+    advantage_NT = torch.where(rollouts.mask_NT, advantage, 0.0)
+    mean_N = advantage_NT.sum(1) / rollouts.length_N.clamp(min=1)
+    return replace(rollouts, advantage_N=mean_N, advantage_NT=advantage_NT)
+
+
+def has_signal(rollouts: Rollouts) -> torch.Tensor:
+    """(N,) bool: rows of which some decision has an advantage."""
+    if rollouts.advantage_NT is not None:
+        return (rollouts.advantage_NT != 0).any(dim=1)
+    assert rollouts.advantage_N is not None
+    return rollouts.advantage_N != 0
+
+
 def _objective(
-    line: Line, groups: Groups, everything: TokenRollouts, chosen: torch.Tensor
+    line: Line, groups: Groups, everything: Rollouts, chosen: torch.Tensor
 ) -> tuple[torch.Tensor, float, float]:
     """Weights of the chosen rows, what their weighted sum is divided by, and what that of all rows is.
 
@@ -79,7 +97,7 @@ def _objective(
     return of_chosen, denominator, original
 
 
-def _weights(line: Line, groups: Groups, rollouts: TokenRollouts) -> tuple[torch.Tensor, float]:
+def _weights(line: Line, groups: Groups, rollouts: Rollouts) -> tuple[torch.Tensor, float]:
     """The objective's weight of each of these rows, and their denominator."""
     num_prompts = len(groups.prompts)
     assert rollouts.reward_N is not None
@@ -104,11 +122,15 @@ def _weights(line: Line, groups: Groups, rollouts: TokenRollouts) -> tuple[torch
 
 
 def _account(
-    line: Line, everything: TokenRollouts, chosen: torch.Tensor, trained_N: torch.Tensor
+    line: Line, everything: Rollouts, chosen: torch.Tensor, trained_N: torch.Tensor
 ) -> None:
     """Tell the ledger what became of every row that leaves here."""
     reward_N, prompt_N = everything.reward_N, everything.prompt_N
     assert reward_N is not None
+    truncated_N = None
+    if line.config.mask_truncated_completions:
+        assert isinstance(everything, TokenRollouts)
+        truncated_N = everything.truncated_N
     chosen_N = torch.zeros_like(trained_N)
     chosen_N[chosen] = True
     group_reason = {
@@ -121,7 +143,7 @@ def _account(
         if reason == "mixed" and chosen_N[row]:
             reason = "no_advantage"
         elif reason == "mixed":
-            cut = line.config.mask_truncated_completions and everything.truncated_N[row]
+            cut = truncated_N is not None and truncated_N[row]
             reason = "truncated" if cut else "down_sampled"
         rows_of.setdefault(reason, []).append(row)
     for reason, rows in rows_of.items():
