@@ -32,8 +32,8 @@ from rollouts.rewards import RewardError
 QUICK = Digits(steps=2, batch_size=8)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():  # two threads round differently, and are slower on busy cores
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
