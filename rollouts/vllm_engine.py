@@ -8,6 +8,7 @@ Axes: P prompts, N rollouts, T tokens.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 
 import requests
 import torch
+from requests.adapters import HTTPAdapter
 from torch import Tensor
 from trl.generation import vllm_client, vllm_generation
 
@@ -28,24 +30,36 @@ LAUNCH = (
 )
 """How a server is started whose weights and log-probabilities are the ones needed."""
 
+COLDEST = 0.01
+"""vLLM raises a temperature below this, and above 0, to it."""
+
+CLAMPED = -9999.0
+"""A server writes this for log-probabilities that are lower, minus infinity included."""
+
 
 class VLLMEngine:
     """Generates with vLLM; trains nothing itself, so `load_weights` hands weights on.
 
     Prompt, seed, weights and `params` determine a rollout up to float error, which in vLLM depends on
-    what is batched together: `check_engine` needs tolerances for it. `logprob_NT` is what vLLM calls
+    what is batched together: `check_engine` needs tolerances for it. Seeds are per request, so a
+    rollout is a request; vLLM draws for seeded requests one after the other, a small kernel each per
+    token, which unseeded ones would share. `logprob_NT` is what vLLM calls
     processed log-probabilities: at the sampling temperature, and *after* top_k, top_p and min_p, which
     renormalise. With such a filter they are not what a trainer recomputes, so filters are refused
     unless `filtered_logprobs` says that the trainer computes its own.
 
     Every process generates its own share. In server mode each talks to the one server and the main
-    process hands the weights on; colocated, each has a vLLM of its own on its GPU.
+    process hands the weights on; colocated, each has a vLLM of its own on its GPU. Prefixes in vLLM's
+    cache are marked by the weights they belong to (`cache_salt`), because clearing the cache, which
+    TRL asks for, does nothing while a request still holds a part of it. So processes share none.
 
     Args:
         generation: TRL's `VLLMGeneration`, in either mode. `vllm_engine` makes one.
         tokenizer: for end-of-sequence ids, and to find stop strings.
-        concurrency: requests a process has open at a server at once.
-        timeout: seconds a request to a server may take; None waits for ever.
+        concurrency: requests a process has open at a server at once. Fewer than the server's
+            --max-num-seqs, over all processes, leave it idle.
+        timeout: seconds a server may be silent on a request before TRL's client asks again, which
+            it does 5 times; None waits for ever.
         filtered_logprobs: accept top_k, top_p and min_p although log-probabilities come after them.
 
     Raises:
@@ -57,7 +71,7 @@ class VLLMEngine:
         generation: Any,
         tokenizer: Any,
         *,
-        concurrency: int = 64,
+        concurrency: int = 256,
         timeout: float | None = 600.0,
         filtered_logprobs: bool = False,
     ) -> None:
@@ -73,21 +87,31 @@ class VLLMEngine:
         self.filtered_logprobs = filtered_logprobs
         self._generation = generation
         self._concurrency = concurrency
+        self._salt = uuid.uuid4().hex
         self._asleep = generation.mode == "colocate" and generation.enable_sleep_mode
         if generation.mode == "server":
             self._client = _client_of(generation)
-            self._client.session.request = partial(self._client.session.request, timeout=timeout)
+            session, url = self._client.session, self._client.base_url
+            session.request = partial(session.request, timeout=timeout)
+            # TRL's retries, with a connection for every open request.
+            retries = session.get_adapter(url).max_retries
+            session.mount(url, HTTPAdapter(max_retries=retries, pool_maxsize=concurrency))
             _require_processed(self._client)
 
     def load_weights(self, model: Any) -> None:
         """Hand the weights of `model` on to vLLM, and forget prefixes computed with older ones.
 
         Every process enters: sharded weights are gathered by all, LoRA is merged on the way, and no
-        process goes on before the server has them. A vLLM that rests is woken.
+        process goes on before the server has them, nor are they sent while another still generates.
+        A vLLM that rests is woken.
         """
         generation = self._generation
+        generation.accelerator.wait_for_everyone()
+        if model is not generation.model:
+            generation._weight_metadata = None  # TRL notes names, types and shapes once
         generation.model = model
         generation.sync_weights()
+        self._salt = uuid.uuid4().hex
         if self._asleep:
             generation.llm.wake_up(tags=["kv_cache"])
             self._asleep = False
@@ -98,9 +122,16 @@ class VLLMEngine:
 
         The weights are gone: the next use begins with `load_weights`.
         """
-        if self._generation.mode == "colocate" and self._generation.enable_sleep_mode:
-            self._generation.llm.sleep(level=2)
+        generation = self._generation
+        if generation.mode == "colocate" and generation.enable_sleep_mode and not self._asleep:
+            generation.llm.sleep(level=2)
             self._asleep = True
+
+    def close(self) -> None:
+        """Leave the server's weight-update group and its connections; nothing else is left to do."""
+        if self._generation.mode == "server":
+            self._client.close_communicator()
+            self._client.session.close()
 
     def generate(
         self,
@@ -117,7 +148,7 @@ class VLLMEngine:
             ValueError: if the request is malformed, or `params` ask for what vLLM does not do.
             RuntimeError: if vLLM rests, a server does not answer or answers something else than was
                 asked; the prompt's key is named.
-            FloatingPointError: if a log-probability is missing, NaN or infinite.
+            FloatingPointError: if a log-probability is missing, NaN, infinite or above 0.
         """
         prompt_N, seed_N = requested_rows(prompts, budget_P, seeds_N)
         self._refuse(params)
@@ -134,7 +165,11 @@ class VLLMEngine:
             "max_tokens": params.max_completion_length,
             "logprobs": 0,
         }
-        more = {"stop": list(params.stop), "stop_token_ids": list(eos)}
+        more = {
+            "stop": list(params.stop),
+            "stop_token_ids": list(eos),
+            "skip_special_tokens": False,  # stop strings may be special tokens
+        }
         answer = self._from_server if self._generation.mode == "server" else self._from_colocated
         drawn = answer(rows, seed_N.tolist(), settings, more) if rows else []
         return self._batch(prompts, prompt_N, seed_N, drawn, eos, params, version)
@@ -145,6 +180,11 @@ class VLLMEngine:
         if params.record_entropy:
             raise ValueError(
                 "record_entropy needs the transformers engine: vLLM gives no entropies"
+            )
+        if 0 < params.temperature < COLDEST:
+            raise ValueError(
+                f"vLLM raises temperature={params.temperature} to {COLDEST}; write 0, or {COLDEST} "
+                "or more"
             )
         if not self.filtered_logprobs and (params.top_k or params.top_p < 1 or params.min_p):
             raise ValueError(
@@ -160,7 +200,7 @@ class VLLMEngine:
 
         def ask(row: int) -> tuple[list[int], list[float | None]]:
             ids = list(rows[row].token_ids)
-            extra = more | {"seed": seeds[row]}
+            extra = more | {"seed": _usable(seeds[row]), "cache_salt": self._salt}
             try:
                 answer = self._client.generate([ids], n=1, **settings, generation_kwargs=extra)
             except Exception as error:
@@ -185,8 +225,10 @@ class VLLMEngine:
         from vllm import SamplingParams as RequestParams
 
         outputs = self._generation.llm.generate(
-            [{"prompt_token_ids": list(prompt.token_ids)} for prompt in rows],
-            sampling_params=[RequestParams(n=1, seed=s, **settings, **more) for s in seeds],
+            [{"prompt_token_ids": list(p.token_ids), "cache_salt": self._salt} for p in rows],
+            sampling_params=[
+                RequestParams(n=1, seed=_usable(seed), **settings, **more) for seed in seeds
+            ],
             use_tqdm=False,
         )
         if len(outputs) != len(rows):
@@ -210,6 +252,7 @@ class VLLMEngine:
         version: int,
     ) -> TokenRollouts:
         limit = params.max_completion_length
+        vocabulary = self._generation.model.config.get_text_config().vocab_size
         length_N = torch.tensor([len(ids) for ids, _ in drawn], dtype=torch.int64)
         longest = int(length_N.max()) if drawn else 0
         pad = self.tokenizer.pad_token_id
@@ -218,19 +261,18 @@ class VLLMEngine:
         truncated_N = torch.zeros(len(drawn), dtype=torch.bool)
         for row, (ids, logprobs) in enumerate(drawn):
             key = prompts[int(prompt_N[row])].key
-            if not 1 <= len(ids) <= limit:
-                raise RuntimeError(
-                    f"vLLM gave prompt {key} a completion of {len(ids)} tokens, asked for 1 to {limit}"
-                )
+            _check(ids, logprobs, key, limit=limit, vocabulary=vocabulary)
             token_NT[row, : len(ids)] = torch.tensor(ids)
-            values = torch.tensor([float("nan") if x is None else x for x in logprobs])
-            if not values.isfinite().all():
-                raise FloatingPointError(
-                    f"vLLM gave prompt {key} a log-probability that is missing, NaN or infinite"
+            logprob_NT[row, : len(ids)] = torch.tensor(logprobs)
+            ended = ids[-1] in eos or self._has_stop(ids, params)
+            if len(ids) < limit and not ended:
+                raise RuntimeError(
+                    f"vLLM ended a completion of prompt {key} after {len(ids)} of {limit} tokens, at "
+                    f"token {ids[-1]}, which is no end of sequence ({list(eos)}), and without a stop "
+                    "string: raise --max-model-len (vllm_max_model_length, colocated), or give the "
+                    "model's generation config the end-of-sequence ids that vLLM uses"
                 )
-            logprob_NT[row, : len(ids)] = values
-            ended = ids[-1] in eos or any(s in self.tokenizer.decode(ids) for s in params.stop)
-            truncated_N[row] = len(ids) == limit and not ended
+            truncated_N[row] = not ended
         return TokenRollouts(
             prompt_N=prompt_N,
             mask_NT=torch.arange(longest) < length_N[:, None],
@@ -241,6 +283,14 @@ class VLLMEngine:
             seed_N=seed_N,
             prompt_ids=tuple(tuple(prompt.token_ids) for prompt in prompts),
         )
+
+    def _has_stop(self, ids: list[int], params: SamplingParams) -> bool:
+        if not params.stop:
+            return False
+        text = self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return any(s in text for s in params.stop)
 
 
 def vllm_engine(
@@ -254,6 +304,8 @@ def vllm_engine(
     gpu_memory_utilization: float = 0.3,
     max_model_length: int | None = None,
     enable_sleep_mode: bool = False,
+    concurrency: int = 256,
+    timeout: float | None = 600.0,
     filtered_logprobs: bool = False,
 ) -> VLLMEngine:
     """A `VLLMEngine` on a vLLM that TRL starts ("colocate") or connects to ("server").
@@ -268,7 +320,7 @@ def vllm_engine(
         gpu_memory_utilization: share of the GPU that a colocated vLLM takes.
         max_model_length: positions of a colocated vLLM. Default: the model's.
         enable_sleep_mode: a colocated vLLM gives its memory back while the trainer updates.
-        filtered_logprobs: see `VLLMEngine`.
+        concurrency, timeout, filtered_logprobs: see `VLLMEngine`.
 
     Raises:
         ImportError: if vLLM is not installed.
@@ -297,7 +349,13 @@ def vllm_engine(
             f"no vLLM server answers at {base_url} within {server_timeout} s; start one with\n"
             f"    {LAUNCH}"
         ) from error
-    return VLLMEngine(generation, tokenizer, filtered_logprobs=filtered_logprobs)
+    return VLLMEngine(
+        generation,
+        tokenizer,
+        concurrency=concurrency,
+        timeout=timeout,
+        filtered_logprobs=filtered_logprobs,
+    )
 
 
 def _client_of(generation: Any) -> Any:
@@ -312,11 +370,16 @@ def _client_of(generation: Any) -> Any:
 def _require_processed(client: Any) -> None:
     """Raise if the server's log-probabilities are not at the sampling temperature."""
     mode = client.get_server_info().get("model_config", {}).get("logprobs_mode")
-    if mode is not None and mode != "processed_logprobs":
+    if mode != "processed_logprobs":
         raise ValueError(
             f"the vLLM server at {client.base_url} reports {mode}, which are not those that tokens "
             f"are drawn by; start it with --logprobs-mode processed_logprobs:\n    {LAUNCH}"
         )
+
+
+def _usable(seed: int) -> int:
+    """The seed without its sign: to vLLM, -1 means none."""
+    return seed % 2**63
 
 
 def _sampled(answer: dict, row: int, prompt: Prompt) -> tuple[list[int], list[float | None]]:
@@ -331,3 +394,25 @@ def _sampled(answer: dict, row: int, prompt: Prompt) -> tuple[list[int], list[fl
             f"vLLM gave prompt {prompt.key} {len(ids)} tokens and {len(tables)} log-probabilities"
         )
     return list(ids), [table.get(token) for token, table in zip(ids, tables, strict=True)]
+
+
+def _check(
+    ids: list[int], logprobs: list[float | None], key: str, *, limit: int, vocabulary: int
+) -> None:
+    """Raise if this cannot be a completion of at most `limit` tokens by the model being trained."""
+    if not 1 <= len(ids) <= limit:
+        raise RuntimeError(
+            f"vLLM gave prompt {key} a completion of {len(ids)} tokens, asked for 1 to {limit}"
+        )
+    if not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise RuntimeError(
+            f"vLLM gave prompt {key} tokens from {min(ids)} to {max(ids)}, but the model being trained "
+            f"has {vocabulary}: is it another model that is served?"
+        )
+    # A certain token has log-probability 0, up to rounding; NaN is on neither side of anything.
+    bad = [x for x in logprobs if x is None or not CLAMPED < x <= 1e-3]
+    if bad:
+        raise FloatingPointError(
+            f"vLLM gave prompt {key} a log-probability that is missing, NaN, infinite or above 0: "
+            f"{bad[0]}"
+        )

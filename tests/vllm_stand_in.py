@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -18,9 +19,32 @@ import torch
 from safetensors.torch import load_file, save_file
 from trl.generation import vllm_client, vllm_generation
 
+from rollouts.drawing import at_temperature, truncate
 from rollouts.engine import SamplingParams
 from rollouts.prompts import Prompt
 from rollouts.transformers_engine import TransformersEngine
+
+
+def complete(engine, ids, settings):
+    """Tokens, processed log-probabilities and whether the limit ended it, as `settings` ask."""
+    params = SamplingParams(
+        max_completion_length=settings["max_tokens"],
+        stop=tuple(settings["stop"]),
+        **{name: settings[name] for name in ("temperature", "top_k", "top_p", "min_p")},
+    )
+    assert sorted(settings["stop_token_ids"]) == list(engine.eos_token_ids)
+    assert settings["repetition_penalty"] == 1.0 and settings["logprobs"] == 0
+    assert settings["skip_special_tokens"] is False  # or stop strings of special tokens are missed
+    prompt = Prompt(key="", prompt="", token_ids=tuple(ids), columns={})
+    drawn = engine.generate([prompt], [1], seeds_N=[settings["seed"]], params=params)
+    token_T = drawn.token_NT[0][drawn.mask_NT[0]]
+    with torch.no_grad():
+        logits_TV = engine.model(torch.cat([torch.tensor(ids), token_T])[None]).logits[0]
+    score_TV = at_temperature(logits_TV[len(ids) - 1 : -1], params)
+    if params.temperature > 0:
+        score_TV = truncate(score_TV.log_softmax(-1), params)
+    logprob_T = score_TV.log_softmax(-1).gather(1, token_T[:, None])[:, 0]
+    return token_T.tolist(), logprob_T.tolist(), bool(drawn.truncated_N[0])
 
 
 class Server(ThreadingHTTPServer):
@@ -37,6 +61,8 @@ class Server(ThreadingHTTPServer):
         self.inbox = None  # folder that weights arrive in
         self.spoil = lambda choice: choice
         self.lock = threading.Lock()
+        self.delay = 0.0  # seconds before a completion is begun
+        self.open = self.most_open = 0  # completions asked for and not yet answered
 
     @property
     def url(self):
@@ -44,6 +70,9 @@ class Server(ThreadingHTTPServer):
 
     def paths(self):
         return [path for path, _ in self.asked]
+
+    def completions(self):
+        return [body for path, body in self.asked if path == "/v1/completions"]
 
     def answer(self, path, body):
         if path == "/health":
@@ -65,28 +94,24 @@ class Server(ThreadingHTTPServer):
         if path in ("/start_weight_update", "/finish_weight_update", "/reset_prefix_cache"):
             return {}
         if path == "/v1/completions":
-            return {"choices": [self.spoil(self.complete(ids, body)) for ids in body["prompt"]]}
+            return {"choices": [self.spoil(self.choice(ids, body)) for ids in body["prompt"]]}
         raise KeyError(path)
 
-    def complete(self, ids, body):
-        params = SamplingParams(
-            max_completion_length=body["max_tokens"],
-            temperature=body["temperature"],
-            top_k=body["top_k"],
-            top_p=body["top_p"],
-            min_p=body["min_p"],
-            stop=tuple(body["stop"]),
-        )
-        prompt = Prompt(key="", prompt="", token_ids=tuple(ids), columns={})
+    def choice(self, ids, body):
         with self.lock:
-            rollouts = self.engine.generate([prompt], [1], seeds_N=[body["seed"]], params=params)
-        tokens = rollouts.token_NT[0][rollouts.mask_NT[0]].tolist()
-        logprobs = rollouts.logprob_NT[0][rollouts.mask_NT[0]].tolist()
+            self.open += 1
+            self.most_open = max(self.most_open, self.open)
+        time.sleep(self.delay)
+        with self.lock:
+            try:
+                tokens, logprobs, truncated = complete(self.engine, ids, body)
+            finally:
+                self.open -= 1
         names = [f"token_id:{token}" for token in tokens]
         return {
             "prompt_token_ids": ids,
             "token_ids": tokens,
-            "finish_reason": "length" if rollouts.truncated_N[0] else "stop",
+            "finish_reason": "length" if truncated else "stop",
             "logprobs": {
                 "tokens": names,
                 "token_logprobs": logprobs,
@@ -107,14 +132,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.asked.append((self.path, body))
         try:
             status, answer = 200, self.server.answer(self.path, body)
-        except ValueError as error:
-            status, answer = 400, {"error": str(error)}
+        except (ValueError, AssertionError, KeyError) as error:
+            status, answer = 400, {"error": f"{type(error).__name__}: {error}"}
         content = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the client did not wait
 
     def log_message(self, *_):
         pass
@@ -130,7 +158,12 @@ class Client(vllm_client.VLLMClient):
 
     def update_named_params(self, metadata, named_params):
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in named_params}
-        assert [name for name, _, _ in metadata] == list(tensors)
+        # What is announced is what vLLM makes room for.
+        announced = [(name, dtype, list(shape)) for name, dtype, shape in metadata]
+        assert announced == [
+            (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+            for name, tensor in tensors.items()
+        ]
         save_file(tensors, self.inbox / "weights.safetensors")
         self._start_weight_update()
         info = {"names": [n for n, _, _ in metadata]}
@@ -163,6 +196,7 @@ class LLM:
         self.engine = TransformersEngine(self.model, tokenizer)
         self.awake = {"weights": True, "kv_cache": True}
         self.calls = []
+        self.asked = []  # (prompt, settings) of every rollout
         runner = SimpleNamespace(model=SimpleNamespace(load_weights=self._load))
         worker = SimpleNamespace(model_runner=runner)
         self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
@@ -190,19 +224,12 @@ class LLM:
         assert all(self.awake.values())
         outputs = []
         for prompt, settings in zip(prompts, sampling_params, strict=True):
-            s = vars(settings)
-            params = SamplingParams(
-                max_completion_length=s["max_tokens"],
-                stop=tuple(s["stop"]),
-                **{name: s[name] for name in ("temperature", "top_k", "top_p", "min_p")},
-            )
-            ids = tuple(prompt["prompt_token_ids"])
-            asked = Prompt(key="", prompt="", token_ids=ids, columns={})
-            drawn = self.engine.generate([asked], [1], seeds_N=[s["seed"]], params=params)
-            tokens = drawn.token_NT[0][drawn.mask_NT[0]].tolist()
+            self.asked.append((prompt, vars(settings)))
+            ids = prompt["prompt_token_ids"]
+            tokens, values, _ = complete(self.engine, ids, vars(settings))
             logprobs = [
                 {token: SimpleNamespace(logprob=value, rank=1)}
-                for token, value in zip(tokens, drawn.logprob_NT[0].tolist(), strict=False)
+                for token, value in zip(tokens, values, strict=True)
             ]
             one = SimpleNamespace(token_ids=tokens, logprobs=logprobs)
             outputs.append(SimpleNamespace(prompt_token_ids=list(ids), outputs=[one]))

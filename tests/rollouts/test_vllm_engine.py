@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
+from requests.adapters import HTTPAdapter
 from trl.generation import vllm_generation
 
 from rl.logprobs import completion_logprobs
@@ -14,7 +15,7 @@ from rollouts.adaptive_temperature import AdaptiveTemperature
 from rollouts.engine import SamplingParams, check_engine
 from rollouts.transformers_engine import TransformersEngine
 from rollouts.vllm_engine import VLLMEngine, vllm_engine
-from tests.tiny_lm import EOS, PAD, tiny_model, tiny_prompts, tiny_tokenizer
+from tests.tiny_lm import EOS, PAD, VOCABULARY, tiny_model, tiny_prompts, tiny_tokenizer
 from tests.vllm_stand_in import LLM, serving
 
 PARAMS = SamplingParams(max_completion_length=6)
@@ -66,7 +67,7 @@ def colocated(model, monkeypatch, *, sleep=False):
 
 
 def test_it_keeps_the_contract_of_engines(served, model):
-    check_engine(on_server(served, model), PROMPTS, PARAMS)
+    check_engine(on_server(served, model, concurrency=8), PROMPTS, PARAMS)
 
 
 def test_colocated_it_keeps_the_contract_of_engines(model, monkeypatch):
@@ -77,7 +78,7 @@ def test_every_rollout_is_a_request_with_its_seed(served, model):
     rollouts = on_server(served, model).generate(
         PROMPTS, [2, 0, 1], seeds_N=[7, 2**62, 9], params=PARAMS, version=4
     )
-    bodies = [body for path, body in served.asked if path == "/v1/completions"]
+    bodies = served.completions()
     assert sorted(body["seed"] for body in bodies) == [7, 9, 2**62]
     by_seed = {body["seed"]: body for body in bodies}
     assert by_seed[7]["prompt"] == by_seed[2**62]["prompt"] == [list(PROMPTS[0].token_ids)]
@@ -112,6 +113,73 @@ def test_a_stop_string_at_the_limit_is_no_truncation(served, model, stop):
     full_N = ours.length_N == 3
     assert torch.equal(ours.truncated_N, theirs.truncated_N)
     assert (full_N & ~ours.truncated_N).any() and ours.truncated_N.any()
+
+
+def test_a_stop_string_may_be_a_special_token_and_ends_a_rollout_early(served, model):
+    # The special token is decoded, and vLLM asked to decode it.
+    params = SamplingParams(max_completion_length=5, stop=("<pad>", "ab"))
+    asked = {"seeds_N": range(60), "params": params}
+    ours = on_server(served, model).generate(PROMPTS[:1], [60], **asked)
+    last_N = ours.token_NT[torch.arange(60), ours.length_N - 1]
+    early_N = ours.length_N < 5
+    assert (early_N & (last_N == PAD)).any() and not ours.truncated_N[early_N].any()
+    assert (ours.truncated_N == ~((last_N == PAD) | (last_N == EOS) | has(ours, "ab"))).all()
+
+
+def has(rollouts, stop):
+    texts = [
+        tiny_tokenizer().decode(row[mask])
+        for row, mask in zip(rollouts.token_NT, rollouts.mask_NT, strict=True)
+    ]
+    return torch.tensor([stop in text for text in texts])
+
+
+def test_greedy_rollouts_are_those_of_the_model(served, model):
+    params = SamplingParams(max_completion_length=6, temperature=0.0)
+    asked = {"seeds_N": [1, 2, 3], "params": params}
+    ours = on_server(served, model).generate(PROMPTS, [1, 1, 1], **asked)
+    theirs = TransformersEngine(model, tiny_tokenizer()).generate(PROMPTS, [1, 1, 1], **asked)
+    assert torch.equal(ours.token_NT[ours.mask_NT], theirs.token_NT[theirs.mask_NT])
+    torch.testing.assert_close(ours.logprob_NT, theirs.logprob_NT, rtol=0, atol=1e-4)
+
+
+def test_every_seed_is_one_to_vllm(served, model, monkeypatch):
+    # To vLLM -1 is no seed, so it must not be sent, and what is sent stays apart.
+    asked = {"seeds_N": [-1, -2, 0, 2**63 - 2], "params": PARAMS}
+    on_server(served, model).generate(PROMPTS[:1], [4], **asked)
+    sent = {body["seed"] for body in served.completions()}
+    assert sent == {2**63 - 1, 2**63 - 2, 0}
+    engine, llm = colocated(model, monkeypatch)
+    engine.generate(PROMPTS[:1], [4], **asked)
+    assert {settings["seed"] for _, settings in llm.asked} == sent
+
+
+def test_prefixes_of_older_weights_are_never_met(served, model, monkeypatch):
+    """vLLM does not clear its cache while a request holds a part of it, and does not say so."""
+
+    engine, other = on_server(served, model), on_server(served, model)
+    first = salts_of(served, engine)
+    assert len(first) == 1 and first == salts_of(served, engine)
+    assert first != salts_of(served, other)
+    engine.load_weights(model)
+    second = salts_of(served, engine)
+    assert len(second) == 1 and second != first
+    near, llm = colocated(model, monkeypatch)
+    before = salts_near(llm, near)
+    near.load_weights(model)
+    assert len(before) == 1 and before.isdisjoint(salts_near(llm, near))
+
+
+def salts_of(server, engine):
+    server.asked.clear()
+    engine.generate(PROMPTS, [2, 1, 1], seeds_N=range(4), params=PARAMS)
+    return {body["cache_salt"] for body in server.completions()}
+
+
+def salts_near(llm, engine):
+    llm.asked.clear()
+    engine.generate(PROMPTS, [2, 1, 1], seeds_N=range(4), params=PARAMS)
+    return {prompt["cache_salt"] for prompt, _ in llm.asked}
 
 
 def changed(model):
@@ -151,6 +219,28 @@ def test_another_model_may_be_loaded(served, model):
     engine.load_weights(other)
     recorded, fresh = logprobs(engine, other)
     torch.testing.assert_close(recorded, fresh, rtol=0, atol=1e-4)
+    # One in another type: what is announced to vLLM follows.
+    engine.load_weights(tiny_model(seed=2).double())
+    recorded, fresh = logprobs(engine, tiny_model(seed=2))
+    torch.testing.assert_close(recorded, fresh, rtol=0, atol=1e-4)
+
+
+def test_weights_wait_for_every_process_and_every_process_for_the_weights(served, model):
+    engine = on_server(served, model)
+    accelerator = engine._generation.accelerator
+    engine._generation.accelerator = SimpleNamespace(
+        is_main_process=accelerator.is_main_process,
+        wait_for_everyone=lambda: served.asked.append(("wait", None)),
+    )
+    engine.load_weights(model)
+    assert served.paths() == [
+        "wait",
+        "/start_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+        "/reset_prefix_cache",
+        "wait",
+    ]
 
 
 def test_an_adapter_is_merged_on_the_way_and_stays_an_adapter(served, model):
@@ -176,6 +266,7 @@ def test_colocated_it_sleeps_between_uses_and_wakes_with_new_weights(model, monk
     engine.load_weights(model)
     recorded, fresh = logprobs(engine, model)
     torch.testing.assert_close(recorded, fresh, rtol=0, atol=1e-4)
+    engine.rest()
     engine.rest()
     assert llm.calls == ["sleep", "wake weights", "reset_prefix_cache", "wake kv_cache", "sleep"]
     with pytest.raises(RuntimeError, match="rests"):
@@ -207,12 +298,33 @@ def test_without_sleep_mode_rest_does_nothing(model, monkeypatch):
         (
             lambda c: c | {"token_ids": [3], "logprobs": listed([3], float("nan"))},
             FloatingPointError,
-            "missing, NaN or infinite",
+            "missing, NaN, infinite or above 0",
         ),
         (
             lambda c: c | {"token_ids": [3], "logprobs": listed([4])},
             FloatingPointError,
-            "missing, NaN or infinite",
+            "missing, NaN, infinite or above 0: None",
+        ),
+        (  # as a server writes minus infinity
+            lambda c: c | {"token_ids": [EOS], "logprobs": listed([EOS], -9999.0)},
+            FloatingPointError,
+            "infinite or above 0: -9999.0",
+        ),
+        (  # as logits would be
+            lambda c: c | {"token_ids": [EOS], "logprobs": listed([EOS], 2.5)},
+            FloatingPointError,
+            "above 0: 2.5",
+        ),
+        (
+            lambda c: c | {"token_ids": [3, VOCABULARY], "logprobs": listed([3, VOCABULARY])},
+            RuntimeError,
+            f"tokens from 3 to {VOCABULARY}, but the model being trained has {VOCABULARY}: .*served",
+        ),
+        (lambda c: c | {"token_ids": [-1], "logprobs": listed([-1])}, RuntimeError, "from -1 to"),
+        (  # as where the prompt leaves a colocated vLLM less room than was asked for
+            lambda c: c | {"token_ids": [3, 4], "logprobs": listed([3, 4])},
+            RuntimeError,
+            r"after 2 of 6 tokens, at token 4, .*\(\[1\]\).*--max-model-len",
         ),
     ],
 )
@@ -221,6 +333,59 @@ def test_an_answer_that_cannot_be_is_refused(served, model, spoil, error, messag
     served.spoil = spoil
     with pytest.raises(error, match=message):
         engine.generate(PROMPTS[:1], [1], seeds_N=[0], params=PARAMS)
+
+
+def test_an_answer_of_two_completions_is_refused(served, model):
+    engine = on_server(served, model)
+    answer = served.answer
+    served.answer = lambda path, body: {"choices": answer(path, body)["choices"] * 2}
+    with pytest.raises(RuntimeError, match="or 2 completions instead of 1"):
+        engine.generate(PROMPTS[:1], [1], seeds_N=[0], params=PARAMS)
+
+
+def test_colocated_a_missing_answer_is_refused(model, monkeypatch):
+    engine, llm = colocated(model, monkeypatch)
+    generate = llm.generate
+    llm.generate = lambda *arguments, **settings: generate(*arguments, **settings)[1:]
+    with pytest.raises(RuntimeError, match="asked for 3 rollouts and gave 2"):
+        engine.generate(PROMPTS, [1, 1, 1], seeds_N=range(3), params=PARAMS)
+
+
+def test_as_many_requests_are_open_as_it_may_have(served, model):
+    engine = on_server(served, model, concurrency=3)
+    served.delay = 0.02
+    engine.generate(PROMPTS[:1], [12], seeds_N=range(12), params=PARAMS)
+    assert served.most_open == 3
+    assert engine._client.session.get_adapter(served.url).max_retries.total == 5  # TRL's
+
+
+def test_a_server_that_does_not_answer_is_told_after_the_timeout(served, model):
+    engine = on_server(served, model, timeout=0.1)
+    engine._client.session.mount(served.url, HTTPAdapter(max_retries=0))  # else a minute of them
+    served.delay = 0.5
+    with pytest.raises(RuntimeError, match=r"failed on prompt prompt-0: .*timed out"):
+        engine.generate(PROMPTS[:1], [1], seeds_N=[0], params=PARAMS)
+    served.delay = 0.0
+    assert len(engine.generate(PROMPTS[:1], [1], seeds_N=[0], params=PARAMS)) == 1
+
+
+def test_a_server_that_has_gone_is_told(served, model):
+    engine = on_server(served, model)
+    engine._client.session.mount(served.url, HTTPAdapter(max_retries=0))
+    served.shutdown()
+    served.server_close()
+    with pytest.raises(RuntimeError, match=rf"{served.url} failed on prompt prompt-0.*refused"):
+        engine.generate(PROMPTS[:1], [1], seeds_N=[0], params=PARAMS)
+
+
+def test_close_leaves_the_group_of_the_weights(served, model, monkeypatch):
+    engine = on_server(served, model)
+    group = SimpleNamespace(store="a store", socket="a socket")
+    engine._client.communicator = SimpleNamespace(group=group)
+    engine.close()
+    assert engine._client.communicator is None and group.store is None
+    engine.close()
+    colocated(model, monkeypatch)[0].close()
 
 
 def listed(tokens, value=-1.0):
@@ -261,9 +426,20 @@ def test_what_vllm_does_not_do_is_refused(served, model):
     for setting in ({"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}):
         with pytest.raises(ValueError, match="come after .*old_logprobs: trainer"):
             ask(**setting)
+    with pytest.raises(ValueError, match=r"raises temperature=0.001 to 0.01; write 0, or 0.01"):
+        ask(temperature=0.001)
     assert served.asked == []
-    engine.filtered_logprobs = True
-    assert len(ask(top_k=3)) == 1
+    assert len(ask(temperature=0.01)) == 1
+
+
+def test_filtered_logprobs_are_taken_by_request_and_come_after_the_filter(served, model):
+    """Why they are refused otherwise: they are not what the trainer computes."""
+    engine = on_server(served, model, filtered_logprobs=True)
+    params = SamplingParams(max_completion_length=6, top_k=1)
+    rollouts = engine.generate(PROMPTS, [1, 1, 1], seeds_N=range(3), params=params)
+    assert rollouts.logprob_NT.abs().max() < 1e-5
+    fresh = completion_logprobs(model, rollouts, temperature=1.0, pad_id=PAD)
+    assert fresh.min() < -0.1
 
 
 def test_settings_that_cannot_be_are_refused(served, model, monkeypatch):
@@ -275,9 +451,10 @@ def test_settings_that_cannot_be_are_refused(served, model, monkeypatch):
     split = SimpleNamespace(mode="colocate", tensor_parallel_size=2)
     with pytest.raises(ValueError, match="tensor_parallel_size=2 needs .* --tensor-parallel-size"):
         VLLMEngine(split, tiny_tokenizer())
-    served.logprobs_mode = "raw_logprobs"
-    with pytest.raises(ValueError, match="reports raw_logprobs.*\n.*vllm serve"):
-        on_server(served, model)
+    for mode in ("raw_logprobs", None):
+        served.logprobs_mode = mode
+        with pytest.raises(ValueError, match=f"reports {mode}.*\n.*vllm serve"):
+            on_server(served, model)
 
 
 def test_other_processes_have_clients_for_requests_alone(served, model):
