@@ -93,7 +93,7 @@ def test_every_schedule_gives_increasing_edges_of_the_chain_and_the_same_when_as
         edges = schedule(step, num_steps=10, **settings)
         assert edges == schedule(step, num_steps=10, **settings)
         assert list(edges) == sorted(set(edges))
-        assert edges and 0 <= edges[0] and edges[-1] < 10
+        assert edges[0] >= 0 and edges[-1] < 10
         assert all(type(edge) is int for edge in edges)
 
 
