@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -116,7 +116,7 @@ def make_line(
     engine: Engine | None,
     model: PreTrainedModel,
     policy: Callable[[], AbstractContextManager[PreTrainedModel]],
-    tokenizer: PreTrainedTokenizerBase,
+    processor: PreTrainedTokenizerBase,
     rewards: list[RewardFunction],
     accelerator: Accelerator,
 ) -> Line:
@@ -129,6 +129,7 @@ def make_line(
         RewardError: if a reward function needs a column the prompts do not have.
     """
     check_columns(rewards, prompts)
+    tokenizer = processor
     generating = policy
     if engine is None and config.engine == "vllm":
         engine = _vllm(config, model, tokenizer, accelerator)
@@ -341,3 +342,28 @@ def refuse_overlap(prompts: list[Prompt], held_out: list[Prompt]) -> None:
             f"{len(shared)} prompts are both in train_dataset and eval_dataset, such as key "
             f"{shared[0].key}; validation must be held out: remove them from one of the two"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyKind:
+    """What a trainer does differently for each kind of policy; everything else is shared."""
+
+    load: Callable[..., tuple[Any, Any]]  # (model, processor, peft_config) -> (module, processor)
+    load_rewards: Callable[..., list[Any]]  # (names or functions, weights)
+    prompt_maker: Callable[..., Callable[[Any], tuple[list[Prompt], PromptReport]]]
+    refuse_overlap: Callable[[list[Prompt], list[Prompt]], None]
+    make_planner: Callable[..., Planner]
+    make_line: Callable[..., Line]
+    saves_processor: bool  # with every checkpoint
+
+
+LANGUAGE = PolicyKind(
+    load=load_policy,
+    load_rewards=load_rewards,
+    prompt_maker=prompt_maker,
+    refuse_overlap=refuse_overlap,
+    make_planner=make_planner,
+    make_line=make_line,
+    saves_processor=True,
+)
+"""Causal language models of transformers."""

@@ -22,15 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rl import checkpoint, metrics, tracking
 from rl.arguments import RolloutConfig
-from rl.assemble import (
-    column_of,
-    load_policy,
-    load_rewards,
-    make_line,
-    make_planner,
-    prompt_maker,
-    refuse_overlap,
-)
+from rl.assemble import LANGUAGE, PolicyKind, column_of
 from rl.evaluation import evaluate
 from rl.line import Batch
 from rl.measure import gradient_norms
@@ -67,6 +59,7 @@ class RolloutTrainer(Trainer):
     """
 
     args: RolloutConfig
+    kind: PolicyKind = LANGUAGE
     loss_is_scaled_for_ga = True  # the denominators are ours
 
     def __init__(
@@ -82,14 +75,15 @@ class RolloutTrainer(Trainer):
         engine: Engine | None = None,
         **kwargs: Any,
     ) -> None:
-        policy, processing_class = load_policy(model, processing_class, peft_config)
-        rewards = load_rewards(reward_funcs, args.reward_weights)
-        self._make_prompts = prompt_maker(args, processing_class)
+        kind = self.kind
+        policy, processing_class = kind.load(model, processing_class, peft_config)
+        rewards = kind.load_rewards(reward_funcs, args.reward_weights)
+        self._make_prompts = kind.prompt_maker(args, processing_class)
         prompts, self.prompt_report = self._make_prompts(train_dataset)
         self.eval_prompts: list[Prompt] = (
             self._make_prompts(eval_dataset)[0] if eval_dataset is not None else []
         )
-        refuse_overlap(prompts, self.eval_prompts)
+        kind.refuse_overlap(prompts, self.eval_prompts)
         if args.max_steps <= 0:
             args.max_steps = -(-int(args.num_train_epochs * len(prompts)) // args.prompts_per_step)
         super().__init__(
@@ -97,18 +91,18 @@ class RolloutTrainer(Trainer):
             args,
             train_dataset=[{}],
             eval_dataset=self.eval_prompts or None,
-            processing_class=processing_class,
+            processing_class=processing_class if kind.saves_processor else None,
             **kwargs,
         )
-        make = planner or partial(make_planner, args, columns=column_of(prompts))
-        self.line = make_line(
+        make = planner or partial(kind.make_planner, args, columns=column_of(prompts))
+        self.line = kind.make_line(
             args,
             prompts=prompts,
             planner=make([p.key for p in prompts]),
             engine=engine,
             model=policy,
             policy=self._policy,
-            tokenizer=processing_class,
+            processor=processing_class,
             rewards=rewards,
             accelerator=self.accelerator,
         )
@@ -169,9 +163,7 @@ class RolloutTrainer(Trainer):
         self._empty_steps = 0 if len(batch.rollouts) else self._empty_steps + 1
         if self.line.ranks.is_main:
             self.run_folder.write_step(metrics.record_of(self.line, batch, step=step))
-            if self.args.completions_every and step % self.args.completions_every == 0:
-                table = metrics.completions_of(batch, rows=self.args.completions_rows, step=step)
-                self.run_folder.write_completions(table, step=step, report_to=self.args.report_to)
+            self.show(batch, step=step)
         if self._empty_steps >= self.args.max_empty_steps:
             reward = batch.metrics.get("reward", float("nan"))
             raise NoSignalError(
@@ -179,6 +171,12 @@ class RolloutTrainer(Trainer):
                 f"constant; last mean reward {reward:.3f}): the task is solved or "
                 "hopeless for this policy, or the reward is wrong; raise max_empty_steps to go on"
             )
+
+    def show(self, batch: Batch, *, step: int) -> None:
+        """Write some of a step's rollouts to the run folder, where the settings ask for it."""
+        if self.args.completions_every and step % self.args.completions_every == 0:
+            table = metrics.completions_of(batch, rows=self.args.completions_rows, step=step)
+            self.run_folder.write_completions(table, step=step, report_to=self.args.report_to)
 
     # -- logging and validation
 
