@@ -45,6 +45,11 @@ class Step:
     logprob_N: Tensor | None = None
     """(N,) float64, nats; None on deterministic edges."""
 
+    @property
+    def last_latent(self) -> Tensor:
+        """The latent that the pipeline goes on with."""
+        return self.x if self.x_next is None else self.x_next
+
 
 @dataclass(kw_only=True, slots=True)
 class Recording:
@@ -97,13 +102,6 @@ class Recording:
                     f"{self.plan.level} has std 0 at {silent}: leave them out of {name}"
                 )
 
-    @property
-    def last_x(self) -> Tensor:
-        """The latent after the last step that was recorded."""
-        x = self.steps[-1].x_next
-        assert x is not None
-        return x
-
 
 def edge_std(plan: StepPlan, levels: Tensor) -> tuple[float, ...]:
     """(T,) standard deviation of every edge of a plan; 0 where it draws no noise."""
@@ -117,7 +115,9 @@ class _RecordingMixin:
     recording: Recording | None = None
     """Attached for one pipeline call; None makes the class its base class."""
 
-    def _prediction(self) -> str:
+    @property
+    def prediction(self) -> str:
+        """What the model predicts, as `gaussian_step` names it."""
         raise NotImplementedError
 
     def _levels(self) -> Tensor:
@@ -148,7 +148,7 @@ class _RecordingMixin:
                 f"{recording.window}; only pipelines that take every timestep once and in order can "
                 f"be recorded"
             )
-        if recording.steps and not torch.equal(recording.last_x, x):
+        if recording.steps and not torch.equal(recording.steps[-1].last_latent, x):
             raise ValueError(
                 f"the pipeline changed the latents between step {step - 1} and step {step}, as "
                 f"image-to-image, image-to-video and inpainting pipelines do: its steps are not "
@@ -157,7 +157,7 @@ class _RecordingMixin:
         if recording.before_step is not None:
             recording.before_step(len(x))
         # What is recorded is out of the pipeline's reach: some write into the latents they got.
-        recorded_x = recording.last_x if recording.steps else x.clone()
+        recorded_x = recording.steps[-1].last_latent if recording.steps else x.clone()
         if recording.capture:
             recording.steps.append(Step(step=step, x=recorded_x, output=output))
             return x
@@ -172,7 +172,7 @@ class _RecordingMixin:
                 recording.levels[step],
                 rule=recording.plan.rule,
                 level=recording.plan.level,
-                prediction=self._prediction(),
+                prediction=self.prediction,
             )
             if recording.std[step] == 0:
                 x_next = mean.to(x.dtype)
@@ -233,7 +233,8 @@ class LogProbDDIMScheduler(_RecordingMixin, DDIMScheduler):
             return (x_next, None)
         return DDIMSchedulerOutput(prev_sample=x_next, pred_original_sample=None)
 
-    def _prediction(self) -> str:
+    @property
+    def prediction(self) -> str:
         return self.config.prediction_type
 
     def _levels(self) -> Tensor:
@@ -273,7 +274,8 @@ class LogProbFlowMatchScheduler(_RecordingMixin, FlowMatchEulerDiscreteScheduler
             return (x_next,)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_next)
 
-    def _prediction(self) -> str:
+    @property
+    def prediction(self) -> str:
         return "flow"
 
     def _levels(self) -> Tensor:

@@ -168,7 +168,7 @@ def test_every_draw_is_the_kernels(name):
         assert std[0].item() == pytest.approx(recording.std[s.step])
         torch.testing.assert_close(s.x_next, mean + std[0] * noise(s.step, mean.shape))
         assert torch.equal(s.logprob_N, step_logprob(s.x_next, mean, std))
-    assert torch.equal(last, recording.last_x)
+    assert torch.equal(last, recording.steps[-1].last_latent)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

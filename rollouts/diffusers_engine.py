@@ -1,0 +1,591 @@
+"""Rollouts of diffusion models through unmodified diffusers pipelines.
+
+A denoising chain is drawn by running windows of the pipeline's steps under a recording scheduler
+(`rollouts/recording_scheduler.py`); a recorded step is scored again by running the pipeline for that
+one step and stopping before the action. Guidance, latent packing and sigma grids stay the pipeline's.
+
+Branches part at the action: the children of a state are draws from one Gaussian, so a split costs
+one evaluation, not one for each child (`StepPlan.evaluations`).
+
+Axes: P prompts, N rollouts (finished samples), T denoising steps, S = T + 1 states of a chain,
+M distinct states, U distinct states at one step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
+
+from rollouts.batch import DenoisingRollouts, StateTree
+from rollouts.prompts import Prompt
+from rollouts.recording_scheduler import Recording, draw, recording_scheduler
+from rollouts.sde import gaussian_step, step_logprob
+from rollouts.step_plan import StepPlan
+
+Encode = Callable[[Sequence[Prompt]], Mapping[str, Tensor]]
+"""`encode(prompts)`: (P, ...) tensors by the name of the pipeline argument that takes them."""
+
+_RESERVED = (
+    "callback_on_step_end",
+    "generator",
+    "guidance_scale",
+    "height",
+    "latents",
+    "num_images_per_prompt",
+    "num_inference_steps",
+    "output_type",
+    "prompt",
+    "return_dict",
+    "width",
+)
+
+
+class DiffusersEngine:
+    """Any text-to-image pipeline of diffusers as a policy over its denoising steps.
+
+    It runs the model that is trained, in the mode it is in; the pipeline's own scheduler is in place
+    whenever no method of the engine runs. Noise is drawn on the CPU from one generator for each row
+    and step, so it depends on the seeds alone, not on batch order, batch size or device.
+
+    The model output of a row depends on the other rows of its batch in the last digits. `replay`
+    and `logprobs` form the batches that `generate` formed if they are given all of its rows; the
+    ratio of an unchanged policy is then exactly 1. With fewer rows it is 1 within float noise, to be
+    logged as mismatch.
+
+    Args:
+        pipeline: with a `DDIMScheduler` or a `FlowMatchEulerDiscreteScheduler`. Its safety checker, if
+            it has one, blackens what `decode` returns.
+        encode: prompts to embeddings. None: the pipeline's text encoders read `prompt.prompt`.
+        guidance_scale: None takes the pipeline's default.
+        height: of the images, in pixels; None takes the pipeline's default.
+        width: likewise.
+        batch_size: rows of one call of the pipeline (a guidance pair is one row).
+        pipeline_kwargs: further arguments of every call, such as `true_cfg_scale`.
+
+    Raises:
+        ValueError: if the pipeline cannot be recorded: another scheduler, a scheduler that clips,
+            dropout in the denoiser, or a call without `latents` or that cannot be differentiated.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        encode: Encode | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 16,
+        pipeline_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.pipeline = pipeline
+        self.batch_size = batch_size
+        self.evaluations = 0
+        """Denoiser evaluations by `generate` so far, in rows; a guidance pair counts once."""
+        self.replay_evaluations = 0
+        """Likewise by `replay` and `logprobs`."""
+        settings = {"guidance_scale": guidance_scale, "height": height, "width": width}
+        self._arguments = {name: value for name, value in settings.items() if value is not None}
+        further = dict(pipeline_kwargs or {})
+        taken = sorted(set(further) & set(_RESERVED))
+        if taken:
+            raise ValueError(f"pipeline_kwargs must not contain {taken}: the engine sets them")
+        self._arguments |= further
+        self._encode = encode or self._encode_with_pipeline
+        self._check_pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        """The model that is the policy."""
+        for name in ("unet", "transformer"):
+            if getattr(self.pipeline, name, None) is not None:
+                return getattr(self.pipeline, name)
+        raise ValueError(f"{type(self.pipeline).__name__} has neither a unet nor a transformer")
+
+    def load_weights(self, model: Any) -> None:
+        """Take the weights of `model`; nothing to do where it is the pipeline's own denoiser."""
+        model = getattr(model, "module", model)
+        if model is not self.denoiser:
+            self.denoiser.load_state_dict(model.state_dict())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        budget_P: Any,
+        *,
+        seeds_N: Any,
+        params: StepPlan,
+        version: int = 0,
+    ) -> DenoisingRollouts:
+        """`budget_P[p]` finished samples of prompt p, in trees as the plan says.
+
+        A root and an edge that several samples share take the seed of the first of these.
+
+        Args:
+            prompts: P prompts.
+            budget_P: (P,) integers, multiples of `params.leaves_per_root`.
+            seeds_N: (N,) integers, ordered by prompt; different for the samples of one prompt.
+            params: where noise is drawn and where the trees split.
+            version: optimizer steps the policy has taken.
+
+        Returns:
+            Rows ordered by prompt, root, and down the tree. The mask is True where noise was drawn
+            with std > 0.
+
+        Raises:
+            ValueError: if the request is malformed, the plan does not fit the scheduler's table, or
+                the pipeline changes latents between its steps.
+        """
+        plan = params
+        prompt_N, seed_N = _requested(prompts, budget_P, seeds_N, plan)
+        self._check_dropout()
+        conditions = self._conditions(prompts)
+        leaves = plan.leaves_per_root
+        # Below state g of a step lie the leaves g * span .. (g + 1) * span - 1.
+        span = [leaves // plan.states_at(step) for step in range(plan.num_steps + 1)]
+
+        latents: list[Tensor] = []
+        """Of each step, every distinct state."""
+        logprobs: list[Tensor | None] = []
+        """Of each step, that of the edge into every state; None where it drew no noise."""
+        recording = None
+        for first, last in _segments(plan):
+            parts: list[list[tuple[Tensor, Tensor | None]]] = []
+            for state_U in torch.arange(len(prompt_N) // span[first]).split(self.batch_size):
+                leaf_U = state_U * span[first]
+                recording = self._run(
+                    plan,
+                    (first, last),
+                    {name: value[prompt_N[leaf_U]] for name, value in conditions.items()},
+                    latents=latents[first][state_U] if first else None,
+                    seeds=seed_N[leaf_U].tolist(),
+                    capture=plan.children_of(first) > 1,
+                )
+                self.evaluations += len(state_U) * (last - first)
+                parts.append([(recording.steps[0].x, None)] if first == 0 else [])
+                if recording.capture:
+                    children = plan.children_of(first)
+                    leaf_U = torch.arange(len(state_U) * children) * span[last] + leaf_U[0]
+                    parts[-1].append(self._branch(recording, children, seed_N[leaf_U].tolist()))
+                else:
+                    parts[-1] += [(s.last_latent, s.logprob_N) for s in recording.steps]
+            for chunks in zip(*parts, strict=True):
+                latents.append(torch.cat([x for x, _ in chunks]).cpu())
+                scores = [logprob for _, logprob in chunks if logprob is not None]
+                logprobs.append(torch.cat(scores).cpu() if scores else None)
+
+        assert recording is not None and recording.levels is not None
+        assert recording.timesteps is not None
+        return DenoisingRollouts(
+            prompt_N=prompt_N,
+            version=version,
+            branch_N=torch.arange(len(prompt_N)) // leaves,
+            seed_N=seed_N,
+            **_columns(latents, logprobs, span),
+            tree=StateTree(
+                latent_M=torch.cat(latents),
+                **_tree_columns(latents, span, prompt_N),
+                levels=recording.levels,
+                timesteps=recording.timesteps.cpu(),
+                plan=plan,
+                conditions=conditions,
+            ),
+        )
+
+    def replay(
+        self, rollouts: DenoisingRollouts, *, step: int, reference: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and std of the policy at the states that the rows leave by edge `step`.
+
+        Each distinct state is evaluated once, in the order of `rollouts.node_NS[:, step].unique()`.
+        Differentiable in the denoiser's parameters where grad is enabled.
+
+        Args:
+            rollouts: rows of one batch of `generate`, or several chained.
+            step: an edge that drew noise.
+            reference: with the LoRA adapters off, and without a graph.
+
+        Returns:
+            (U, ...) mean and (U,) std, float32 or wider, on the denoiser's device.
+
+        Raises:
+            ValueError: if the edge is deterministic, the scheduler's table is another than when the
+                rollouts were made, or there are no adapters to turn off.
+        """
+        return self._replay(rollouts.tree, rollouts.node_NS[:, step].unique(), step, reference)
+
+    def logprobs(self, rollouts: DenoisingRollouts, *, reference: bool = False) -> Tensor:
+        """(N, T) float64 log-probabilities of the recorded edges under the current weights, in nats.
+
+        Only edges are evaluated that the mask has and `weight_NT`, if there is one, does not set to
+        0; the others are 0. One evaluation serves all rows that leave a state. The graph of all
+        evaluated edges is kept at once; `replay` takes one edge at a time.
+
+        Args:
+            rollouts: see `replay`.
+            reference: with the LoRA adapters off, and without a graph.
+        """
+        active_NT = rollouts.mask_NT
+        if rollouts.weight_NT is not None:
+            active_NT = active_NT & (rollouts.weight_NT != 0)
+        device = self.pipeline._execution_device
+        logprob_NT = []
+        for step in range(active_NT.shape[1]):
+            row_K = active_NT[:, step].nonzero().flatten()
+            column_N = torch.zeros(len(rollouts), dtype=torch.float64, device=device)
+            if len(row_K):
+                child_U, place_K = rollouts.node_NS[row_K, step + 1].unique(return_inverse=True)
+                parent_U = rollouts.tree.parent_M[child_U]
+                distinct, which_U = parent_U.unique(return_inverse=True)
+                mean, std = self._replay(rollouts.tree, distinct, step, reference)
+                which_U = which_U.to(device)
+                x_next = rollouts.tree.latent_M[child_U].to(device)
+                logprob_U = step_logprob(x_next, mean[which_U], std[which_U])
+                column_N = column_N.index_put((row_K.to(device),), logprob_U[place_K.to(device)])
+            logprob_NT.append(column_N)
+        return torch.stack(logprob_NT, dim=1)
+
+    @torch.no_grad()
+    def decode(self, rollouts: DenoisingRollouts) -> np.ndarray:
+        """The finished samples as images, (N, H, W, C) uint8, in row order.
+
+        By the pipeline's own decoder, which it reaches through a window of no steps. A pipeline
+        without a VAE denoises pixels in [-1, 1].
+        """
+        images = []
+        tree = rollouts.tree
+        for node_U in rollouts.node_NS[:, -1].split(self.batch_size):
+            x = tree.latent_M[node_U]
+            if getattr(self.pipeline, "vae", None) is None:
+                if x.ndim != 4:
+                    raise ValueError(
+                        f"without a VAE, samples must be pixels of shape (C, H, W), got latents of "
+                        f"shape {tuple(x.shape[1:])}"
+                    )
+                image = (x.float().permute(0, 2, 3, 1).clamp(-1, 1) / 2 + 0.5).numpy()
+            else:
+                end = tree.plan.num_steps
+                conditions = {k: v[tree.prompt_M[node_U]] for k, v in tree.conditions.items()}
+                arguments = {"output_type": "np"}
+                image = self._call(
+                    Recording(plan=tree.plan, window=(end, end)), conditions, x, arguments
+                )
+            images.append((image * 255).round().astype(np.uint8))
+        if not images:
+            raise ValueError("there are no rollouts to decode")
+        return np.concatenate(images)
+
+    def _replay(
+        self, tree: StateTree, state_U: Tensor, step: int, reference: bool
+    ) -> tuple[Tensor, Tensor]:
+        means, stds = [], []
+        with self._adapters_off() if reference else contextlib.nullcontext():
+            for chunk in state_U.split(self.batch_size):
+                conditions = {k: v[tree.prompt_M[chunk]] for k, v in tree.conditions.items()}
+                recording = self._run(
+                    tree.plan, (step, step + 1), conditions, tree.latent_M[chunk], capture=True
+                )
+                self.replay_evaluations += len(chunk)
+                if recording.std[step] == 0:
+                    raise ValueError(
+                        f"edge {step} is deterministic and has no log-probability; edges with noise "
+                        f"are {[i for i, std in enumerate(recording.std) if std > 0]}"
+                    )
+                if not torch.equal(recording.levels, tree.levels):
+                    raise ValueError(
+                        "the scheduler's table differs from the one the rollouts were made with; "
+                        "replay needs the scheduler, height and width of `generate`"
+                    )
+                mean, std = self._gaussian(recording)
+                means.append(mean)
+                stds.append(std)
+        return torch.cat(means), torch.cat(stds)
+
+    @contextlib.contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        denoiser = self.denoiser
+        if not getattr(denoiser, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"a reference policy needs LoRA adapters that can be turned off, but the "
+                f"{type(denoiser).__name__} has none: call its add_adapter(LoraConfig(...)) first"
+            )
+        denoiser.disable_adapters()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            denoiser.enable_adapters()
+
+    def _gaussian(self, recording: Recording) -> tuple[Tensor, Tensor]:
+        """Mean and std of the captured step."""
+        (step,) = recording.steps
+        assert step.output is not None and recording.levels is not None
+        return gaussian_step(
+            step.output,
+            step.x,
+            recording.levels[step.step],
+            rule=recording.plan.rule,
+            level=recording.plan.level,
+            prediction=self._prediction,
+        )
+
+    def _branch(
+        self, recording: Recording, children: int, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The children of every state of a captured step, and their log-probabilities."""
+        (step,) = recording.steps
+        mean, std = (v.repeat_interleave(children, dim=0) for v in self._gaussian(recording))
+        return draw(mean, std, seeded_noise(seeds, step.step, mean.shape), dtype=step.x.dtype)
+
+    def _run(
+        self,
+        plan: StepPlan,
+        window: tuple[int, int],
+        conditions: Mapping[str, Tensor],
+        latents: Tensor | None,
+        *,
+        seeds: Sequence[int] = (),
+        capture: bool,
+    ) -> Recording:
+        """Some steps of some rows; the seeds are those of the rows, which start from them at step 0."""
+        pending = 0
+
+        def count(module: Any, args: Any, kwargs: Any) -> None:
+            nonlocal pending
+            pending += len(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
+
+        def check(num_rows: int) -> None:
+            nonlocal pending
+            if pending == 0 or pending % num_rows:
+                raise ValueError(
+                    f"the pipeline evaluated {pending} rows before a step of {num_rows}; only whole "
+                    f"guidance pairs can be counted"
+                )
+            pending = 0
+
+        recording = Recording(
+            plan=plan,
+            window=window,
+            noise=lambda step, shape: seeded_noise(seeds, step, shape),
+            capture=capture,
+            before_step=check,
+        )
+        arguments: dict[str, Any] = {"output_type": "latent"}
+        if latents is None:
+            arguments["generator"] = [_generator(seed, "root", 0) for seed in seeds]
+        handle = self.denoiser.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            x = self._call(recording, conditions, latents, arguments)
+        finally:
+            handle.remove()
+        first = recording.steps[0].x
+        if latents is not None and not torch.equal(first.cpu(), latents):
+            raise ValueError("the pipeline changed the latents it was given before its first step")
+        if not torch.equal(x, recording.steps[-1].last_latent):
+            raise ValueError("the pipeline changed the latents after its last step")
+        return recording
+
+    def _call(
+        self,
+        recording: Recording,
+        conditions: Mapping[str, Tensor],
+        latents: Tensor | None,
+        arguments: Mapping[str, Any],
+    ) -> Any:
+        pipeline = self.pipeline
+        device = pipeline._execution_device
+        scheduler = pipeline.scheduler
+        ours = recording_scheduler(scheduler)
+        ours.recording = recording
+        self._prediction = ours.prediction
+        pipeline.scheduler = ours
+        try:
+            # The function under the decorator that turns gradients off.
+            return type(pipeline).__call__.__wrapped__(
+                pipeline,
+                **{name: value.to(device) for name, value in conditions.items()},
+                **self._arguments,
+                **arguments,
+                latents=None if latents is None else latents.to(device),
+                num_inference_steps=recording.plan.num_steps,
+                return_dict=False,
+            )[0]
+        finally:
+            pipeline.scheduler = scheduler
+
+    def _conditions(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        conditions = {name: value.detach().cpu() for name, value in self._encode(prompts).items()}
+        for name, value in conditions.items():
+            if len(value) != len(prompts):
+                raise ValueError(
+                    f"encode gave {name} of shape {tuple(value.shape)} for {len(prompts)} prompts"
+                )
+        return conditions
+
+    def _encode_with_pipeline(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """The pipeline's own embeddings of the prompts and of the empty negative prompt."""
+        encode = self.pipeline.encode_prompt
+        settings: dict[str, Any] = {
+            "device": self.pipeline._execution_device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": True,
+            "prompt_2": None,
+            "prompt_3": None,
+        }
+        accepted = inspect.signature(encode).parameters
+        settings = {name: value for name, value in settings.items() if name in accepted}
+        values = encode(prompt=[prompt.prompt for prompt in prompts], **settings)
+        names = _OUTPUTS.get(type(self.pipeline).__name__)
+        if names is None:
+            raise ValueError(
+                f"what encode_prompt of {type(self.pipeline).__name__} returns is not known here; "
+                f"pass encode=, which returns the embeddings by the names of the call's arguments"
+            )
+        pairs = zip(names, values, strict=True)
+        return {name: value for name, value in pairs if name and value is not None}
+
+    def _check_pipeline(self) -> None:
+        pipeline, name = self.pipeline, type(self.pipeline).__name__
+        recording_scheduler(pipeline.scheduler)
+        call = type(pipeline).__call__
+        if not hasattr(call, "__wrapped__"):
+            raise ValueError(
+                f"the call of {name} is not a decorated function, so it cannot be run with gradients"
+            )
+        accepted = inspect.signature(call).parameters
+        for argument in ("latents", "output_type", "num_inference_steps", "generator"):
+            if argument not in accepted:
+                raise ValueError(f"the call of {name} takes no {argument}, which windows need")
+        if "mask_image" in accepted:
+            raise ValueError(f"{name} overwrites part of the latents: its steps are not Gaussian")
+        unknown = sorted(set(self._arguments) - set(accepted))
+        if unknown:
+            raise ValueError(f"the call of {name} takes no {', '.join(unknown)}")
+        self._check_dropout()
+
+    def _check_dropout(self) -> None:
+        for name, module in self.denoiser.named_modules():
+            if isinstance(module, _DropoutNd) and module.p > 0:
+                raise ValueError(
+                    f"{name} of the denoiser has dropout {module.p}: with it the ratio of two "
+                    f"evaluations is noise; set it to 0, LoRA's included"
+                )
+
+
+_OUTPUTS: dict[str, tuple[str | None, ...]] = {
+    "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
+    "StableDiffusionXLPipeline": (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    "StableDiffusion3Pipeline": (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", None),
+    "QwenImagePipeline": ("prompt_embeds", "prompt_embeds_mask"),
+}
+"""What `encode_prompt` returns, by the names of the call's arguments."""
+
+
+def seeded_noise(seeds: Sequence[int], step: int, shape: torch.Size) -> Tensor:
+    """Standard normal noise of an edge, float32 on the CPU: row i is a function of (seeds[i], step)."""
+    rows = [torch.randn(shape[1:], generator=_generator(seed, "edge", step)) for seed in seeds]
+    return torch.stack(rows)
+
+
+def _generator(seed: int, purpose: str, step: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed} {purpose} {step}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+
+
+def _segments(plan: StepPlan) -> list[tuple[int, int]]:
+    """Windows that together are the whole chain, each a single split or without one."""
+    splits = [step for step in range(plan.num_steps) if plan.children_of(step) > 1]
+    cuts = sorted({0, plan.num_steps, *splits, *(step + 1 for step in splits)})
+    return list(zip(cuts[:-1], cuts[1:], strict=True))
+
+
+def _columns(
+    latents: Sequence[Tensor], logprobs: Sequence[Tensor | None], span: Sequence[int]
+) -> dict[str, Tensor]:
+    """`node_NS`, `logprob_NT` and `mask_NT` from the states of every step."""
+    row_N = torch.arange(len(latents[-1]))
+    starts = np.cumsum([0, *(len(x) for x in latents)]).tolist()
+    node_NS = torch.stack([start + row_N // s for start, s in zip(starts, span, strict=False)], 1)
+    zero_N = torch.zeros(len(row_N), dtype=torch.float64)
+    edges = list(zip(logprobs, span, strict=True))[1:]
+    return {
+        "node_NS": node_NS,
+        "logprob_NT": torch.stack([zero_N if v is None else v[row_N // s] for v, s in edges], 1),
+        "mask_NT": torch.tensor([v is not None for v, _ in edges]).repeat(len(row_N), 1),
+    }
+
+
+def _tree_columns(
+    latents: Sequence[Tensor], span: Sequence[int], prompt_N: Tensor
+) -> dict[str, Tensor]:
+    columns: dict[str, list[Tensor]] = {
+        "parent_M": [],
+        "step_M": [],
+        "leaves_M": [],
+        "prompt_M": [],
+    }
+    before = 0
+    for step, (x, leaves) in enumerate(zip(latents, span, strict=True)):
+        state_U = torch.arange(len(x))
+        if step == 0:
+            parent_U = torch.full_like(state_U, -1)
+        else:
+            parent_U = before + state_U * leaves // span[step - 1]
+            before += len(latents[step - 1])
+        columns["parent_M"].append(parent_U)
+        columns["step_M"].append(torch.full_like(state_U, step))
+        columns["leaves_M"].append(torch.full_like(state_U, leaves))
+        columns["prompt_M"].append(prompt_N[state_U * leaves])
+    return {name: torch.cat(parts) for name, parts in columns.items()}
+
+
+def _requested(
+    prompts: Sequence[Prompt], budget_P: Any, seeds_N: Any, plan: StepPlan
+) -> tuple[Tensor, Tensor]:
+    """The prompt and the seed of every row, checked."""
+    budget, seed_N = (torch.as_tensor(v).cpu() for v in (budget_P, seeds_N))
+    for name, value in (("budget_P", budget), ("seeds_N", seed_N)):
+        if value.ndim != 1 or value.dtype.is_floating_point or value.dtype == torch.bool:
+            raise ValueError(
+                f"{name} must be 1-d integers, got {value.dtype} of shape {tuple(value.shape)}"
+            )
+    if len(budget) != len(prompts):
+        raise ValueError(f"budget_P has {len(budget)} entries for {len(prompts)} prompts")
+    if (budget < 0).any() or budget.sum() == 0:
+        raise ValueError(f"budget_P must be at least 0 and not all 0, got {budget.tolist()}")
+    if (budget % plan.leaves_per_root).any():
+        raise ValueError(
+            f"budget_P counts leaves, which come in trees of {plan.leaves_per_root}: every budget "
+            f"must be a multiple of {plan.leaves_per_root}, got {budget.tolist()}"
+        )
+    if len(seed_N) != budget.sum():
+        raise ValueError(
+            f"seeds_N has {len(seed_N)} entries, but budget_P asks for {int(budget.sum())} rollouts"
+        )
+    prompt_N = torch.arange(len(prompts)).repeat_interleave(budget.long())
+    if len(torch.stack([prompt_N, seed_N.long()]).unique(dim=1).T) < len(seed_N):
+        raise ValueError("the samples of one prompt must have different seeds, got one twice")
+    return prompt_N, seed_N.long()
