@@ -41,12 +41,14 @@ class VLLMEngine:
     """Generates with vLLM; trains nothing itself, so `load_weights` hands weights on.
 
     Prompt, seed, weights and `params` determine a rollout up to float error, which in vLLM depends on
-    what is batched together: `check_engine` needs tolerances for it. Seeds are per request, so a
-    rollout is a request; vLLM draws for seeded requests one after the other, a small kernel each per
-    token, which unseeded ones would share. `logprob_NT` is what vLLM calls
-    processed log-probabilities: at the sampling temperature, and *after* top_k, top_p and min_p, which
-    renormalise. With such a filter they are not what a trainer recomputes, so filters are refused
-    unless `filtered_logprobs` says that the trainer computes its own.
+    what is batched together: `check_engine` needs tolerances for it. A request has one seed, so each
+    rollout is a request; and vLLM draws the noise of seeded requests one after the other, which costs
+    a small kernel per rollout and token that unseeded ones would share.
+
+    `logprob_NT` is what vLLM calls processed log-probabilities: at the sampling temperature, and
+    *after* top_k, top_p and min_p, which renormalise. With such a filter they are not what a trainer
+    recomputes, so filters are refused unless `filtered_logprobs` says that the trainer computes its
+    own. Greedy decoding reports those at temperature 1.
 
     Every process generates its own share. In server mode each talks to the one server and the main
     process hands the weights on; colocated, each has a vLLM of its own on its GPU. Prefixes in vLLM's
@@ -58,8 +60,8 @@ class VLLMEngine:
         tokenizer: for end-of-sequence ids, and to find stop strings.
         concurrency: requests a process has open at a server at once. Fewer than the server's
             --max-num-seqs, over all processes, leave it idle.
-        timeout: seconds a server may be silent on a request before TRL's client asks again, which
-            it does 5 times; None waits for ever.
+        timeout: seconds a server may be silent on a request, which it is until the rollout ends,
+            before TRL's client asks again, 5 times at most; None waits for ever.
         filtered_logprobs: accept top_k, top_p and min_p although log-probabilities come after them.
 
     Raises:
@@ -72,7 +74,7 @@ class VLLMEngine:
         tokenizer: Any,
         *,
         concurrency: int = 256,
-        timeout: float | None = 600.0,
+        timeout: float | None = 3600.0,
         filtered_logprobs: bool = False,
     ) -> None:
         if concurrency < 1:
@@ -305,7 +307,7 @@ def vllm_engine(
     max_model_length: int | None = None,
     enable_sleep_mode: bool = False,
     concurrency: int = 256,
-    timeout: float | None = 600.0,
+    timeout: float | None = 3600.0,
     filtered_logprobs: bool = False,
 ) -> VLLMEngine:
     """A `VLLMEngine` on a vLLM that TRL starts ("colocate") or connects to ("server").
@@ -338,7 +340,7 @@ def vllm_engine(
             accelerator,
             tokenizer,
             mode=mode,
-            server_base_url=base_url,
+            server_base_url=base_url.rstrip("/"),  # else TRL asks for //health, for ever
             server_timeout=server_timeout,
             gpu_memory_utilization=gpu_memory_utilization,
             max_model_length=max_model_length,

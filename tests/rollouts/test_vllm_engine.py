@@ -485,6 +485,14 @@ def test_a_server_that_is_not_there_is_told_with_how_to_start_it(model, served):
         )
 
 
+def test_an_address_may_end_in_a_slash(served, model):
+    engine = vllm_engine(
+        model, tiny_tokenizer(), Accelerator(cpu=True), mode="server", base_url=served.url + "/"
+    )
+    assert len(engine.generate(PROMPTS, [1, 1, 1], seeds_N=range(3), params=PARAMS)) == 3
+    assert not [path for path in served.paths() if path.startswith("//")]
+
+
 def test_without_vllm_it_says_what_to_install(model):
     with pytest.raises(ImportError, match=r"pip install 'apportion\[vllm\]'"):
         vllm_engine(model, tiny_tokenizer(), Accelerator(cpu=True), mode="colocate")
