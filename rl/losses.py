@@ -22,7 +22,9 @@ or in `rl/sequence_losses.py`, a weight and a denominator, which are chosen inde
 with w a row's weight, L its decisions, L_max the generation limit, s = exp(mean log rho),
 v = exp(sum log rho). In the words of `rl/step_weights.py` w/L is row_mean, w/L_max token_sum, and w
 over tokens token_mean; w over rows (luspo) is none of those. No two ratios share a default clip:
-GSPO's are some 600 times tighter than DAPO's, because s is a mean over a whole row.
+GSPO's are some 600 times tighter than DAPO's, because s is a mean over a whole row. Where a
+decision is a denoising step, log-probabilities are sums over the D elements of a latent, and
+published clips are for ratios of their means: `log_ratio_scale` = 1/D of `clipped_surrogate`.
 
 Beside the loss comes a dict of sums of statistics over the decisions with weight, to be added up
 and divided by `tokens`:
@@ -67,11 +69,12 @@ class Aligned(NamedTuple):
     old_NT: Tensor
     advantage_NT: Tensor
     weight_NT: Tensor
+    log_ratio_scale: float = 1.0
 
     @property
     def ratio_NT(self) -> Tensor:
         """rho, with gradient; 1 where the weight is 0."""
-        return clamped_exp(self.logprob_NT - self.old_NT)
+        return clamped_exp((self.logprob_NT - self.old_NT) * self.log_ratio_scale)
 
 
 def clipped_surrogate(
@@ -84,10 +87,11 @@ def clipped_surrogate(
     epsilon_low: float | Tensor = 0.2,
     epsilon_high: float | Tensor = 0.2,
     dual_clip: float | None = None,
+    log_ratio_scale: float = 1.0,
 ) -> tuple[Tensor, Statistics]:
     """The clipped policy-gradient loss with one ratio per token.
 
-        rho = exp(logprob - old_logprob)
+        rho = exp((logprob - old_logprob) * log_ratio_scale)
         surrogate = min(rho * A, clip(rho, 1 - epsilon_low, 1 + epsilon_high) * A)
         loss = -sum(weight * surrogate) / denominator
 
@@ -106,6 +110,10 @@ def clipped_surrogate(
         epsilon_low, epsilon_high: >= 0, one number or one per decision, (N, T); both infinite give
             the plain policy gradient.
         dual_clip: above 1, or None for no cap.
+        log_ratio_scale: positive; 1/D where log-probabilities are sums over D elements and the clip
+            is meant for their mean, as in DDPO (arXiv:2305.13301) and those after it. It scales the
+            gradient too, by 1/D. Of the statistics `ratio` and the clipped counts follow it,
+            `kl_old` is of the policies and does not.
 
     Returns:
         The loss, a scalar in the dtype of `logprob_NT` (float32 at least), and the sums of this
@@ -116,7 +124,9 @@ def clipped_surrogate(
         ValueError: if shapes do not match or a setting is out of range.
     """
     check_dual_clip(dual_clip)
+    check_log_ratio_scale(log_ratio_scale)
     rows = aligned(logprob_NT, old_logprob_NT, advantage_N, weight_NT, denominator)
+    rows = rows._replace(log_ratio_scale=log_ratio_scale)
     low_NT, high_NT = clip_range(epsilon_low, epsilon_high, rows)
     surrogate_NT, counts = clipped(rows.ratio_NT, rows.advantage_NT, low_NT, high_NT, dual_clip)
     statistics = sums(rows) | counts
@@ -333,6 +343,14 @@ def check_dual_clip(dual_clip: float | None) -> None:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
 
 
+def check_log_ratio_scale(log_ratio_scale: float) -> None:
+    if not (log_ratio_scale > 0 and math.isfinite(log_ratio_scale)):
+        raise ValueError(
+            f"log_ratio_scale must be positive and finite, got {log_ratio_scale}; "
+            f"for a clip on means over D elements write 1 / D"
+        )
+
+
 def aligned(
     logprob_NT: Tensor,
     old_logprob_NT: Tensor,
@@ -385,7 +403,7 @@ def sums(rows: Aligned) -> Statistics:
     none = torch.zeros_like(rows.active_NT)
     return {
         "tokens": count(rows.active_NT, log_ratio_NT),
-        "ratio": torch.where(rows.active_NT, log_ratio_NT.exp(), 0.0).sum(),
+        "ratio": torch.where(rows.active_NT, rows.ratio_NT, 0.0).sum(),
         "kl_old": (torch.expm1(log_ratio_NT) - log_ratio_NT).sum(),
         "clipped_low": count(none, log_ratio_NT),
         "clipped_high": count(none, log_ratio_NT),

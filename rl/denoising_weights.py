@@ -1,0 +1,97 @@
+"""Weights of denoising steps: which edges are trained, and how much each counts.
+
+The weight of a decision is a row's weight on the edges that are trained, times what the edge's
+noise makes of it:
+
+    weight_NT = trained_steps(row_weight_N, mask_NT, plan.trained)
+    weight_NT = noise_weighted(weight_NT, std_T, edges=plan.stochastic)
+    loss      = sum(weight_NT * surrogate_NT) / denominator
+
+No length rule is needed, as every row of a plan trains the same edges: over rows and trained steps,
+as the published losses are, the denominator is the number of weights other than 0. With
+`step_weights.token_weight` for a length rule, `trained_steps(...) != 0` is its mask.
+
+Axes: N rollouts, T denoising steps.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def trained_steps(row_weight_N: Tensor, mask_NT: Tensor, steps: Sequence[int]) -> Tensor:
+    """The row's weight on the edges that are trained, 0 on the others.
+
+        w_nt = row_weight_n   if t in steps and mask_nt, else 0
+
+    An edge that drew no noise, or noise of std 0 as the last of `ddim` with an exact end, is off
+    the mask: it has no log-probability and is left out, whatever the plan says.
+
+    Args:
+        row_weight_N: (N,) weights >= 0.
+        mask_NT: (N, T) bool, True where the edge has a log-probability.
+        steps: edges in 0 .. T - 1.
+
+    Returns:
+        (N, T) weights in the dtype of `row_weight_N`.
+
+    Raises:
+        ValueError: if shapes differ, or an edge is outside the chain or occurs twice.
+    """
+    if mask_NT.ndim != 2 or row_weight_N.shape != mask_NT.shape[:1]:
+        raise ValueError(
+            f"row_weight_N must be (N,) and mask_NT (N, T), "
+            f"got {tuple(row_weight_N.shape)} and {tuple(mask_NT.shape)}"
+        )
+    is_trained_T = _edges("steps", steps, mask_NT.shape[1]).to(mask_NT.device)
+    return torch.where(mask_NT & is_trained_T, row_weight_N[:, None], 0.0).to(row_weight_N.dtype)
+
+
+def noise_weighted(weight_NT: Tensor, std_T: Tensor, *, edges: Sequence[int]) -> Tensor:
+    """Weights in proportion to the noise of the edge, with mean 1 over `edges`.
+
+        w_nt  <-  w_nt * std_t / (mean of std over edges)
+
+    The score of an edge is (x' - mean) / std^2, so that late edges, with little noise, have large
+    gradients and would lead; the factor evens them out. (TempFlow-GRPO, arXiv:2508.04324: the loss
+    times the std, scaled to mean 1, as third parties describe it; its formula was not at hand.)
+
+    Args:
+        weight_NT: (N, T) weights.
+        std_T: (T,) std of each edge's noise, from the kernel and the table of levels; >= 0.
+        edges: what the mean is over: all edges that take their turn, not only this step's, or
+            training one edge at a time would undo the factor. Their mean std must be positive.
+
+    Returns:
+        (N, T) weights in the dtype of `weight_NT`; exactly 0 where they were.
+
+    Raises:
+        ValueError: if shapes differ, a std is negative or not finite, all stds of `edges` are 0, or
+            `edges` are none, outside the chain or not distinct.
+    """
+    if weight_NT.ndim != 2 or std_T.shape != weight_NT.shape[1:]:
+        raise ValueError(
+            f"weight_NT must be (N, T) and std_T (T,), "
+            f"got {tuple(weight_NT.shape)} and {tuple(std_T.shape)}"
+        )
+    std_T = std_T.detach().double()
+    if not (std_T.isfinite() & (std_T >= 0)).all():
+        raise ValueError(f"std_T must be finite and at least 0, got {std_T.tolist()}")
+    among_T = _edges("edges", edges, len(std_T)).to(std_T.device)
+    if not among_T.any() or not std_T[among_T].mean() > 0:
+        raise ValueError(
+            f"the mean std over edges must be positive, got {std_T[among_T].tolist()} "
+            f"at edges {tuple(edges)}"
+        )
+    factor_T = (std_T / std_T[among_T].mean()).to(weight_NT.device)
+    return (weight_NT.double() * factor_T).to(weight_NT.dtype)
+
+
+def _edges(name: str, edges: Sequence[int], num_steps: int) -> Tensor:
+    """(T,) bool, True at the edges."""
+    if len(set(edges)) != len(edges) or any(not 0 <= edge < num_steps for edge in edges):
+        raise ValueError(f"{name} must be distinct edges in 0..{num_steps - 1}, got {tuple(edges)}")
+    is_edge_T = torch.zeros(num_steps, dtype=torch.bool)
+    is_edge_T[list(edges)] = True
+    return is_edge_T

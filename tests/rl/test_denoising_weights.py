@@ -1,0 +1,111 @@
+import math
+
+import pytest
+import torch
+
+from rl.denoising_weights import noise_weighted, trained_steps
+from rl.losses import clipped_surrogate
+from rl.step_weights import token_weight
+
+
+def masked(num_rows=3, num_steps=5):
+    """All edges stochastic but the last, whose std is 0."""
+    mask_NT = torch.ones(num_rows, num_steps, dtype=torch.bool)
+    mask_NT[:, -1] = False
+    return mask_NT
+
+
+def test_trained_steps_by_hand():
+    weight_NT = trained_steps(torch.tensor([0.5, 2.0]), masked(2), (1, 3, 4))
+    # Edge 4 has no log-probability.
+    assert weight_NT.tolist() == [[0, 0.5, 0, 0.5, 0], [0, 2, 0, 2, 0]]
+    assert weight_NT.dtype == torch.float32
+
+
+def test_no_trained_steps_are_no_weights():
+    assert not trained_steps(torch.ones(3), masked(), ()).any()
+
+
+def test_a_length_rule_takes_the_trained_edges_for_its_mask():
+    row_weight_N = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    mask_NT = trained_steps(row_weight_N, masked(), (0, 2)) != 0
+    weight_NT = token_weight("row_mean", row_weight_N, mask_NT, max_completion_length=5)
+    assert weight_NT.tolist() == [[0.5, 0, 0.5, 0, 0], [1, 0, 1, 0, 0], [1.5, 0, 1.5, 0, 0]]
+
+
+def test_over_its_nonzero_weights_the_loss_is_the_mean_over_rows_and_trained_steps():
+    generator = torch.Generator().manual_seed(0)
+    logprob_NT = torch.randn(3, 5, dtype=torch.float64, generator=generator)
+    advantage_N = torch.randn(3, dtype=torch.float64, generator=generator)
+    weight_NT = trained_steps(torch.ones(3, dtype=torch.float64), masked(), (1, 2))
+    denominator = float((weight_NT != 0).sum())
+    loss, _ = clipped_surrogate(
+        logprob_NT,
+        torch.zeros_like(logprob_NT),
+        advantage_N,
+        weight_NT,
+        denominator=denominator,
+        epsilon_low=math.inf,
+        epsilon_high=math.inf,
+    )
+    expected = -(logprob_NT[:, 1:3].exp() * advantage_N[:, None]).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_noise_weighted_by_hand():
+    std_T = torch.tensor([0.6, 0.3, 0.3, 0.0], dtype=torch.float64)
+    weight_NT = torch.tensor([[1.0, 1.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
+    # Mean std over edges 0 .. 2 is .4, so the factors are 1.5, .75, .75 and 0.
+    expected_NT = torch.tensor([[1.5, 0.75, 0.0, 0.0], [3.0, 1.5, 1.5, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(noise_weighted(weight_NT, std_T, edges=(0, 1, 2)), expected_NT)
+
+
+def test_the_factors_have_mean_1_over_the_edges_whichever_is_trained():
+    std_T = torch.rand(9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    edges = (1, 2, 5, 7)
+    total = 0.0
+    for edge in edges:
+        weight_NT = trained_steps(
+            torch.ones(2, dtype=torch.float64), torch.ones(2, 9, dtype=torch.bool), (edge,)
+        )
+        total += noise_weighted(weight_NT, std_T, edges=edges)[0, edge].item()
+    assert total / len(edges) == pytest.approx(1, abs=1e-12)
+
+
+def test_only_ratios_of_stds_count_and_equal_stds_change_nothing():
+    weight_NT = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    std_T = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    first_NT = noise_weighted(weight_NT, std_T, edges=range(4))
+    assert first_NT.dtype == torch.float32
+    torch.testing.assert_close(noise_weighted(weight_NT, 7 * std_T, edges=range(4)), first_NT)
+    same_NT = noise_weighted(weight_NT, torch.full((4,), 0.3), edges=range(4))
+    torch.testing.assert_close(same_NT, weight_NT, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: trained_steps(torch.ones(2), masked(), (1,)), r"got \(2,\) and \(3, 5\)"),
+        (lambda: trained_steps(torch.ones(3), masked(), (1, 5)), r"in 0..4, got \(1, 5\)"),
+        (lambda: trained_steps(torch.ones(3), masked(), (1, 1)), r"distinct .* got \(1, 1\)"),
+        (
+            lambda: noise_weighted(torch.ones(2, 3), torch.ones(2), edges=(0,)),
+            r"got \(2, 3\) and \(2,\)",
+        ),
+        (
+            lambda: noise_weighted(torch.ones(2, 2), torch.tensor([1.0, -1.0]), edges=(0,)),
+            r"at least 0, got \[1.0, -1.0\]",
+        ),
+        (
+            lambda: noise_weighted(torch.ones(2, 2), torch.tensor([1.0, 0.0]), edges=(1,)),
+            r"must be positive, got \[0.0\] at edges \(1,\)",
+        ),
+        (
+            lambda: noise_weighted(torch.ones(2, 2), torch.tensor([1.0, 0.0]), edges=()),
+            r"must be positive, got \[\] at edges \(\)",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
