@@ -14,7 +14,6 @@ M distinct states, U distinct states at one step.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +24,14 @@ from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from rollouts.batch import DenoisingRollouts, StateTree
+from rollouts.denoising_tree import (
+    requested_trees,
+    row_columns,
+    seeded_generator,
+    seeded_noise,
+    segments,
+    tree_columns,
+)
 from rollouts.prompts import Prompt
 from rollouts.recording_scheduler import Recording, draw, recording_scheduler
 from rollouts.sde import gaussian_step, step_logprob
@@ -149,7 +156,7 @@ class DiffusersEngine:
                 the pipeline changes latents between its steps.
         """
         plan = params
-        prompt_N, seed_N = _requested(prompts, budget_P, seeds_N, plan)
+        prompt_N, seed_N = requested_trees(prompts, budget_P, seeds_N, plan)
         self._check_dropout()
         conditions = self._conditions(prompts)
         leaves = plan.leaves_per_root
@@ -161,7 +168,7 @@ class DiffusersEngine:
         logprobs: list[Tensor | None] = []
         """Of each step, that of the edge into every state; None where it drew no noise."""
         recording = None
-        for first, last in _segments(plan):
+        for first, last in segments(plan):
             parts: list[list[tuple[Tensor, Tensor | None]]] = []
             for state_U in torch.arange(len(prompt_N) // span[first]).split(self.batch_size):
                 leaf_U = state_U * span[first]
@@ -193,10 +200,10 @@ class DiffusersEngine:
             version=version,
             branch_N=torch.arange(len(prompt_N)) // leaves,
             seed_N=seed_N,
-            **_columns(latents, logprobs, span),
+            **row_columns(latents, logprobs, span),
             tree=StateTree(
                 latent_M=torch.cat(latents),
-                **_tree_columns(latents, span, prompt_N),
+                **tree_columns(latents, span, prompt_N),
                 levels=recording.levels,
                 timesteps=recording.timesteps.cpu(),
                 plan=plan,
@@ -290,6 +297,7 @@ class DiffusersEngine:
     def _replay(
         self, tree: StateTree, state_U: Tensor, step: int, reference: bool
     ) -> tuple[Tensor, Tensor]:
+        self._check_dropout()
         means, stds = [], []
         with self._adapters_off() if reference else contextlib.nullcontext():
             for chunk in state_U.split(self.batch_size):
@@ -315,7 +323,11 @@ class DiffusersEngine:
 
     @contextlib.contextmanager
     def _adapters_off(self) -> Iterator[None]:
-        denoiser = self.denoiser
+        denoiser: Any = self.denoiser
+        if hasattr(denoiser, "disable_adapter"):  # wrapped in a PeftModel
+            with torch.no_grad(), denoiser.disable_adapter():
+                yield
+            return
         if not getattr(denoiser, "_hf_peft_config_loaded", False):
             raise ValueError(
                 f"a reference policy needs LoRA adapters that can be turned off, but the "
@@ -338,7 +350,7 @@ class DiffusersEngine:
             recording.levels[step.step],
             rule=recording.plan.rule,
             level=recording.plan.level,
-            prediction=self._prediction,
+            prediction=recording.prediction,
         )
 
     def _branch(
@@ -384,7 +396,7 @@ class DiffusersEngine:
         )
         arguments: dict[str, Any] = {"output_type": "latent"}
         if latents is None:
-            arguments["generator"] = [_generator(seed, "root", 0) for seed in seeds]
+            arguments["generator"] = [seeded_generator(seed, "root", 0) for seed in seeds]
         handle = self.denoiser.register_forward_pre_hook(count, with_kwargs=True)
         try:
             x = self._call(recording, conditions, latents, arguments)
@@ -409,7 +421,6 @@ class DiffusersEngine:
         scheduler = pipeline.scheduler
         ours = recording_scheduler(scheduler)
         ours.recording = recording
-        self._prediction = ours.prediction
         pipeline.scheduler = ours
         try:
             # The function under the decorator that turns gradients off.
@@ -502,90 +513,3 @@ _OUTPUTS: dict[str, tuple[str | None, ...]] = {
     "QwenImagePipeline": ("prompt_embeds", "prompt_embeds_mask"),
 }
 """What `encode_prompt` returns, by the names of the call's arguments."""
-
-
-def seeded_noise(seeds: Sequence[int], step: int, shape: torch.Size) -> Tensor:
-    """Standard normal noise of an edge, float32 on the CPU: row i is a function of (seeds[i], step)."""
-    rows = [torch.randn(shape[1:], generator=_generator(seed, "edge", step)) for seed in seeds]
-    return torch.stack(rows)
-
-
-def _generator(seed: int, purpose: str, step: int) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed} {purpose} {step}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
-
-
-def _segments(plan: StepPlan) -> list[tuple[int, int]]:
-    """Windows that together are the whole chain, each a single split or without one."""
-    splits = [step for step in range(plan.num_steps) if plan.children_of(step) > 1]
-    cuts = sorted({0, plan.num_steps, *splits, *(step + 1 for step in splits)})
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
-
-
-def _columns(
-    latents: Sequence[Tensor], logprobs: Sequence[Tensor | None], span: Sequence[int]
-) -> dict[str, Tensor]:
-    """`node_NS`, `logprob_NT` and `mask_NT` from the states of every step."""
-    row_N = torch.arange(len(latents[-1]))
-    starts = np.cumsum([0, *(len(x) for x in latents)]).tolist()
-    node_NS = torch.stack([start + row_N // s for start, s in zip(starts, span, strict=False)], 1)
-    zero_N = torch.zeros(len(row_N), dtype=torch.float64)
-    edges = list(zip(logprobs, span, strict=True))[1:]
-    return {
-        "node_NS": node_NS,
-        "logprob_NT": torch.stack([zero_N if v is None else v[row_N // s] for v, s in edges], 1),
-        "mask_NT": torch.tensor([v is not None for v, _ in edges]).repeat(len(row_N), 1),
-    }
-
-
-def _tree_columns(
-    latents: Sequence[Tensor], span: Sequence[int], prompt_N: Tensor
-) -> dict[str, Tensor]:
-    columns: dict[str, list[Tensor]] = {
-        "parent_M": [],
-        "step_M": [],
-        "leaves_M": [],
-        "prompt_M": [],
-    }
-    before = 0
-    for step, (x, leaves) in enumerate(zip(latents, span, strict=True)):
-        state_U = torch.arange(len(x))
-        if step == 0:
-            parent_U = torch.full_like(state_U, -1)
-        else:
-            parent_U = before + state_U * leaves // span[step - 1]
-            before += len(latents[step - 1])
-        columns["parent_M"].append(parent_U)
-        columns["step_M"].append(torch.full_like(state_U, step))
-        columns["leaves_M"].append(torch.full_like(state_U, leaves))
-        columns["prompt_M"].append(prompt_N[state_U * leaves])
-    return {name: torch.cat(parts) for name, parts in columns.items()}
-
-
-def _requested(
-    prompts: Sequence[Prompt], budget_P: Any, seeds_N: Any, plan: StepPlan
-) -> tuple[Tensor, Tensor]:
-    """The prompt and the seed of every row, checked."""
-    budget, seed_N = (torch.as_tensor(v).cpu() for v in (budget_P, seeds_N))
-    for name, value in (("budget_P", budget), ("seeds_N", seed_N)):
-        if value.ndim != 1 or value.dtype.is_floating_point or value.dtype == torch.bool:
-            raise ValueError(
-                f"{name} must be 1-d integers, got {value.dtype} of shape {tuple(value.shape)}"
-            )
-    if len(budget) != len(prompts):
-        raise ValueError(f"budget_P has {len(budget)} entries for {len(prompts)} prompts")
-    if (budget < 0).any() or budget.sum() == 0:
-        raise ValueError(f"budget_P must be at least 0 and not all 0, got {budget.tolist()}")
-    if (budget % plan.leaves_per_root).any():
-        raise ValueError(
-            f"budget_P counts leaves, which come in trees of {plan.leaves_per_root}: every budget "
-            f"must be a multiple of {plan.leaves_per_root}, got {budget.tolist()}"
-        )
-    if len(seed_N) != budget.sum():
-        raise ValueError(
-            f"seeds_N has {len(seed_N)} entries, but budget_P asks for {int(budget.sum())} rollouts"
-        )
-    prompt_N = torch.arange(len(prompts)).repeat_interleave(budget.long())
-    if len(torch.stack([prompt_N, seed_N.long()]).unique(dim=1).T) < len(seed_N):
-        raise ValueError("the samples of one prompt must have different seeds, got one twice")
-    return prompt_N, seed_N.long()

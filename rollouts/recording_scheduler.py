@@ -69,6 +69,8 @@ class Recording:
     """(T, 4) float64 table of the whole chain, alpha, sigma, alpha', sigma'."""
     timesteps: Tensor | None = None
     """(T,) timesteps of the whole chain."""
+    prediction: str = ""
+    """What the model predicts, as `gaussian_step` names it."""
     std: tuple[float, ...] = ()
     """(T,) standard deviation of every edge; 0 where it is deterministic."""
 
@@ -79,8 +81,8 @@ class Recording:
         if self.capture and last - first != 1:
             raise ValueError(f"only one step can be captured, got a window of {last - first}")
 
-    def begin(self, levels: Tensor, timesteps: Tensor) -> None:
-        """Take the table of the chain, and check the plan against it.
+    def begin(self, levels: Tensor, timesteps: Tensor, prediction: str) -> None:
+        """Take the scheduler's table and what the model predicts, and check the plan against them.
 
         Raises:
             ValueError: if the chain has another number of steps than the plan, or an edge that is
@@ -91,7 +93,7 @@ class Recording:
                 f"the plan has num_steps={self.plan.num_steps}, but the scheduler made "
                 f"{len(timesteps)} timesteps"
             )
-        self.levels, self.timesteps = levels, timesteps
+        self.levels, self.timesteps, self.prediction = levels, timesteps, prediction
         self.std = edge_std(self.plan, levels)
         splits = [edge for edge, children in self.plan.splits if children > 1]
         for name, edges in (("splits", splits), ("trained", self.plan.trained)):
@@ -115,9 +117,7 @@ class _RecordingMixin:
     recording: Recording | None = None
     """Attached for one pipeline call; None makes the class its base class."""
 
-    @property
-    def prediction(self) -> str:
-        """What the model predicts, as `gaussian_step` names it."""
+    def _prediction(self) -> str:
         raise NotImplementedError
 
     def _levels(self) -> Tensor:
@@ -132,7 +132,7 @@ class _RecordingMixin:
         """After the base `set_timesteps`: record the whole table, show the pipeline the window."""
         if self.recording is None:
             return
-        self.recording.begin(self._levels(), self.timesteps.clone())
+        self.recording.begin(self._levels(), self.timesteps.clone(), self._prediction())
         # The base class keeps its whole table: suffix sigmas passed to `set_timesteps` instead would
         # be shifted a second time.
         first, last = self.recording.window
@@ -172,7 +172,7 @@ class _RecordingMixin:
                 recording.levels[step],
                 rule=recording.plan.rule,
                 level=recording.plan.level,
-                prediction=self.prediction,
+                prediction=recording.prediction,
             )
             if recording.std[step] == 0:
                 x_next = mean.to(x.dtype)
@@ -233,8 +233,7 @@ class LogProbDDIMScheduler(_RecordingMixin, DDIMScheduler):
             return (x_next, None)
         return DDIMSchedulerOutput(prev_sample=x_next, pred_original_sample=None)
 
-    @property
-    def prediction(self) -> str:
+    def _prediction(self) -> str:
         return self.config.prediction_type
 
     def _levels(self) -> Tensor:
@@ -274,8 +273,7 @@ class LogProbFlowMatchScheduler(_RecordingMixin, FlowMatchEulerDiscreteScheduler
             return (x_next,)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_next)
 
-    @property
-    def prediction(self) -> str:
+    def _prediction(self) -> str:
         return "flow"
 
     def _levels(self) -> Tensor:
