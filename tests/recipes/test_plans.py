@@ -166,17 +166,17 @@ PLAIN = {"num_steps": 6, "rule": "ddim", "level": 1.0}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"traned": "all_steps"}, "plan has no setting 'traned'.*Did you mean 'trained'\"),
-        ({"rule": "dim"}, "rule must be one of ddim.*got 'dim'.*Did you mean 'ddim'\"),
+        ({"traned": "all_steps"}, "plan has no setting 'traned'.*Did you mean 'trained'"),
+        ({"rule": "dim"}, "rule must be one of ddim.*got 'dim'.*Did you mean 'ddim'"),
         ({"level": "1e-1"}, "level must be a number, got '1e-1'"),
         ({"num_steps": "6"}, "num_steps must be an integer, got '6'"),
         ({"last_edge": True}, "last_edge must be one of untrained, trained, got True"),
-        ({"trained": "last_step"}, "trained.schedule must be one of .*Did you mean 'last_steps'\"),
+        ({"trained": "last_step"}, "trained.schedule must be one of .*Did you mean 'last_steps'"),
         ({"trained": "last_steps"}, r"trained needs last, got \{\}"),
         ({"trained": [1, 2]}, r"trained must be the name of a schedule .* got \[1, 2\]"),
         (
             {"trained": {"schedule": "last_steps", "lats": 3}},
-            "trained has no setting 'lats'.*Did you mean 'last'\",
+            "trained has no setting 'lats'.*Did you mean 'last'",
         ),
         (
             {"trained": {"schedule": "all_steps", "last": 3}},
@@ -192,7 +192,7 @@ PLAIN = {"num_steps": 6, "rule": "ddim", "level": 1.0}
         ({"branch": {"at": 1, "children": 2}}, "or a list of edges, got 1"),
         (
             {"branch": {"at": "train_start", "children": 2}},
-            "branch.at must be one of .* got 'train_start'.*Did you mean 'trained_start'\",
+            "branch.at must be one of .* got 'train_start'.*Did you mean 'trained_start'",
         ),
         (
             {"branch": {"at": [1, 2], "children": [2]}},
