@@ -18,7 +18,7 @@ import io
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -192,14 +192,15 @@ def colour_share(
     colour is a name: the row's column `colour`, or the one colour that the prompt names.
     """
     rgb = _rgb(image_NHWC, "colour_share") * 255
-    known = np.array(list(COLOURS.values()), dtype=np.float64)
+    colours: list[tuple[int, ...]] = list(COLOURS.values())
+    known = np.array(colours, dtype=np.float64)
     nearest_NHW = np.square(rgb[..., None, :] - known).sum(axis=-1).argmin(axis=-1)
     share_N = np.zeros(len(rgb))
     for i, (prompt, row) in enumerate(zip(prompts, metadata, strict=True)):
         target = named_colour(prompt, row)
-        if target not in COLOURS.values():
+        if target not in colours:
             raise ValueError(f"colour_share needs one of {list(COLOURS)}, got {target}")
-        share_N[i] = (nearest_NHW[i] == list(COLOURS.values()).index(target)).mean()
+        share_N[i] = (nearest_NHW[i] == colours.index(target)).mean()
     return share_N
 
 
@@ -256,7 +257,7 @@ def load_image_reward(
             f"no image reward {spec!r}{nearest(spec, names)}: write one of {sorted(names)}, or "
             f"'path/to/file.py:function'"
         )
-    return load_reward(spec)
+    return cast(ImageReward, load_reward(spec))
 
 
 # Scoring a batch.

@@ -135,10 +135,10 @@ def relation(
         first, word, second = _relation_of(prompt, row)
         if image.shape[2] != 3:
             raise ValueError(f"relation needs images of 3 channels, got {image.shape[2]}")
-        places = [_centroid(_of_colour(image, COLOURS[name])) for name in (first, second)]
-        if places[0] is None or places[1] is None:
+        here, there = (_centroid(_of_colour(image, COLOURS[name])) for name in (first, second))
+        if here is None or there is None:
             continue
-        (x0, y0), (x1, y1) = places
+        (x0, y0), (x1, y1) = here, there
         reward_N[i] = {"left": x0 < x1, "right": x0 > x1, "above": y0 < y1, "below": y0 > y1}[word]
     return reward_N
 

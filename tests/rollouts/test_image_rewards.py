@@ -127,6 +127,9 @@ def test_noise_is_larger_than_flatness(name):
 def test_zlib_size_by_the_definition():
     image = noise(1, 8, 8, 1)
     assert reward("zlib_size", image)[0] == len(zlib.compress(bytes(image.ravel()), 9)) / 64
+    waves = (127 + 120 * np.sin(np.arange(4096) / 37)).astype(np.uint8).reshape(1, 64, 64, 1)
+    least, most = (len(zlib.compress(bytes(waves.ravel()), level)) / 4096 for level in (9, 1))
+    assert reward("zlib_size", waves)[0] == least < most
     # 64 zeros: two bytes of header, four of checksum, a few of data.
     assert 6 / 64 < reward("zlib_size", flat((0,)))[0] < 16 / 64
 
@@ -252,8 +255,9 @@ def test_colour_words_are_whole_words_and_exactly_one():
         named_colour("red and blue", {})
     with pytest.raises(ValueError, match="unknown colour 'mauve' in metadata"):
         named_colour("red", {"colour": "mauve"})
-    with pytest.raises(ValueError, match=r"three numbers in \[0, 255\], got \[1, 2, 300\]"):
-        named_colour("red", {"colour": [1, 2, 300]})
+    for wrong in ([1, 2, 300], [1, 2], [-1, 2, 3]):
+        with pytest.raises(ValueError, match=r"three numbers in \[0, 255\], got \[-?1, 2"):
+            named_colour("red", {"colour": wrong})
 
 
 # What is where
@@ -308,10 +312,13 @@ def test_shape_of_nothing_is_zero_and_fits_nothing():
 
 
 def test_shape_match_asks_for_a_good_fit():
-    # A long bar fits the square best of the three, but badly.
+    # One of the three fits a long bar best, but badly.
     bar = picture((WHITE, 14, 2, 3, 28))
-    assert reward("shape", bar, ["a square"])[0] < 0.5
-    assert reward("shape_match", bar, ["a square"]).tolist() == [0]
+    prompts = ["a disc", "a square", "a ring"]
+    _, details = image_shapes.shape(bar, ["a disc"], [{}])
+    assert details["best"][0] in (0, 1, 2)
+    assert reward("shape", np.concatenate([bar] * 3), prompts).max() < 0.5
+    assert reward("shape_match", np.concatenate([bar] * 3), prompts).tolist() == [0, 0, 0]
 
 
 def test_relation_by_hand():
