@@ -311,6 +311,7 @@ class DiffusersEngine:
                         f"edge {step} is deterministic and has no log-probability; edges with noise "
                         f"are {[i for i, std in enumerate(recording.std) if std > 0]}"
                     )
+                assert recording.levels is not None
                 if not torch.equal(recording.levels, tree.levels):
                     raise ValueError(
                         "the scheduler's table differs from the one the rollouts were made with; "
@@ -422,9 +423,10 @@ class DiffusersEngine:
         ours = recording_scheduler(scheduler)
         ours.recording = recording
         pipeline.scheduler = ours
+        # The function under the decorator that turns gradients off.
+        call: Any = type(pipeline).__call__
         try:
-            # The function under the decorator that turns gradients off.
-            return type(pipeline).__call__.__wrapped__(
+            return call.__wrapped__(
                 pipeline,
                 **{name: value.to(device) for name, value in conditions.items()},
                 **self._arguments,

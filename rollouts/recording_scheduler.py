@@ -16,15 +16,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchEulerDiscreteSchedulerOutput,
 )
 from torch import Tensor
 
 from rollouts.sde import gaussian_step, step_logprob, step_noise
 from rollouts.step_plan import StepPlan
+
+# Diffusers annotates its schedulers more narrowly than its pipelines use them.
+_DDIM: Any = DDIMScheduler
+_FlowMatch: Any = FlowMatchEulerDiscreteScheduler
 
 Noise = Callable[[int, torch.Size], Tensor]
 """`noise(step, shape) -> (N, ...)`: standard normal noise of every row of the call, on the CPU."""
@@ -116,6 +120,8 @@ class _RecordingMixin:
 
     recording: Recording | None = None
     """Attached for one pipeline call; None makes the class its base class."""
+    timesteps: Tensor
+    """What the pipeline goes through; of the base class."""
 
     def _prediction(self) -> str:
         raise NotImplementedError
@@ -138,8 +144,14 @@ class _RecordingMixin:
         first, last = self.recording.window
         self.timesteps = self.timesteps[first:last]
 
-    def _next(self, recording: Recording, output: Tensor, timestep: Any, x: Tensor) -> Tensor:
-        """Do and record one step; returns the next latent, or `x` itself when capturing."""
+    def _next(
+        self, recording: Recording, model_output: Tensor, timestep: Any, sample: Tensor, **_: Any
+    ) -> Tensor:
+        """Do and record one step; returns the next latent, or `sample` itself when capturing.
+
+        Settings that a pipeline passes on to `step`, such as its eta, are the plan's affair.
+        """
+        output, x = model_output, sample
         step = recording.window[0] + len(recording.steps)
         assert recording.timesteps is not None and recording.levels is not None
         if step >= recording.window[1] or timestep != recording.timesteps[step]:
@@ -208,7 +220,7 @@ def draw(
     return x_next, step_logprob(x_next, mean, std_N)
 
 
-class LogProbDDIMScheduler(_RecordingMixin, DDIMScheduler):
+class LogProbDDIMScheduler(_RecordingMixin, _DDIM):
     """`DDIMScheduler` whose steps are Gaussian actions under the rule `ddim`.
 
     Stochastic edges have eta = `plan.level`, the others are the base step with eta 0. The table is
@@ -216,18 +228,16 @@ class LogProbDDIMScheduler(_RecordingMixin, DDIMScheduler):
     of DDPO and B2 does there.
     """
 
-    @functools.wraps(DDIMScheduler.set_timesteps)
+    @functools.wraps(_DDIM.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)
         self._start()
 
-    @functools.wraps(DDIMScheduler.step)
-    def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    @functools.wraps(_DDIM.step)
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         if self.recording is None:
-            return super().step(model_output, timestep, sample, *args, **kwargs)
-        x_next = self._next(self.recording, model_output, timestep, sample)
+            return super().step(*args, **kwargs)
+        x_next = self._next(self.recording, *args, **kwargs)
         # Without the prediction of the clean sample, so that a pipeline that reads it fails.
         if not kwargs.get("return_dict", True):
             return (x_next, None)
@@ -246,29 +256,27 @@ class LogProbDDIMScheduler(_RecordingMixin, DDIMScheduler):
         return torch.stack(squares, dim=1).sqrt()
 
     def _base_step(self, output: Tensor, timestep: Any, x: Tensor, step: int) -> Tensor:
-        return super().step(output, timestep, x, eta=0.0).prev_sample
+        return super().step(output, timestep, x, eta=0.0, return_dict=False)[0]
 
 
-class LogProbFlowMatchScheduler(_RecordingMixin, FlowMatchEulerDiscreteScheduler):
+class LogProbFlowMatchScheduler(_RecordingMixin, _FlowMatch):
     """`FlowMatchEulerDiscreteScheduler` whose steps are Gaussian actions under a flow rule.
 
     Deterministic edges are the Euler step of the base class.
     """
 
-    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
+    @functools.wraps(_FlowMatch.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         super().set_timesteps(*args, **kwargs)
         self._start()
 
-    @functools.wraps(FlowMatchEulerDiscreteScheduler.step)
-    def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    @functools.wraps(_FlowMatch.step)
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         if self.recording is None:
-            return super().step(model_output, timestep, sample, *args, **kwargs)
+            return super().step(*args, **kwargs)
         if kwargs.get("per_token_timesteps") is not None:
             raise ValueError("steps with a timestep per token cannot be recorded")
-        x_next = self._next(self.recording, model_output, timestep, sample)
+        x_next: Any = self._next(self.recording, *args, **kwargs)
         if not kwargs.get("return_dict", True):
             return (x_next,)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x_next)
@@ -284,7 +292,7 @@ class LogProbFlowMatchScheduler(_RecordingMixin, FlowMatchEulerDiscreteScheduler
     def _base_step(self, output: Tensor, timestep: Any, x: Tensor, step: int) -> Tensor:
         # Its own count starts at 0 in every call.
         self._step_index = step
-        return super().step(output, timestep, x).prev_sample
+        return super().step(output, timestep, x, return_dict=False)[0]
 
 
 def recording_scheduler(scheduler: Any) -> LogProbDDIMScheduler | LogProbFlowMatchScheduler:
