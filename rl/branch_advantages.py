@@ -207,9 +207,9 @@ def leave_branch_out(
     """
     tree = _tree(reward_N, node_NS, parent_M, step_M, leaves_M, prompt_N)
     per_state = (tree.sum_M, tree.count_M, tree.max_M, tree.min_M)
-    # Going down: the leaves below the nearest split, at first the prompt's, and the branch taken.
+    # Going down: the leaves below the nearest split, at first the prompt's. Those below the edge are
+    # the branch, as nothing splits in between.
     around = [x_P[tree.group_N] for x_P in _below(tree.value_N, tree.group_N)]
-    branch_N = node_NS[:, 0]
     credit_NT = torch.zeros_like(node_NS[:, 1:], dtype=tree.value_N.dtype)
     for t in range(node_NS.shape[1] - 1):
         state_N, child_N = node_NS[:, t], node_NS[:, t + 1]
@@ -218,10 +218,9 @@ def leave_branch_out(
             torch.where(splits_N, x_M[state_N], x_N)
             for x_M, x_N in zip(per_state, around, strict=True)
         ]
-        branch_N = torch.where(splits_N, child_N, branch_N)
         sum_N, count_N, max_N, min_N = around
-        others_N = count_N - tree.count_M[branch_N]
-        baseline_N = (sum_N - tree.sum_M[branch_N]) / others_N.clamp(min=1)
+        others_N = count_N - tree.count_M[child_N]
+        baseline_N = (sum_N - tree.sum_M[child_N]) / others_N.clamp(min=1)
         compared_N = (others_N > 0) & (max_N > min_N)
         credit_NT[:, t] = torch.where(compared_N, tree.value_M[child_N] - baseline_N, 0.0)
     return credit_NT.to(reward_N.dtype)
