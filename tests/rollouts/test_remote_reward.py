@@ -99,6 +99,15 @@ def test_no_images_ask_nobody():
     assert reward_N.shape == (0,) and details == {}
 
 
+def test_a_proxy_in_the_environment_is_not_used(running, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    remote = RemoteReward(running(image_rewards.brightness), retries=0)
+    assert remote(images(1), ["a"], [{}])[0].shape == (1,)
+
+
 def test_one_call_at_a_time_reaches_the_reward(running):
     inside, most = [], []
 
