@@ -329,6 +329,12 @@ def test_a_request_whose_parts_do_not_fit_is_refused(running):
     )
 
 
+def test_a_request_with_other_images_is_refused(running):
+    body = pack(images(1).astype(np.float32), ["a"], [{}])
+    status, text = posted(running(lambda *_: np.zeros(1)), body)
+    assert status == 400 and "images must be a NumPy array of uint8" in text
+
+
 def test_a_request_that_is_too_long_is_not_read(running, monkeypatch):
     monkeypatch.setattr("rollouts.remote_reward.MOST_BYTES", 10)
     status, text = posted(running(image_rewards.brightness), b"x" * 11)
