@@ -167,7 +167,7 @@ def build_scheduler() -> DDIMScheduler:
 
 def build_pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     """diffusers' pipeline around the denoiser, without VAE, text encoder and tokenizer."""
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         unet=unet, scheduler=build_scheduler(), requires_safety_checker=False, **ABSENT
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -228,7 +228,8 @@ def pretrain(folder: str | Path, settings: Digits | None = None, *, quiet: bool 
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         say(f"{settings.steps} steps of {settings.batch_size} images")
-        build_pipeline(train(settings)).save_pretrained(staging / "new")
+        pipeline: Any = build_pipeline(train(settings))
+        pipeline.save_pretrained(staging / "new")
         (staging / "new" / SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=1))
         seal(staging / "new")
         if folder.exists():
@@ -251,8 +252,8 @@ def train(settings: Digits) -> UNet2DConditionModel:
     _check(settings)
     image_D, digit_D = images()
     embedding = encode(PROMPTS)["prompt_embeds"]
-    scheduler = build_scheduler()
-    unet = build_unet(seed=settings.seed)
+    scheduler: Any = build_scheduler()  # diffusers' classes hide their methods from type checks
+    unet: Any = build_unet(seed=settings.seed)
     unet.train()
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.learning_rate)
