@@ -458,7 +458,9 @@ def test_settings_that_cannot_be_are_refused(served, model, monkeypatch):
 
 
 def test_other_processes_have_clients_for_requests_alone(served, model):
-    main = on_server(served, model)._generation
+    first = on_server(served, model)
+    main = first._generation
+    assert first._client is main.vllm_client
     other = SimpleNamespace(
         mode="server",
         accelerator=SimpleNamespace(is_main_process=False),
