@@ -459,8 +459,7 @@ def test_settings_that_cannot_be_are_refused(served, model, monkeypatch):
 
 def test_other_processes_have_clients_for_requests_alone(served, model):
     first = on_server(served, model)
-    main = first._generation
-    assert first._client is main.vllm_client
+    assert first._client is first._generation.vllm_client
     other = SimpleNamespace(
         mode="server",
         accelerator=SimpleNamespace(is_main_process=False),
@@ -469,7 +468,7 @@ def test_other_processes_have_clients_for_requests_alone(served, model):
         model=model,
     )
     engine = VLLMEngine(other, tiny_tokenizer())
-    assert engine._client is not main.vllm_client and engine._client.communicator is None
+    assert engine._client is not first._client and engine._client.communicator is None
     assert len(engine.generate(PROMPTS, [1, 0, 2], seeds_N=[1, 2, 3], params=PARAMS)) == 3
 
 
