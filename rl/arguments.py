@@ -67,7 +67,8 @@ DECISIVE = (
 """Settings that decide which rollouts are made; a resumed run must share them."""
 
 
-def _setting(default: Any, text: str) -> Any:
+def setting(default: Any, text: str) -> Any:
+    """A field with its help text."""
     return field(default=default, metadata={"help": text})
 
 
@@ -86,318 +87,316 @@ class RolloutConfig(TrainingArguments):
     """
 
     # -- where rollouts go
-    trainer: str = _setting(
-        "raft++", "Preset for advantage, loss, objective: grpo, raft or raft++."
-    )
-    selector: str = _setting(
+    trainer: str = setting("raft++", "Preset for advantage, loss, objective: grpo, raft or raft++.")
+    selector: str = setting(
         "uniform",
         "Which prompts are rolled out: uniform (by epoch), vade (Thompson draws of the pass rate), "
         "mopps, posterior_mean, band (posterior mean in a band), static_band, diverse.",
     )
-    selection_score: str = _setting(
+    selection_score: str = setting(
         "vade", "What vade, posterior_mean and diverse prefer: vade p(1-p)^2 or variance p(1-p)."
     )
-    selection_candidates: int | None = _setting(
+    selection_candidates: int | None = setting(
         None, "Candidates drawn per chosen prompt, for vade, mopps, diverse. Default: all prompts."
     )
-    selection_target: float = _setting(0.5, "Pass rate that mopps wants its draws near to.")
-    selection_column: str | None = _setting(
+    selection_target: float = setting(0.5, "Pass rate that mopps wants its draws near to.")
+    selection_column: str | None = setting(
         None,
         "Column of the data set: pass rates of the starting policy for static_band, embeddings for "
         "diverse.",
     )
-    selection_gamma: float | None = _setting(
+    selection_gamma: float | None = setting(
         None,
         "Weight of diverse's distances, in score per distance; no default fits all embeddings.",
     )
-    band_low: float = _setting(0.3, "Lower end of the band.")
-    band_high: float = _setting(0.7, "Upper end of the band.")
-    band_short: str = _setting(
+    band_low: float = setting(0.3, "Lower end of the band.")
+    band_high: float = setting(0.7, "Upper end of the band.")
+    band_short: str = setting(
         "nearest", "If the band holds too few prompts: raise, nearest (to the band) or uniform."
     )
-    prompts_per_step: int = _setting(
+    prompts_per_step: int = setting(
         32, "Prompts of one step; with refill, groups that carry gradient."
     )
-    rollouts_per_prompt: int = _setting(
+    rollouts_per_prompt: int = setting(
         8,
         "Mean rollouts per prompt; a step generates prompts_per_step times as many, pilots included. "
         "With a stopping rule the most, on average.",
     )
-    rollouts_multiple_of: int = _setting(
+    rollouts_multiple_of: int = setting(
         1,
         "The rollouts of a step are rounded down to a multiple of this before they are allocated.",
     )
-    allocator: str = _setting(
+    allocator: str = setting(
         "uniform",
         "How many rollouts each prompt gets: uniform, neyman, leave_one_out, dr_grpo, gvm, log, "
         "accepted, reinforce_ada, knapsack or knapsack_posterior.",
     )
-    allocation_scale: str = _setting(
+    allocation_scale: str = setting(
         "posterior_std",
         "The reward's std as neyman, leave_one_out and dr_grpo see it: posterior_std, plug_in_std, "
         "mean_std or thompson_std.",
     )
-    budget_min: int | None = _setting(
+    budget_min: int | None = setting(
         None,
         "Fewest rollouts of a prompt. Default: 2 for leave_one_out and knapsack, 3 for dr_grpo, "
         "else 1.",
     )
-    budget_max: int | None = _setting(None, "Most rollouts of a prompt. Default: no cap.")
-    gvm_alpha: float = _setting(1e-3, "GVM's regulariser alpha (0: none).")
-    gvm_beta: float = _setting(2.0, "GVM's exponent beta.")
-    gvm_gradient_norm: str = _setting(
+    budget_max: int | None = setting(None, "Most rollouts of a prompt. Default: no cap.")
+    gvm_alpha: float = setting(1e-3, "GVM's regulariser alpha (0: none).")
+    gvm_beta: float = setting(2.0, "GVM's exponent beta.")
+    gvm_gradient_norm: str = setting(
         "none",
         "Gradient norms in the GVM rule: none, mean (of norms, Algorithm 2) or rms (the definition); "
         "measured at the lm_head on accepted rollouts, used from the next step on.",
     )
-    pilot_rollouts: int = _setting(0, "Rollouts of every prompt before the rest is allocated.")
-    pilot_estimate: str = _setting(
+    pilot_rollouts: int = setting(0, "Rollouts of every prompt before the rest is allocated.")
+    pilot_estimate: str = setting(
         "posterior",
         "What the second round is allocated by: posterior (all that is known) or pilot (this step's "
         "pilots alone, as published).",
     )
-    pilot_use: str = _setting(
+    pilot_use: str = setting(
         "pool", "pool: pilots are ordinary rollouts and train; discard: counted, not trained on."
     )
-    stopping: str = _setting(
+    stopping: str = setting(
         "none",
         "When a group ends before its budget: none, positive (enough passed), balanced (enough "
         "passed and failed), early (unlikely to become mixed), early_unbiased (the same, some by "
         "lot only). All but the last change the objective.",
     )
-    stopping_wave: int | None = _setting(
+    stopping_wave: int | None = setting(
         None, "Rollouts of a prompt between two looks of the stopping rule."
     )
-    stopping_needed: int | None = _setting(
+    stopping_needed: int | None = setting(
         None, "Passes that positive waits for (default 1); rows that balanced can keep (default 4)."
     )
-    stopping_threshold: float = _setting(
+    stopping_threshold: float = setting(
         0.5, "early and early_unbiased stop a group less likely than this to become mixed."
     )
-    stopping_rho: float = _setting(
+    stopping_rho: float = setting(
         0.5, "early_unbiased: chance that a group goes on all the same, and weighs 1/rho."
     )
-    refill: bool = _setting(
+    refill: bool = setting(
         False, "Draw more prompts until prompts_per_step groups are mixed (DAPO's filter)."
     )
-    refill_max_draws: int = _setting(
+    refill_max_draws: int = setting(
         4, "Groups drawn for each group wanted, at most; those of the buffer are not drawn again."
     )
-    refill_wave: int | None = _setting(
+    refill_wave: int | None = setting(
         None,
         "Prompts of a wave at least; more than are missing means fewer waves and a surplus. Default: "
         "as many as are missing.",
     )
-    refill_at_cap: str = _setting(
+    refill_at_cap: str = setting(
         "partial",
         "If groups are still missing: raise, partial (fewer, and divide by fewer) or pad (fewer, and "
         "divide by all).",
     )
-    refill_max_age: int = _setting(
+    refill_max_age: int = setting(
         0, "Steps for which surplus mixed groups wait to be trained on; 0: they are dropped."
     )
-    posterior_decay_chosen: float = _setting(0.2, "Memory of a chosen prompt's counts, per step.")
-    posterior_decay_rest: float = _setting(0.999, "Memory of the other prompts' counts, per step.")
-    success_above: float | None = _setting(
+    posterior_decay_chosen: float = setting(0.2, "Memory of a chosen prompt's counts, per step.")
+    posterior_decay_rest: float = setting(0.999, "Memory of the other prompts' counts, per step.")
+    success_above: float | None = setting(
         None,
         "A reward above this is a success for the posterior. Default: rewards lie in [0, 1] and "
         "count as fractions.",
     )
 
     # -- which rows train
-    down_sampling: str = _setting(
+    down_sampling: str = setting(
         "none",
         "Rows that train: none (all), d3s (largest variance of advantages in the batch), "
         "d3s_two_stage, max_variance (of advantages, per prompt), pods (of rewards, per prompt, "
         "compared anew), half, balanced (Reinforce-Ada).",
     )
-    row_fraction_initial: float = _setting(
+    row_fraction_initial: float = setting(
         0.25, "Share of rows d3s keeps at the start; project default, not from the paper."
     )
-    row_fraction_final: float = _setting(1.0, "Share of rows d3s keeps at the end.")
-    rows_per_prompt: int | None = _setting(
+    row_fraction_final: float = setting(1.0, "Share of rows d3s keeps at the end.")
+    rows_per_prompt: int | None = setting(
         None, "Rows of a prompt that max_variance, pods, half and balanced keep."
     )
-    weight_rows: str = _setting(
+    weight_rows: str = setting(
         "trained",
         "A prompt's weight is shared by its rows that reach the loss (trained) or by all drawn ones "
         "(drawn), which makes prompts with dropped rows count less.",
     )
-    token_selection: str = _setting(
+    token_selection: str = setting(
         "none",
         "Tokens of these rows that train: none (all), d3s (largest |advantage| x entropy) or entropy.",
     )
-    token_fraction_initial: float = _setting(
+    token_fraction_initial: float = setting(
         0.2, "Share of tokens at the start; project default, not from the paper."
     )
-    token_fraction_final: float = _setting(1.0, "Share of tokens at the end.")
-    token_scope: str = _setting(
+    token_fraction_final: float = setting(1.0, "Share of tokens at the end.")
+    token_scope: str = setting(
         "batch", "The share is one of the batch, or of each response (then |advantage| has no say)."
     )
-    token_denominator: str = _setting(
+    token_denominator: str = setting(
         "kept_tokens",
         "What the loss is divided by after tokens were left out: kept_tokens, kept_row_tokens, "
         "original_tokens or kept_rows.",
     )
-    mask_truncated_completions: bool = _setting(
+    mask_truncated_completions: bool = setting(
         False, "Leave completions that hit max_completion_length out of the loss."
     )
 
     # -- generation
-    max_prompt_length: int | None = _setting(None, "Most tokens of a prompt. Default: no limit.")
-    overlong_prompts: str = _setting(
+    max_prompt_length: int | None = setting(None, "Most tokens of a prompt. Default: no limit.")
+    overlong_prompts: str = setting(
         "error", "A longer prompt is an error, or all such are: truncate (keep the end), drop."
     )
-    id_column: str | None = _setting(
+    id_column: str | None = setting(
         None, "Column that identifies a prompt. Default: a content hash."
     )
-    max_completion_length: int = _setting(256, "Most tokens of a completion.")
-    temperature: float = _setting(1.0, "Sampling temperature of training rollouts.")
-    top_p: float = _setting(1.0, "Nucleus sampling: smallest set of at least this probability.")
-    top_k: int = _setting(0, "Sample from the k likeliest tokens; 0: all.")
-    min_p: float = _setting(0.0, "Drop tokens below this share of the likeliest one's probability.")
-    stop: list[str] | None = _setting(None, "A completion ends when it contains one of these.")
-    adaptive_temperature_tau: float = _setting(
+    max_completion_length: int = setting(256, "Most tokens of a completion.")
+    temperature: float = setting(1.0, "Sampling temperature of training rollouts.")
+    top_p: float = setting(1.0, "Nucleus sampling: smallest set of at least this probability.")
+    top_k: int = setting(0, "Sample from the k likeliest tokens; 0: all.")
+    min_p: float = setting(0.0, "Drop tokens below this share of the likeliest one's probability.")
+    stop: list[str] | None = setting(None, "A completion ends when it contains one of these.")
+    adaptive_temperature_tau: float = setting(
         0.0,
         "HAPO: tokens of high entropy are drawn hotter and others colder by up to this share of the "
         "temperature; entropies are judged by those of the step before. 0: off; published 0.1.",
     )
-    hapo_quantile: float = _setting(0.8, "HAPO: quantile of log entropies where nothing changes.")
-    generation_batch_size: int = _setting(256, "Most rows decoded together on one process.")
-    engine: str = _setting(
+    hapo_quantile: float = setting(0.8, "HAPO: quantile of log entropies where nothing changes.")
+    generation_batch_size: int = setting(256, "Most rows decoded together on one process.")
+    engine: str = setting(
         "transformers", "transformers (the model that trains generates) or vllm (needs a GPU)."
     )
-    vllm_mode: str = _setting(
+    vllm_mode: str = setting(
         "colocate", "colocate (a vLLM beside each process, on its GPU) or server (one apart)."
     )
-    vllm_server_base_url: str = _setting("http://localhost:8000", "Address of the vLLM server.")
-    vllm_server_timeout: float = _setting(240.0, "Seconds to wait for the server to come up.")
-    vllm_gpu_memory_utilization: float = _setting(
+    vllm_server_base_url: str = setting("http://localhost:8000", "Address of the vLLM server.")
+    vllm_server_timeout: float = setting(240.0, "Seconds to wait for the server to come up.")
+    vllm_gpu_memory_utilization: float = setting(
         0.3, "Share of the GPU's memory that a colocated vLLM takes."
     )
-    vllm_max_model_length: int | None = _setting(
+    vllm_max_model_length: int | None = setting(
         None, "Prompt and completion of a colocated vLLM, in tokens. Default: the model's."
     )
-    vllm_enable_sleep_mode: bool = _setting(
+    vllm_enable_sleep_mode: bool = setting(
         False, "A colocated vLLM gives its memory back while the trainer updates."
     )
 
     # -- reward
-    reward_weights: list[float] | None = _setting(
+    reward_weights: list[float] | None = setting(
         None, "One weight per reward function. Default: 1."
     )
-    reward_timeout: float | None = _setting(60.0, "Seconds a call of a reward function may take.")
-    reward_retries: int = _setting(0, "Calls repeated for reward functions marked remote.")
-    max_failed_share: float = _setting(
+    reward_timeout: float | None = setting(60.0, "Seconds a call of a reward function may take.")
+    reward_retries: int = setting(0, "Calls repeated for reward functions marked remote.")
+    max_failed_share: float = setting(
         0.0, "Share of a step's rollouts whose reward may fail before the run stops."
     )
 
     # -- learning
-    advantage: str | None = _setting(
+    advantage: str | None = setting(
         None, "leave_one_out, grpo, centred or raft. Default: the preset's."
     )
-    stratum_alpha: float = _setting(
+    stratum_alpha: float = setting(
         0.6,
         "stratified: share of the comparison within the stratum; the rest is within the prompt.",
     )
-    stratum_fallback: str = _setting(
+    stratum_fallback: str = setting(
         "blend",
         "stratified: strata of one get no advantage of their own (blend) or grpo's (group).",
     )
-    loss: str | None = _setting(
+    loss: str | None = setting(
         None,
         "raft, raft_pp, grpo, dapo, dr_grpo, cispo, sapo, gspo, gspo_token, luspo, vespo, rloo or "
         "hapo. "
         "Default: the preset's.",
     )
-    objective: str | None = _setting(
+    objective: str | None = setting(
         None,
         "Sum over prompts that is ascended whatever the budgets: mean (pass rate), log (its log), em "
         "(log, by accepted rollouts) or flat (every rollout equal). Default: the preset's.",
     )
-    length_weight: str | None = _setting(
+    length_weight: str | None = setting(
         None,
         "row_mean (1/length), token_sum (1/max_completion_length) or token_mean. Default: the loss's.",
     )
-    epsilon: float | None = _setting(
+    epsilon: float | None = setting(
         None, "Lower clip range of the ratio. Default: 0.2; 3e-4 for ratios of whole rows (gspo)."
     )
-    epsilon_high: float | None = _setting(
+    epsilon_high: float | None = setting(
         None, "Upper clip range. Default: 0.2; dapo 0.28; gspo 4e-4."
     )
-    delta: float | None = _setting(
+    delta: float | None = setting(
         None, "Dual clip: cap of the ratio where the advantage is negative."
     )
-    ratio_cap: float = _setting(5.0, "cispo: largest ratio that a gradient is multiplied by.")
-    beta: float = _setting(0.0, "Weight of the KL to the policy before training; 0: no reference.")
-    kl: str = _setting(
+    ratio_cap: float = setting(5.0, "cispo: largest ratio that a gradient is multiplied by.")
+    beta: float = setting(0.0, "Weight of the KL to the policy before training; 0: no reference.")
+    kl: str = setting(
         "k3_weighted", "Estimate of the KL as a loss: k2, k3 (GRPO) or k3_weighted (by the ratio)."
     )
-    reward_kl: float = _setting(
+    reward_kl: float = setting(
         0.0,
         "Weight of the summed log-ratio to the policy before training, subtracted from each reward.",
     )
-    old_logprobs: str = _setting(
+    old_logprobs: str = setting(
         "engine",
         "What ratios compare with: the log-probabilities the engine recorded, or the trainer's own, "
         "recomputed before the first update.",
     )
-    importance_correction: str = _setting(
+    importance_correction: str = setting(
         "none",
         "Weights for an engine that differs from the trainer (another library, precision): none, "
         "token_truncate, token_mask, sequence_truncate or sequence_mask. Implies old_logprobs: "
         "trainer.",
     )
-    importance_cap: float = _setting(2.0, "Largest ratio trainer / engine that counts in full.")
-    importance_floor: float | None = _setting(None, "Smallest one. Default: none.")
-    updates_per_step: int = _setting(
+    importance_cap: float = setting(2.0, "Largest ratio trainer / engine that counts in full.")
+    importance_floor: float | None = setting(None, "Smallest one. Default: none.")
+    updates_per_step: int = setting(
         1, "Optimizer updates on one collection of rollouts; each takes its part of the rows."
     )
-    num_iterations: int = _setting(1, "Times that every row is trained on.")
-    micro_batch_tokens: int | None = _setting(
+    num_iterations: int = setting(1, "Times that every row is trained on.")
+    micro_batch_tokens: int | None = setting(
         None,
         "Tokens of a micro-batch, padding included, instead of per_device_train_batch_size rows.",
     )
-    fused_logprobs: bool | None = _setting(
+    fused_logprobs: bool | None = setting(
         None,
         "Compute log-probabilities without ever holding the logits. Default: for vocabularies of "
         "16,384 tokens and more.",
     )
-    log_floor: float = _setting(0.05, "Smallest pass rate the log objective divides by.")
-    max_generated_tokens: int | None = _setting(
+    log_floor: float = setting(0.05, "Smallest pass rate the log objective divides by.")
+    max_generated_tokens: int | None = setting(
         None,
         "End the run after the step in which so many tokens have been generated, whatever became of "
         "them; schedules of d3s follow it. Default: max_steps alone.",
     )
-    max_empty_steps: int = _setting(
+    max_empty_steps: int = setting(
         20, "Steps in a row without any training signal before the run stops."
     )
 
     # -- evaluation and tracking
-    eval_rollouts_per_prompt: int = _setting(
+    eval_rollouts_per_prompt: int = setting(
         4,
         "Sampled rollouts per validation prompt at the training temperature, beside a greedy one.",
     )
-    completions_every: int = _setting(0, "Steps between tables of completions; 0: none.")
-    completions_rows: int = _setting(16, "Rows of a completions table.")
-    if_run_exists: str = _setting(
+    completions_every: int = setting(0, "Steps between tables of completions; 0: none.")
+    completions_rows: int = setting(16, "Rows of a completions table.")
+    if_run_exists: str = setting(
         "error",
         "What to do when output_dir already holds a run and resume_from_checkpoint is not set: "
         "error, or resume (continue from its last whole checkpoint).",
     )
 
     # -- defaults of TrainingArguments that reinforcement learning wants otherwise
-    learning_rate: float = _setting(1e-6, "The initial learning rate.")
-    lr_scheduler_type: str = _setting("constant", "The learning-rate schedule.")
-    weight_decay: float = _setting(0.0, "Weight decay.")
-    logging_steps: float = _setting(1, "Steps between log lines.")
-    logging_nan_inf_filter: bool = _setting(
+    learning_rate: float = setting(1e-6, "The initial learning rate.")
+    lr_scheduler_type: str = setting("constant", "The learning-rate schedule.")
+    weight_decay: float = setting(0.0, "Weight decay.")
+    logging_steps: float = setting(1, "Steps between log lines.")
+    logging_nan_inf_filter: bool = setting(
         False, "A NaN loss stops the run; it is never averaged away."
     )
-    bf16: bool | None = _setting(  # type: ignore[assignment]
+    bf16: bool | None = setting(  # type: ignore[assignment]
         None, "bf16 autocast. Default: on a GPU that has it, yes; else no."
     )
-    activation_checkpointing: bool | None = _setting(
+    activation_checkpointing: bool | None = setting(
         False, "Recompute activations in the backward pass: less memory, slower."
     )
 

@@ -57,6 +57,8 @@ def make_planner(
     columns: Callable[[str], list[Any]] | None = None,
     allocate: Allocator | None = None,
     scale: Scale | None = None,
+    wrap: Callable[[Allocator], Allocator] = lambda allocator: allocator,
+    evidence: float = 1.0,
 ) -> Planner:
     """The planner that `config` describes, over the data set whose prompt keys are `keys`.
 
@@ -65,6 +67,8 @@ def make_planner(
         keys: one key per data-set row.
         columns: a column of the data set by its name, for selectors that need one.
         allocate, scale: an integer solver and a scale of your own, instead of those `config` names.
+        wrap: makes of the solver the one to use, for example with budgets in whole branches.
+        evidence: what a rollout counts as in the posterior.
 
     Raises:
         ValueError: if a step has more prompts than the data set, or a selector's column is not
@@ -91,7 +95,7 @@ def make_planner(
     return Planner(
         posterior,
         SELECTORS[config.selector](config, posterior, keys, column_D),
-        allocate or named,
+        wrap(allocate or named),
         keys=keys,
         prompts_per_step=config.prompts_per_step,
         rollouts_per_step=config.rollouts_per_step,
@@ -105,6 +109,7 @@ def make_planner(
         wave=config.stopping_wave if stopping else None,
         run_seed=config.seed,
         success_above=config.success_above,
+        evidence=evidence,
     )
 
 

@@ -85,18 +85,30 @@ def chunks_of_budgets(
 class Ranks:
     """What the rest of the project may ask of the processes it runs on.
 
+    Args:
+        accelerator: of the processes.
+        by_hand: reduce gradients here and not by a wrapper, because the forward pass does not go
+            through it: a diffusers pipeline runs the module itself.
+
     Raises:
         ValueError: for a set-up whose model could not be saved or generated with.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, *, by_hand: bool = False) -> None:
         self._accelerator = accelerator
+        self._by_hand = by_hand and accelerator.num_processes > 1
         self._held: Exception | None = None
         self.num = accelerator.num_processes
         self.rank = accelerator.process_index
         self.lengths = ExpectedLengths()
         """What rollouts cost, by which they are dealt; the same on every rank."""
         refuse_unusable(accelerator)
+        plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if by_hand and accelerator.distributed_type not in plain:
+            raise ValueError(
+                f"a diffusion model trains on several processes with DDP, not with "
+                f"{accelerator.distributed_type.value}: choose another configuration of accelerate"
+            )
 
     @property
     def _zero_stage(self) -> int:
@@ -179,6 +191,13 @@ class Ranks:
         accelerator = self._accelerator
         accelerator.gradient_state._set_sync_gradients(is_last)
         accelerator.backward(loss_sum * self.num)
+        if is_last and self._by_hand:
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    if weight.grad is None:
+                        weight.grad = torch.zeros_like(weight)
+                    torch.distributed.all_reduce(weight.grad)
+                    weight.grad /= self.num
 
     def micro_batch(self, model: torch.nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch: no reduction before the last one."""

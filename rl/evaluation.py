@@ -7,12 +7,13 @@ with the same random numbers. Rollouts made here are counted as validation, neve
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rl.roll_out import Request, roll_out
+from rl.roll_out import Request, Scored, roll_out
 from rollouts.prompts import Prompt
 from samplers.keys import rollout_seeds
 from samplers.ledger import Ledger
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    line: Line, prompts: list[Prompt], *, version: int, success_above: float = 0.5
+    line: Line,
+    prompts: list[Prompt],
+    *,
+    version: int,
+    success_above: float = 0.5,
+    seen: Callable[[str, Scored], dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Validation metrics, without prefix; what no rollout could be scored for is absent.
 
@@ -36,6 +42,7 @@ def evaluate(
         prompts: the held-out prompts.
         version: optimizer steps the policy has taken.
         success_above: reward above which a completion is right; 0.5 serves 0/1 rewards.
+        seen: called with the name and the rollouts of each validation; may give further metrics.
     """
     started = time.perf_counter()
     training, line = line.ledger, replace(line, ledger=Ledger())  # nothing here is drawn to train
@@ -52,6 +59,7 @@ def evaluate(
         rollouts = scored.rollouts
         if not len(rollouts):  # no reward could be had, which max_failed_share allows
             continue
+        metrics |= seen(name, scored) if seen is not None else {}
         success_N = (scored.reward_N > success_above).double().numpy()
         prompt_N = rollouts.prompt_N.numpy()
         count_P = np.bincount(prompt_N, minlength=len(prompts))

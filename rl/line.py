@@ -27,6 +27,7 @@ class Memory:
 
     pivot: EntropyPivot | None = None  # of the last step's entropies, for the temperature
     loaded_version: int | None = None  # of the weights the engine has
+    evaluations: int = 0  # of a denoiser in rows, for rollouts to train on; a guidance pair is one
 
 
 class Scores(Protocol):
@@ -100,6 +101,7 @@ class Line:
             "ledger": self.ledger.state_dict(),
             "buffer": None if self.buffer is None else self.buffer.state_dict(),
             "lengths": self.ranks.lengths.state_dict(),
+            "evaluations": self.memory.evaluations,
             "history": None if self.history is None else self.history.state_dict(),
             "pivot": None if self.memory.pivot is None else self.memory.pivot.state_dict(),
         }
@@ -112,6 +114,7 @@ class Line:
             self.buffer.load_state_dict(state["buffer"])
         self.ranks.lengths.load_state_dict(state["lengths"])
         self.memory.loaded_version = None
+        self.memory.evaluations = state["evaluations"]
         if self.history is not None:
             self.history.load_state_dict(state["history"])
         pivot = state["pivot"]

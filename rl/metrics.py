@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from rollouts.batch import Rollouts, TokenRollouts, concatenate
+from rollouts.batch import DenoisingRollouts, Rollouts, TokenRollouts, concatenate
 from rollouts.prompts import Prompt
 from samplers.downsampling import selection_metrics
 
@@ -63,6 +63,10 @@ def of_rollouts(waves: list[Wave], kept: Rollouts) -> dict[str, float]:
             "reward_trained": kept.reward_N.mean().item(),
             "advantage_abs_mean": kept.advantage_N.abs().mean().item(),
         }
+    if len(rollouts) and isinstance(rollouts, DenoisingRollouts):
+        branches = [reward_N[rollouts.branch_N == b] for b in rollouts.branch_N.unique().tolist()]
+        mixed = [bool(branch.max() > branch.min()) for branch in branches]
+        metrics["branches/informative_share"] = float(np.mean(mixed))
     if len(kept) and isinstance(kept, TokenRollouts):
         metrics["completions/mean_length_trained"] = kept.length_N.double().mean().item()
     for name in rounds[0].reward_by_function:
@@ -110,10 +114,20 @@ def of_update(sums: dict[str, float]) -> dict[str, float]:
     ):
         if name in sums:
             metrics[metric] = sums[name] / tokens
+    if sums.get("mismatch_count"):
+        metrics["mismatch"] = sums["mismatch"] / sums["mismatch_count"]
     if sums.get("kl_tokens"):
         metrics["kl"] = sums["kl_k3"] / sums["kl_tokens"]
         metrics["kl_k1"] = sums["kl_k1"] / sums["kl_tokens"]
     return metrics
+
+
+def mismatch(logprob_NT: Tensor, rollouts: Rollouts) -> dict[str, Tensor]:
+    """Sum and count of |log-probability before any update - the one recorded|, where there is weight."""
+    assert rollouts.weight_NT is not None
+    active_NT = rollouts.weight_NT != 0
+    difference_NT = (logprob_NT.detach() - rollouts.logprob_NT).abs()
+    return {"mismatch": difference_NT[active_NT].sum(), "mismatch_count": active_NT.sum()}
 
 
 def add(sums: dict[str, float], statistics: dict[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from rollouts.batch import Rollouts, TokenRollouts, concatenate
+from rollouts.batch import Rollouts, concatenate
 from rollouts.prompts import Prompt
 from rollouts.rewards import RewardError
 
@@ -86,12 +86,13 @@ def _generate_and_score(
         with line.generating() as policy:  # gathering sharded weights takes every rank
             line.load_weights(policy, version=version)  # and so may handing them on
             return None
-    position_Q, budget_Q = np.unique(request.prompt_N[rows], return_counts=True)
+    # With every prompt, those of other ranks at budget 0, so that shares are of one list of prompts.
+    budget_P = np.bincount(request.prompt_N[rows], minlength=len(request.prompts))
     with line.ledger.phase("rollout"), line.generating() as policy:
         line.load_weights(policy, version=version)
         rollouts = line.engine.generate(
-            [request.prompts[p] for p in position_Q],
-            budget_Q,
+            request.prompts,
+            budget_P,
             seeds_N=request.seed_N[rows],
             params=params,
             version=version,
@@ -100,10 +101,7 @@ def _generate_and_score(
         prompts = [request.prompts[p] for p in request.prompt_N[rows]]
         allowed = line.config.max_failed_share * len(request.seed_N) / len(rows)
         shown, result = line.reward(prompts, rollouts, max_failed_share=min(allowed, 1.0))
-    changes: dict[str, Any] = {"prompt_N": torch.from_numpy(position_Q)[rollouts.prompt_N]}
-    if isinstance(rollouts, TokenRollouts):
-        changes["prompt_ids"] = tuple(prompt.token_ids for prompt in request.prompts)
-    return rows, replace(rollouts, **changes), shown, result
+    return rows, rollouts, shown, result
 
 
 def _merge(line: Line, request: Request, shares: list[tuple]) -> Scored:

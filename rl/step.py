@@ -62,6 +62,8 @@ def update(
                 loss, statistics = loss_of(line, batch, rows, logprob_NT, share=share)
                 with ranks.until_gather():
                     metrics.require_finite(loss, logprob_NT, rows, batch.prompts)
+                if number == 0:  # before any update
+                    statistics |= metrics.mismatch(logprob_NT, rows)
                 ranks.backward(model, loss, is_last=i == num_micro - 1)
             total += loss.detach() * ranks.num / len(parts)
             metrics.add(sums, statistics)
@@ -74,7 +76,10 @@ def mini_batches(line: Line, batch: Batch) -> list[torch.Tensor]:
     """Rows of each optimizer update: every row once per iteration, spread over its updates."""
     num_rows = len(batch.rollouts)
     updates = min(line.config.updates_per_step, num_rows)
-    parts = [torch.arange(number, num_rows, updates) for number in range(updates)]
+    # Siblings of a branch train together: one evaluation serves them.
+    unit_K = getattr(batch.rollouts, "branch_N", torch.arange(num_rows))
+    turn_K = unit_K.unique(return_inverse=True)[1] % max(updates, 1)
+    parts = [(turn_K == number).nonzero().flatten() for number in range(updates)]
     return parts * line.config.num_iterations
 
 

@@ -15,6 +15,7 @@ import torch
 from rl.roll_out import Request, Scored, roll_out
 from rollouts.batch import Rollouts, TokenRollouts, concatenate
 from rollouts.prompts import Prompt
+from rollouts.step_plan import StepPlan
 from samplers.planner import Proposal
 from samplers.refill import Refill
 
@@ -68,7 +69,11 @@ def roll_out_wave(line: Line, *, version: int, **which: Any) -> Wave:
         proposal = planner.propose(**which)
         prompts = [line.prompts[i] for i in proposal.index_P]
         request = Request(prompts=prompts, budget_P=proposal.budget_P, seed_N=proposal.seed_N)
-        scored = roll_out(line, request, line.params(version), version=version)
+        params = line.params(version)
+        scored = roll_out(line, request, params, version=version)
+        if isinstance(params, StepPlan):
+            roots = int(proposal.budget_P.sum()) // params.leaves_per_root
+            line.memory.evaluations += params.evaluations(roots)
         ledger.drawn(*size(scored.rollouts))
         if scored.failed is not None:
             ledger.drawn(*size(scored.failed))

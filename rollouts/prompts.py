@@ -251,6 +251,48 @@ def make_prompts(
     return prompts, report
 
 
+def plain_prompts(
+    rows: Iterable[Mapping[str, Any]], *, id_column: str | None = None
+) -> tuple[list[Prompt], PromptReport]:
+    """Check and key the rows of a data set whose prompts are texts that no tokenizer is needed for.
+
+    Args:
+        rows: a sequence or iterable of mappings with a column `prompt`, a string.
+        id_column: column of unique ids to use as keys instead of the content hash.
+
+    Returns:
+        The prompts in the order of their rows, without token ids, and what became of the rows.
+
+    Raises:
+        ValueError: an empty data set, a row without a prompt or with an empty one, a conversation,
+            two rows with one key.
+    """
+    rows = _checked_rows(rows)
+    if not isinstance(rows[0]["prompt"], str):
+        raise ValueError(f"row 0 is a conversation ({_start(rows[0]['prompt'])}); write a text")
+    keys = _unique_keys(rows, id_column)
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "prompt"))
+    prompts = [
+        Prompt(
+            key=key,
+            prompt=row["prompt"],
+            token_ids=(),
+            columns={name: row.get(name) for name in names},
+        )
+        for key, row in zip(keys, rows, strict=True)
+    ]
+    report = PromptReport(
+        rows=len(rows),
+        kept=len(prompts),
+        dropped=0,
+        truncated=0,
+        longest=0,
+        tokens=0,
+        is_conversational=False,
+    )
+    return prompts, report
+
+
 def _checked_rows(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows as a list, every prompt present, not empty, well formed and of the first's kind."""
     if isinstance(rows, Mapping):

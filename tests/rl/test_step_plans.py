@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from recipes.images.plans import plan_at
+from rl.step_plans import plan_at
 
 PLANS = """
 ddpo:                                       # arXiv:2305.13301

@@ -1,0 +1,187 @@
+"""Settings of a run that trains a diffusion model; the rest is `RolloutConfig`'s."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from rl.arguments import DECISIVE, RolloutConfig, setting
+from rl.branch_advantages import (
+    branch_mean,
+    depth_normalised,
+    leave_branch_out,
+    parent_difference,
+)
+from rl.step_plans import plan_at
+from rl.validation import choice
+from rollouts.step_plan import StepPlan
+
+CREDITS = {
+    "branch": branch_mean,
+    "leave_one_out": leave_branch_out,
+    "depth": depth_normalised,
+    "parent": parent_difference,
+}
+"""Baselines that credit the steps of one chain apart."""
+
+BASELINES = ("prompt", "history", "buffer", *CREDITS)
+CREDIT_SCALES = ("none", "prompt", "batch")
+REDUCTIONS = ("sum", "mean")
+NOISE_WEIGHTS = ("none", "std")
+
+DENOISING_DECISIVE = (
+    *("plan", "guidance_scale", "height", "width", "sibling_within_share", "baseline"),
+    *("history_steps", "credit_scale"),
+)
+"""Settings of this kind that decide which rollouts are made, or what their credits remember."""
+
+LANGUAGE_ONLY = (
+    *("refill", "mask_truncated_completions", "reward_kl", "adaptive_temperature_tau"),
+    *("micro_batch_tokens", "fused_logprobs", "pilot_rollouts", "stop"),
+)
+"""Settings of `RolloutConfig` that have no meaning here and must stay as they are."""
+
+
+@dataclass
+class DenoisingConfig(RolloutConfig):
+    """`RolloutConfig` for diffusion models: how chains are drawn, branch, are compared and train.
+
+    A rollout is one finished sample and a decision one denoising step. `per_device_train_batch_size`
+    counts distinct latents that are replayed together, `rollouts_per_prompt` samples, a multiple of
+    the leaves of a branch. `epsilon` clips ratios of log-probabilities that are summed over a latent,
+    or of their means (`logprob_reduction`), which differ by the number of its elements.
+    """
+
+    plan: dict[str, Any] | str | None = setting(
+        None,
+        "The denoising chain: num_steps, rule, level, and schedules of stochastic, branching and "
+        "trained steps; see rl/step_plans.py.",
+    )
+    validation_steps: int | None = setting(
+        None, "Denoising steps of validation samples. Default: the plan's."
+    )
+    guidance_scale: float = setting(
+        5.0, "Classifier-free guidance, in rollouts and in training; 1: none."
+    )
+    height: int | None = setting(None, "Pixels. Default: the pipeline's.")
+    width: int | None = setting(None, "Pixels. Default: the pipeline's.")
+    baseline: str = setting(
+        "prompt",
+        "What a sample is compared with: prompt (mean of its samples), history (and of earlier steps), "
+        "buffer (its last ones), branch, leave_one_out, depth or parent (rl/branch_advantages.py).",
+    )
+    history_steps: int = setting(
+        8,
+        "Earlier steps that baseline 'history' remembers, or rewards of a prompt that 'buffer' does.",
+    )
+    credit_scale: str = setting(
+        "batch", "Divide credits by the std of the rewards of the prompt or the batch, or none."
+    )
+    advantage_clip: float | None = setting(5.0, "Advantages are cut off here. null: nowhere.")
+    branch_threshold: float | None = setting(
+        None,
+        "Only the best and the worst sample of a branch train; the best from this advantage up, the "
+        "worst from minus it down. 0: both unless all are equal. Default: all samples train.",
+    )
+    logprob_reduction: str = setting(
+        "sum", "Ratios are of log-probabilities summed over a latent, or of their mean (published)."
+    )
+    noise_weight: str = setting(
+        "none", "Weight of a denoising step: none, or std (its noise, mean 1 over trained steps)."
+    )
+    sibling_within_share: float = setting(
+        1.0,
+        "Share of the variance of a prompt's rewards that lies within branches; siblings count that "
+        "much less in the posterior (probe_branch_points measures it). 1: as independent.",
+    )
+    ema_decay: float = setting(
+        0.0, "Validate and save a moving average of the weights, with this decay. 0: off."
+    )
+    images_every: int = setting(
+        0, "Steps between pictures of samples in the run folder; 0: first and last step only."
+    )
+
+    def __post_init__(self) -> None:
+        if self.loss is None:
+            self.loss = "grpo"
+        for name in ("advantage", "objective", "length_weight"):
+            if getattr(self, name) is None:
+                setattr(
+                    self, name, {"advantage": "centred", "objective": "mean"}.get(name, "row_mean")
+                )
+        super().__post_init__()
+        if isinstance(self.plan, str):
+            self.plan = json.loads(self.plan)
+        if not isinstance(self.plan, dict):
+            raise ValueError(
+                f"plan must be a mapping such as {{num_steps: 20, rule: ddim, level: 1.0}}, got "
+                f"{self.plan!r}"
+            )
+        self.step_plan(0)
+        choice("baseline", self.baseline, BASELINES)
+        choice("credit_scale", self.credit_scale, CREDIT_SCALES)
+        choice("logprob_reduction", self.logprob_reduction, REDUCTIONS)
+        choice("noise_weight", self.noise_weight, NOISE_WEIGHTS)
+        choice("loss", self.loss, ("grpo",))
+        choice("length_weight", self.length_weight, ("row_mean", "row_sum"))
+        self._check_numbers()
+        for name in LANGUAGE_ONLY:
+            default = RolloutConfig.__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is for language models; a diffusion model needs {name}: {default}"
+                )
+        for name, allowed in (("token_selection", "none"), ("importance_correction", "none")):
+            if getattr(self, name) != allowed:
+                raise ValueError(f"{name} must be {allowed!r} for a diffusion model")
+        leaves = self.leaves_per_branch
+        if self.rollouts_per_prompt % leaves or self.rollouts_per_step % leaves:
+            raise ValueError(
+                f"rollouts_per_prompt={self.rollouts_per_prompt} must be a multiple of the {leaves} "
+                "leaves of a branch"
+            )
+        if self.stopping_wave is not None and self.stopping_wave % leaves:
+            raise ValueError(
+                f"stopping_wave={self.stopping_wave} must be a multiple of the {leaves} leaves of a "
+                "branch"
+            )
+
+    def _check_numbers(self) -> None:
+        for name, low, high in (
+            ("sibling_within_share", 0.0, 1.0),
+            ("ema_decay", 0.0, 1.0),
+            ("guidance_scale", 0.0, float("inf")),
+            ("branch_threshold", 0.0, float("inf")),
+            ("images_every", 0, float("inf")),
+            ("history_steps", 0, float("inf")),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+        if self.ema_decay == 1:
+            raise ValueError("ema_decay must be below 1: an average with decay 1 never moves")
+        if self.advantage_clip is not None and not self.advantage_clip > 0:
+            raise ValueError(f"advantage_clip must be positive or null, got {self.advantage_clip}")
+        if self.validation_steps is not None and self.validation_steps < 1:
+            raise ValueError(f"validation_steps must be at least 1, got {self.validation_steps}")
+
+    @property
+    def plan_horizon(self) -> int:
+        """Training steps that schedules may spread over."""
+        return max(self.max_steps, 1)
+
+    @property
+    def leaves_per_branch(self) -> int:
+        """Samples of one root, the same at every step of a run."""
+        return self.step_plan(0).leaves_per_root
+
+    def step_plan(self, step: int) -> StepPlan:
+        """The denoising chain of training step `step`; after the last, that of the last."""
+        assert isinstance(self.plan, dict)
+        horizon = self.plan_horizon
+        return plan_at(self.plan, min(step, horizon - 1), num_train_steps=horizon)
+
+    def decisive_settings(self) -> dict[str, Any]:
+        """Settings that decide which rollouts are made; a resumed run must share them."""
+        return {name: getattr(self, name) for name in (*DECISIVE, *DENOISING_DECISIVE)}

@@ -1,0 +1,153 @@
+"""The trainer of diffusion models: `RolloutTrainer` with pictures, an average of weights, a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from transformers import TrainerCallback
+
+from rl import tracking
+from rl.denoising import DENOISING
+from rl.denoising_config import DenoisingConfig
+from rl.evaluation import evaluate
+from rl.line import Batch
+from rl.pictures import diversity, save_grid
+from rl.roll_out import Scored
+from rl.trainer import RolloutTrainer
+
+
+class DenoisingTrainer(RolloutTrainer):
+    """Trains the denoiser of a text-to-image pipeline of diffusers on samples that its rewards like.
+
+    Args:
+        model: a pipeline, or a folder or hub id to load one from.
+        reward_funcs: one or several: image rewards, their names, or `path/to/file.py:function`.
+        args: the settings.
+        train_dataset: rows with a text `prompt`; other columns go to the rewards as metadata.
+        eval_dataset: rows of the same form, which may be those of training, or None.
+        peft_config: a LoraConfig for the denoiser, which then alone trains.
+        engine: a `DiffusersEngine` of your own around the same pipeline.
+
+    The rest is as for `RolloutTrainer`. `save_model` writes the whole pipeline.
+    """
+
+    args: DenoisingConfig  # type: ignore[assignment]
+    kind = DENOISING
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pipeline = self.line.engine.pipeline  # type: ignore[attr-defined]
+        self._average: EMAModel | None = None
+        if self.args.ema_decay:
+            self._average = EMAModel(self._trained(), decay=self.args.ema_decay)
+            self.add_callback(_Average(self))
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        assert self.model is not None
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of those that train, where an average is kept."""
+        if self._average is None:
+            yield
+            return
+        weights = self._trained()
+        self._average.store(weights)
+        self._average.copy_to(weights)
+        try:
+            yield
+        finally:
+            self._average.restore(weights)
+
+    # -- logging and validation
+
+    def show(self, batch: Batch, *, step: int) -> None:
+        """A picture of the step's samples: a row for each prompt, siblings side by side."""
+        every = self.args.images_every
+        if not batch.waves or not every or step % every:
+            return
+        wave = batch.waves[0]
+        save_grid(
+            Path(str(self.args.output_dir)) / "images" / f"train-{step:06d}.png",
+            [str(prompt.prompt) for prompt in wave.prompts],
+            wave.rounds[0],
+        )
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Rewards of samples with the noise of training and without any; logged, with pictures."""
+        prompts = self.eval_prompts
+        if eval_dataset is not None:
+            prompts = self._make_prompts(eval_dataset)[0]
+        if not prompts:
+            raise ValueError("evaluate needs prompts: pass eval_dataset to DenoisingTrainer")
+        step = self.state.global_step
+
+        def seen(name: str, scored: Scored) -> dict[str, float]:
+            texts = [str(prompt.prompt) for prompt in prompts]
+            if self.line.ranks.is_main:
+                folder = Path(str(self.args.output_dir)) / "images"
+                save_grid(folder / f"{name}-{step:06d}.png", texts, scored)
+            found = diversity(np.stack(scored.shown_N), scored.rollouts.prompt_N.numpy())
+            extra = {} if name == "sampled" else {f"{name}_reward": float(scored.reward_N.mean())}
+            return extra | {f"{name}_diversity": found}
+
+        with self.averaged():
+            found = evaluate(self.line, prompts, version=step, seen=seen)
+        found["denoiser_evaluations"] = float(self.line.memory.evaluations)
+        logs = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
+
+    # -- checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The pipeline, as diffusers saves it; inside a checkpoint the denoiser's weights alone."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        if self.line.ranks.is_main:
+            with tracking.no_progress_bars(), self.averaged():
+                self.pipeline.save_pretrained(output_dir or str(self.args.output_dir))
+
+    def _line_state(self) -> dict[str, Any]:
+        state = super()._line_state()
+        if self._average is not None:
+            shadow = [weight.cpu().numpy() for weight in self._average.shadow_params]
+            state["average"] = {
+                "steps": self._average.optimization_step,
+                "weights": {str(i): weight for i, weight in enumerate(shadow)},
+            }
+        return state
+
+    def _load_state(self, state: dict[str, Any], folder: str) -> int:
+        if self._average is not None:
+            average = state["average"]
+            self._average.optimization_step = average["steps"]
+            for i, weight in enumerate(self._average.shadow_params):
+                weight.copy_(torch.as_tensor(average["weights"][str(i)]))
+        return super()._load_state(state, folder)
+
+
+class _Average(TrainerCallback):
+    """Moves the average after every optimizer step of the trainer's."""
+
+    def __init__(self, trainer: DenoisingTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        average = self._trainer._average
+        assert average is not None
+        average.step(self._trainer._trained())
