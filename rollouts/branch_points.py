@@ -37,8 +37,7 @@ class BranchPoint:
     """Independent samples that the leaves of one prompt are worth for its mean reward:
     n / (w + k (1 - w)). None without w."""
     best_children: float | None
-    """The k that measures a prompt's mean best per evaluation; says nothing about the gradient. None
-    without w, inf where further children cost or lose nothing."""
+    """See the function of this name. None without w."""
     evaluations: int
     """Denoiser evaluations spent on this point, in rows."""
 
@@ -108,7 +107,9 @@ def probe_branch_points(
                 effective_count=(
                     None if share is None else num_leaves / (share + children * (1 - share))
                 ),
-                best_children=None if share is None else _best_children(share, step, params),
+                best_children=(
+                    None if share is None else best_children(share, step, params.num_steps)
+                ),
                 evaluations=engine.evaluations - before,
             )
         )
@@ -179,9 +180,21 @@ def _sums(value_N: Tensor, index_N: Tensor) -> Tensor:
     return zero.index_add(0, index_N, value_N)
 
 
-def _best_children(share: float, step: int, plan: StepPlan) -> float:
-    """sqrt(w/(1-w) (t0+1)/(T-t0-1)), at least 1."""
-    after = plan.num_steps - step - 1
+def best_children(share: float, step: int, num_steps: int) -> float:
+    """Children per branch that measure a prompt's mean reward best per evaluation.
+
+        k = sqrt(w / (1 - w) * (t0 + 1) / (T - t0 - 1)),   at least 1
+
+    minimises (w / k + 1 - w) ((t0 + 1) + k (T - t0 - 1)), the variance of a branch's mean times its
+    evaluations; derived here, not from a paper. inf at w = 1 and at the last edge, where a child
+    costs nothing. It says nothing about the gradient.
+
+    Args:
+        share: w, of `branch_statistics`.
+        step: t0.
+        num_steps: T.
+    """
+    after = num_steps - step - 1
     if share == 1 or after == 0:
         return math.inf
     return max(1.0, math.sqrt(share / (1 - share) * (step + 1) / after))
