@@ -26,6 +26,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rollouts.prompts import Prompt
 
@@ -73,6 +74,30 @@ def tiny_sd(*, vae: bool = False, **scheduler: Any) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def add_tiny_text_encoder(pipeline: StableDiffusionPipeline) -> None:
+    """A CLIP text encoder with random weights, which reads letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    pieces = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+    ]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    pipeline.tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
+    config = CLIPTextConfig(
+        vocab_size=len(pieces),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    pipeline.text_encoder = CLIPTextModel(config).eval()
 
 
 def tiny_vae() -> AutoencoderKL:

@@ -15,6 +15,7 @@ from tests.tiny_pipelines import (
     ENGINE_SETTINGS,
     PIPELINES,
     RULES,
+    add_tiny_text_encoder,
     embeddings,
     image_prompts,
     tiny_pipeline,
@@ -297,6 +298,29 @@ def test_the_gradient_is_that_of_central_differences(name):
                 values.append(surrogate().item())
             flat[place] += 1e-5
         assert (values[0] - values[1]) / 2e-5 == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+# --- prompts ----------------------------------------------------------------------------------
+
+
+def test_prompts_are_read_by_the_pipelines_own_text_encoder():
+    pipeline = tiny_pipeline("sd")
+    add_tiny_text_encoder(pipeline)
+    prompts = image_prompts(3)
+    expected = pipeline(
+        prompt=[prompt.prompt for prompt in prompts],
+        **ENGINE_SETTINGS["sd"],
+        num_inference_steps=3,
+        generator=[seeded_generator(seed, "root", 0) for seed in (7, 8, 9)],
+        output_type="latent",
+    )[0]
+    ours = engine(pipeline=pipeline, encode=None)
+    silent = plan(num_steps=3, stochastic=())
+    rollouts = ours.generate(prompts, [1, 1, 1], seeds_N=[7, 8, 9], params=silent)
+    assert torch.equal(rollouts.tree.latent_M[rollouts.node_NS[:, -1]], expected)
+    assert set(rollouts.tree.conditions) == {"prompt_embeds", "negative_prompt_embeds"}
+    embeds = rollouts.tree.conditions["prompt_embeds"]
+    assert not torch.equal(embeds[0], embeds[1])
 
 
 # --- images -----------------------------------------------------------------------------------
