@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -62,10 +63,10 @@ def ddim(**changes: Any) -> DDIMScheduler:
     return DDIMScheduler(**settings | changes)
 
 
-def tiny_sd(*, vae: bool = False, **scheduler: Any) -> StableDiffusionPipeline:
+def tiny_sd(**scheduler: Any) -> StableDiffusionPipeline:
     """Stable Diffusion, 4 x 8 x 8 latents."""
     return StableDiffusionPipeline(
-        vae=tiny_vae() if vae else None,
+        vae=None,
         text_encoder=None,
         tokenizer=None,
         unet=tiny_unet(),
@@ -100,9 +101,20 @@ def add_tiny_text_encoder(pipeline: StableDiffusionPipeline) -> None:
     pipeline.text_encoder = CLIPTextModel(config).eval()
 
 
-def tiny_vae() -> AutoencoderKL:
-    """8 x 8 latents to 64 x 64 pixels."""
-    return AutoencoderKL(
+def add_tiny_vae(pipeline: Any) -> None:
+    """Decodes 8 x 8 latents to 64 x 64 pixels, with random weights."""
+    if isinstance(pipeline, QwenImagePipeline):
+        pipeline.vae = AutoencoderKLQwenImage(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.1] * 4,
+            latents_std=[0.9] * 4,
+        )
+        return
+    pipeline.vae = AutoencoderKL(
         block_out_channels=(4, 4, 4, 4),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -110,6 +122,7 @@ def tiny_vae() -> AutoencoderKL:
         layers_per_block=1,
         norm_num_groups=2,
         sample_size=64,
+        shift_factor=0.1,
     )
 
 

@@ -16,6 +16,7 @@ from tests.tiny_pipelines import (
     PIPELINES,
     RULES,
     add_tiny_text_encoder,
+    add_tiny_vae,
     embeddings,
     image_prompts,
     tiny_pipeline,
@@ -31,6 +32,12 @@ def engine(name="sd", *, dtype=torch.float32, pipeline=None, **settings):
     pipeline = pipeline or tiny_pipeline(name, dtype=dtype)
     settings = {"encode": embeddings(name, dtype=dtype)} | ENGINE_SETTINGS[name] | settings
     return DiffusersEngine(pipeline, **settings)
+
+
+def arguments(name):
+    """What the engine's settings are to the pipeline itself."""
+    settings = dict(ENGINE_SETTINGS[name])
+    return settings.pop("pipeline_kwargs", {}) | settings
 
 
 def plan(name="sd", *, num_steps=5, stochastic=None, **settings):
@@ -78,10 +85,9 @@ def test_a_plan_without_noise_is_the_unmodified_pipeline(name):
     # Whatever the engine does to the pipeline, the samples are those of the pipeline alone.
     pipeline = tiny_pipeline(name)
     prompts = image_prompts(2)
-    settings = dict(ENGINE_SETTINGS[name])
     expected = pipeline(
         **embeddings(name)(prompts),
-        **(settings.pop("pipeline_kwargs", {}) | settings),
+        **arguments(name),
         num_inference_steps=4,
         generator=[seeded_generator(seed, "root", 0) for seed in (7, 8)],
         output_type="latent",
@@ -326,21 +332,21 @@ def test_prompts_are_read_by_the_pipelines_own_text_encoder():
 # --- images -----------------------------------------------------------------------------------
 
 
-def test_images_are_those_of_the_pipeline():
-    torch.manual_seed(0)
-    pipeline = tiny_sd(vae=True)
-    pipeline.set_progress_bar_config(disable=True)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_images_are_those_of_the_pipeline(name):
+    pipeline = tiny_pipeline(name)
+    add_tiny_vae(pipeline)
     prompts = image_prompts(2)
     expected = pipeline(
-        **embeddings("sd")(prompts),
-        **ENGINE_SETTINGS["sd"],
+        **embeddings(name)(prompts),
+        **arguments(name),
         num_inference_steps=3,
         generator=[seeded_generator(seed, "root", 0) for seed in (7, 8)],
         output_type="np",
     )[0]
-    ours = engine(pipeline=pipeline)
-    plan_ = plan(num_steps=3, stochastic=())
-    images = ours.decode(ours.generate(prompts, [1, 1], seeds_N=[7, 8], params=plan_))
+    ours = engine(name, pipeline=pipeline)
+    silent = plan(name, num_steps=3, stochastic=())
+    images = ours.decode(ours.generate(prompts, [1, 1], seeds_N=[7, 8], params=silent))
     assert images.dtype == np.uint8 and images.shape == (2, 64, 64, 3)
     assert np.array_equal(images, (expected * 255).round().astype(np.uint8))
 
