@@ -56,6 +56,25 @@ def parse(classes: Sequence[type], arguments: Sequence[str] | None = None) -> tu
     return parser.parse_args_and_config(arguments)
 
 
+def peek(name: str, arguments: Sequence[str] | None = None) -> str | None:
+    """One text setting before the others are parsed, from the command line or the YAML file."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for i, word in enumerate(words):
+        if word == f"--{name}":
+            return words[i + 1] if i + 1 < len(words) else None
+        if word.startswith(f"--{name}="):
+            return word.split("=", 1)[1]
+    if "--config" in words[:-1]:
+        path = Path(words[words.index("--config") + 1])
+        if path.is_file():
+            try:
+                settings = yaml.safe_load(path.read_text())
+            except yaml.YAMLError:
+                return None  # told by `parse`
+            return settings.get(name) if isinstance(settings, dict) else None
+    return None
+
+
 def _check_file(path: Path, hints: dict[str, Any]) -> None:
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []

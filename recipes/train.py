@@ -30,7 +30,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config
 
-from recipes.config import ConfigError, parse
+from recipes.config import ConfigError, parse, peek
 from recipes.data import load_rows, split_validation
 from rl.arguments import RolloutConfig, nearest
 from rl.checkpoint import TornCheckpointError
@@ -50,9 +50,13 @@ EXPECTED = (ConfigError, ValueError, OSError, RewardError, NoSignalError, Floati
 class RecipeArguments:
     """What a run trains on, beside the model and the settings of training."""
 
+    policy: str = field(
+        default="language",
+        metadata={"help": "What is trained: language (a causal LM) or diffusion (a pipeline)."},
+    )
     task: str | None = field(
         default=None,
-        metadata={"help": "Embedded task: arithmetic. Brings model, data and rewards."},
+        metadata={"help": "Embedded task: arithmetic, digits. Brings model, data and rewards."},
     )
     task_settings: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Settings of the embedded task, as in its README."}
@@ -108,21 +112,25 @@ class RecipeArguments:
 
 def main(arguments: list[str] | None = None) -> RolloutTrainer:
     """Parse, prepare, train, save and report; returns the trainer."""
-    recipe, config, model_config = parse((RecipeArguments, RolloutConfig, ModelConfig), arguments)
+    is_diffusion = peek("policy", arguments) == "diffusion"
+    settings: type[RolloutConfig] = RolloutConfig
+    if is_diffusion:
+        from rl.denoising_config import DenoisingConfig
+
+        settings = DenoisingConfig
+    recipe, config, model_config = parse((RecipeArguments, settings, ModelConfig), arguments)
+    if recipe.policy not in ("language", "diffusion"):
+        raise ConfigError(f"policy must be language or diffusion, got {recipe.policy!r}")
     state = PartialState()
     _set_threads(recipe, state)
-    rows, validation, rewards = task_or_data(recipe, config, model_config)
-    trainer = RolloutTrainer(
-        load_model(model_config),
-        rewards,
-        config,
-        rows,
-        eval_dataset=validation or None,
-        processing_class=load_tokenizer(recipe, model_config),
-        peft_config=get_peft_config(model_config),
-    )
+    if is_diffusion:
+        from recipes.diffusion import make_trainer
+
+        trainer: RolloutTrainer = make_trainer(recipe, config, model_config)
+    else:
+        trainer = language_trainer(recipe, config, model_config)
     trainer.train()
-    final = Path(config.output_dir) / "final"
+    final = Path(str(config.output_dir)) / "final"
     trainer.save_model(str(final))
     if recipe.report and state.is_main_process:
         from recipes.report import report
@@ -132,6 +140,22 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return trainer
+
+
+def language_trainer(
+    recipe: RecipeArguments, config: RolloutConfig, model_config: ModelConfig
+) -> RolloutTrainer:
+    """The trainer of a causal language model that the settings describe."""
+    rows, validation, rewards = task_or_data(recipe, config, model_config)
+    return RolloutTrainer(
+        load_model(model_config),
+        rewards,
+        config,
+        rows,
+        eval_dataset=validation or None,
+        processing_class=load_tokenizer(recipe, model_config),
+        peft_config=get_peft_config(model_config),
+    )
 
 
 def _set_threads(recipe: RecipeArguments, state: PartialState) -> None:

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from rl import denoising_weights, prompt_history
-from rl.advantages import centred, grpo
+from rl.advantages import centred, grpo, leave_one_out
 from rl.assemble import PolicyKind, make_planner, without_dropout
 from rl.denoising_config import CREDITS, DenoisingConfig
 from rl.distributed import Ranks
@@ -176,6 +176,8 @@ def _credit(config: DenoisingConfig, rollouts: DenoisingRollouts) -> torch.Tenso
     assert rollouts.reward_N is not None
     if config.baseline == "prompt":
         return centred(rollouts.reward_N, rollouts.prompt_N)
+    if config.baseline == "siblings":
+        return leave_one_out(rollouts.reward_N, rollouts.branch_N)
     return CREDITS[config.baseline](
         rollouts.reward_N,
         rollouts.node_NS,

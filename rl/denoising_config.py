@@ -25,7 +25,7 @@ CREDITS = {
 }
 """Baselines that credit the steps of one chain apart."""
 
-BASELINES = ("prompt", "history", "buffer", *CREDITS)
+BASELINES = ("prompt", "history", "buffer", "siblings", *CREDITS)
 CREDIT_SCALES = ("none", "prompt", "batch")
 REDUCTIONS = ("sum", "mean")
 NOISE_WEIGHTS = ("none", "std")
@@ -61,6 +61,11 @@ class DenoisingConfig(RolloutConfig):
     validation_steps: int | None = setting(
         None, "Denoising steps of validation samples. Default: the plan's."
     )
+    max_evaluations: int | None = setting(
+        None,
+        "End after the step in which the denoiser has been evaluated so often for rollouts, in rows; "
+        "a guidance pair is one.",
+    )
     guidance_scale: float = setting(
         5.0, "Classifier-free guidance, in rollouts and in training; 1: none."
     )
@@ -69,7 +74,8 @@ class DenoisingConfig(RolloutConfig):
     baseline: str = setting(
         "prompt",
         "What a sample is compared with: prompt (mean of its samples), history (and of earlier steps), "
-        "buffer (its last ones), branch, leave_one_out, depth or parent (rl/branch_advantages.py).",
+        "buffer (its last ones), siblings (the others of its branch), branch, leave_one_out, depth or "
+        "parent (rl/branch_advantages.py).",
     )
     history_steps: int = setting(
         8,
@@ -155,6 +161,7 @@ class DenoisingConfig(RolloutConfig):
             ("branch_threshold", 0.0, float("inf")),
             ("images_every", 0, float("inf")),
             ("history_steps", 0, float("inf")),
+            ("max_evaluations", 1, float("inf")),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

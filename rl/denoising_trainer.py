@@ -13,6 +13,7 @@ from diffusers.training_utils import EMAModel
 from transformers import TrainerCallback
 
 from rl import tracking
+from rl.budget import Budget
 from rl.denoising import DENOISING
 from rl.denoising_config import DenoisingConfig
 from rl.evaluation import evaluate
@@ -43,6 +44,9 @@ class DenoisingTrainer(RolloutTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pipeline = self.line.engine.pipeline  # type: ignore[attr-defined]
+        if self.args.max_evaluations is not None:
+            memory = self.line.memory
+            self.add_callback(Budget(lambda: memory.evaluations, self.args.max_evaluations))
         self._average: EMAModel | None = None
         if self.args.ema_decay:
             self._average = EMAModel(self._trained(), decay=self.args.ema_decay)

@@ -213,8 +213,10 @@ class ProgressLine(TrainerCallback):
         if not state.is_world_process_zero or self._quiet or not logs:
             return
         if "eval_pass_rate" in logs:
-            sampled, greedy = logs["eval_pass_rate"], logs["eval_greedy_accuracy"]
-            self._validation = f"validation pass {sampled:.1%} greedy {greedy:.1%}"
+            self._validation = f"validation pass {logs['eval_pass_rate']:.1%}"
+            for name in ("greedy", "deterministic"):
+                if f"eval_{name}_accuracy" in logs:
+                    self._validation += f" {name} {logs[f'eval_{name}_accuracy']:.1%}"
         if "reward" not in logs and "eval_pass_rate" not in logs:
             return
         line = " | ".join(part for part in (describe(logs), self._validation) if part)

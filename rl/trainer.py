@@ -23,12 +23,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from rl import checkpoint, metrics, tracking
 from rl.arguments import RolloutConfig
 from rl.assemble import LANGUAGE, PolicyKind, column_of
+from rl.budget import Budget
 from rl.evaluation import evaluate
 from rl.line import Batch
 from rl.measure import gradient_norms
 from rl.prepare import prepare
 from rl.step import collect, mini_batches, update
-from rl.token_budget import TokenBudget
 from rollouts.engine import Engine
 from rollouts.prompts import Prompt, data_fingerprint
 from rollouts.rewards import RewardFunction
@@ -116,7 +116,8 @@ class RolloutTrainer(Trainer):
         self.add_callback(self.run_folder)
         self.add_callback(self.progress)
         if args.max_generated_tokens is not None:
-            self.add_callback(TokenBudget(self.ledger, args.max_generated_tokens))
+            spent = lambda: self.ledger.totals["tokens_drawn"]  # noqa: E731
+            self.add_callback(Budget(spent, args.max_generated_tokens))
 
     def _policy(self) -> AbstractContextManager[PreTrainedModel]:
         kwargs: Any = self.args.activation_checkpointing_kwargs

@@ -1,0 +1,145 @@
+"""Training a diffusion model, called by `recipes/train.py` where a YAML says `policy: diffusion`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from trl import ModelConfig, get_peft_config
+
+from recipes.config import ConfigError
+from recipes.data import load_rows, split_validation
+from rl.arguments import nearest
+from rl.denoising_config import DenoisingConfig
+from rl.denoising_trainer import DenoisingTrainer
+from rollouts.diffusers_engine import DiffusersEngine
+
+if TYPE_CHECKING:
+    from recipes.images.task import ImageTask
+    from recipes.train import RecipeArguments
+
+TASKS = {"digits": "recipes.images.task"}
+"""Embedded tasks: modules with `prepare(settings, seed) -> ImageTask`."""
+
+ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
+"""What LoRA adapts unless lora_target_modules says otherwise: the attention of diffusers' models."""
+
+
+def make_trainer(
+    recipe: RecipeArguments, config: DenoisingConfig, model_config: ModelConfig
+) -> DenoisingTrainer:
+    """The trainer that the settings describe.
+
+    Raises:
+        ConfigError: if task, data, model or reward is missing.
+    """
+    if recipe.task is not None:
+        task = _prepared(recipe, config)
+        for name, value in task.settings.items():
+            setattr(config, name, value)
+    else:
+        task = None
+    rows, validation = _data(recipe, config) if task is None else (task.rows, task.validation)
+    rewards: list[Any] = list(recipe.rewards) or ([] if task is None else task.rewards)
+    if not rewards:
+        raise ConfigError(
+            "no reward: write rewards, names of image rewards or path/to/file.py:function"
+        )
+    pipeline = load_pipeline(config, model_config) if task is None else task.pipeline
+    engine = None
+    if task is not None:
+        engine = DiffusersEngine(
+            pipeline,
+            encode=task.encode,
+            guidance_scale=config.guidance_scale,
+            height=config.height,
+            width=config.width,
+            batch_size=config.generation_batch_size,
+        )
+    return DenoisingTrainer(
+        pipeline,
+        rewards,
+        config,
+        rows,
+        eval_dataset=validation or None,
+        peft_config=lora_config(model_config),
+        engine=engine,
+    )
+
+
+def _prepared(recipe: RecipeArguments, config: DenoisingConfig) -> ImageTask:
+    if recipe.task not in TASKS:
+        raise ConfigError(
+            f"task must be one of {', '.join(TASKS)} for a diffusion model, got {recipe.task!r}."
+            f"{nearest(str(recipe.task), TASKS)}"
+        )
+    prepare: Callable[..., ImageTask] = import_module(TASKS[recipe.task]).prepare
+    with PartialState().main_process_first():
+        return prepare(recipe.task_settings or {}, seed=config.seed)
+
+
+def _data(recipe: RecipeArguments, config: DenoisingConfig) -> tuple[Any, Any]:
+    if recipe.dataset_name is None:
+        raise ConfigError("nothing to train on: write task, or dataset_name with your prompts")
+    columns: dict[str, Any] = {
+        "prompt_column": recipe.prompt_column,
+        "prompt_template": recipe.prompt_template,
+    }
+    rows = load_rows(
+        recipe.dataset_name,
+        config=recipe.dataset_config,
+        split=recipe.dataset_split,
+        limit=recipe.dataset_limit,
+        **columns,
+    )
+    if recipe.validation_name is not None:
+        return rows, load_rows(recipe.validation_name, split=recipe.validation_split, **columns)
+    if recipe.validation_size:
+        return split_validation(
+            rows, recipe.validation_size, seed=config.seed, id_column=config.id_column
+        )
+    return rows, None
+
+
+def load_pipeline(config: DenoisingConfig, model_config: ModelConfig) -> Any:
+    """The pipeline the settings name, with a scheduler whose steps are Gaussian actions.
+
+    Under rule `ddim` a scheduler of another class, such as the PNDM of Stable Diffusion 1, is
+    replaced by DDIM with its own noise levels, and a line says so.
+    """
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    if model_config.model_name_or_path is None:
+        raise ConfigError("no model: write model_name_or_path, a folder or a hub id")
+    dtype = model_config.dtype
+    pipeline = DiffusionPipeline.from_pretrained(
+        model_config.model_name_or_path,
+        revision=model_config.model_revision,
+        torch_dtype=torch.float32 if dtype in (None, "auto") else getattr(torch, dtype),
+        use_safetensors=True,
+    )
+    assert isinstance(config.plan, dict)
+    if config.plan["rule"] == "ddim" and type(pipeline.scheduler) is not DDIMScheduler:
+        print(
+            f"{type(pipeline.scheduler).__name__} is replaced by DDIMScheduler for rule ddim",
+            file=sys.stderr,
+        )
+        pipeline.scheduler = DDIMScheduler.from_config(
+            pipeline.scheduler.config, clip_sample=False, thresholding=False
+        )
+    return pipeline.to(PartialState().device)
+
+
+def lora_config(model_config: ModelConfig) -> Any:
+    """The LoraConfig of `use_peft`, on the attention where no modules are named; else None."""
+    config: Any = get_peft_config(model_config)
+    if config is None:
+        return None
+    config.task_type = None  # of language models
+    config.target_modules = config.target_modules or ATTENTION
+    config.lora_dropout = 0.0
+    return config

@@ -1,0 +1,79 @@
+"""What a run of `recipes/train.py` with `task: digits` starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from recipes.images import digits
+from rl.arguments import nearest
+
+
+@dataclass
+class DigitsSettings:
+    """`task_settings` of the YAML file."""
+
+    folder: str = "runs/digits-pretrained"
+    """Where the pretrained pipeline is, or is put. A name of its own for each setting keeps both."""
+    pretraining: dict[str, Any] = field(default_factory=dict)
+    """Fields of `digits.Digits` that are to differ from their defaults."""
+    reward: str = "correct"
+    """correct (1 where the classifier reads the prompted digit) or probability (its probability)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTask:
+    """A pipeline, its prompts and its rewards."""
+
+    pipeline: Any
+    rows: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    rewards: list[Callable]
+    encode: Callable | None
+    settings: dict[str, Any]
+    """Settings of the run that the pipeline dictates."""
+
+
+def prepare(settings: Mapping[str, Any] | str, *, seed: int) -> ImageTask:
+    """The pretrained digits, the ten prompts, which also validate, and the classifier's reward.
+
+    Args:
+        settings: fields of `DigitsSettings`, or the same as JSON.
+        seed: of the run. Nothing here depends on it.
+
+    Raises:
+        ValueError: for a setting that does not exist or does not fit.
+    """
+    given = json.loads(settings) if isinstance(settings, str) else dict(settings)
+    _check_names("task_settings", given, DigitsSettings)
+    chosen = DigitsSettings(**given)
+    _check_names("task_settings.pretraining", chosen.pretraining, digits.Digits)
+    rewards = {"correct": digits.digit_correct, "probability": digits.digit_probability}
+    if chosen.reward not in rewards:
+        raise ValueError(
+            f"task_settings.reward must be one of {', '.join(rewards)}, got {chosen.reward!r}."
+            f"{nearest(chosen.reward, rewards)}"
+        )
+    folder = digits.pretrain(chosen.folder, digits.Digits(**chosen.pretraining))
+    rows = [{"prompt": prompt} for prompt in digits.PROMPTS]
+    size = digits.SIZE_ARGUMENT
+    return ImageTask(
+        pipeline=digits.load(folder),
+        rows=rows,
+        validation=rows,
+        rewards=[rewards[chosen.reward]],
+        encode=digits.encode,
+        settings={"guidance_scale": 1.0, "height": size, "width": size},
+    )
+
+
+def _check_names(where: str, given: Mapping[str, Any], kind: type) -> None:
+    names = [item.name for item in dataclasses.fields(kind)]
+    for name in given:
+        if name not in names:
+            raise ValueError(
+                f"{where} has no {name!r}.{nearest(name, names)} It has {', '.join(names)}"
+            )
