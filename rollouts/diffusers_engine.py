@@ -478,14 +478,12 @@ class DiffusersEngine:
                 f"the call of {name} is not a decorated function, so it cannot be run with gradients"
             )
         accepted = inspect.signature(call).parameters
-        for argument in ("latents", "output_type", "num_inference_steps", "generator"):
-            if argument not in accepted:
-                raise ValueError(f"the call of {name} takes no {argument}, which windows need")
+        needed = ("latents", "output_type", "num_inference_steps", "generator")
+        unknown = sorted({*needed, *self._arguments} - set(accepted))
+        if unknown:  # by name: some calls swallow any others
+            raise ValueError(f"the call of {name} takes no {', '.join(unknown)}")
         if "mask_image" in accepted:
             raise ValueError(f"{name} overwrites part of the latents: its steps are not Gaussian")
-        unknown = sorted(set(self._arguments) - set(accepted))
-        if unknown:
-            raise ValueError(f"the call of {name} takes no {', '.join(unknown)}")
         self._check_dropout()
 
     def _check_dropout(self) -> None:
