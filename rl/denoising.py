@@ -29,9 +29,8 @@ from rollouts.batch import DenoisingRollouts
 from rollouts.diffusers_engine import DiffusersEngine
 from rollouts.image_rewards import load_image_reward, score_images
 from rollouts.prompts import Prompt, PromptReport, plain_prompts
-from rollouts.recording_scheduler import edge_std
 from rollouts.rewards import RewardResult
-from rollouts.sde import gaussian_kl, step_logprob
+from rollouts.sde import gaussian_kl, step_logprob, step_noise
 from rollouts.step_plan import StepPlan
 from samplers.branches import in_branches, sibling_evidence
 from samplers.downsampling import best_and_worst
@@ -233,9 +232,10 @@ def decisions_of(config: DenoisingConfig) -> Callable[[DenoisingRollouts], torch
         weight_NT = denoising_weights.trained_steps(one_N, rollouts.mask_NT, plan.trained)
         if config.noise_weight == "none":
             return weight_NT
-        std_T = torch.tensor(edge_std(plan, rollouts.tree.levels), dtype=torch.float64)
-        noisy = [step for step, std in enumerate(std_T.tolist()) if std > 0]
-        return denoising_weights.noise_weighted(weight_NT, std_T, edges=noisy)
+        # Of the whole chain but its last edge: a plan of one trained edge would have factor 1.
+        std_T, _ = step_noise(rollouts.tree.levels, rule=plan.rule, level=plan.level)
+        edges = range(max(plan.num_steps - 1, 1))
+        return denoising_weights.noise_weighted(weight_NT, std_T, edges=edges)
 
     return decisions
 

@@ -1,59 +1,15 @@
 """Published methods as settings of one plan: their stochastic, branching and trained edges and cost."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from rl.step_plans import plan_at
 
-PLANS = """
-ddpo:                                       # arXiv:2305.13301
-  {num_steps: 50, rule: ddim, level: 1.0, last_edge: trained}
-b2_released:                                # arXiv:2503.11240, as its code is
-  num_steps: 20
-  rule: ddim
-  level: 1.0
-  branch: {at: trained_start, children: 5}
-  trained: {schedule: backward_progressive, first: 14, last: 20}
-  last_edge: trained
-b2_within_branch:                           # our reading of its text
-  num_steps: 20
-  rule: ddim
-  level: 1.0
-  branch: {at: trained_start, children: 5}
-  trained: {schedule: backward_progressive, first: 14, last: 20}
-flow_grpo:                                  # arXiv:2505.05470
-  {num_steps: 10, rule: flow_sde, level: 0.7}
-flow_grpo_fast:                             # its released variant
-  num_steps: 10
-  rule: flow_sde
-  level: 0.7
-  stochastic: {schedule: random_window, size: 2, stop: 5, seed: 0}
-  branch: {at: stochastic_start, children: 24}
-dance_grpo:                                 # arXiv:2505.07818; 12 samples share x_0
-  num_steps: 16
-  rule: constant_sde
-  level: 0.3
-  branch: {at: [0], children: 12}
-  trained: {schedule: random_steps, count: 9, stop: 15, seed: 0}
-mix_grpo:                                   # arXiv:2507.21802
-  num_steps: 25
-  rule: flow_sde
-  level: 0.7
-  stochastic: {schedule: sliding_window, size: 4, stride: 1, every: 25, stop: 23}
-branch_grpo:                                # arXiv:2509.06040
-  num_steps: 20
-  rule: constant_sde
-  level: 0.3
-  branch: {at: [0, 3, 6, 9], children: 2}
-  last_edge: trained
-temp_flow_grpo:                             # arXiv:2508.04324; rule and level as flow_grpo
-  num_steps: 10
-  rule: flow_sde
-  level: 0.7
-  stochastic: {schedule: sliding_window, size: 1, stride: 1, every: 1, stop: 9, wrap: true}
-  branch: {at: stochastic_start, children: 6}
-"""
-SETTINGS = yaml.safe_load(PLANS)
+PEERS = Path(__file__).resolve().parents[2] / "recipes" / "images" / "peers"
+RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(PEERS.glob("*.yaml"))}
+SETTINGS = {name: recipe["plan"] for name, recipe in RECIPES.items()}
 
 
 def edges(first, stop):
