@@ -14,6 +14,7 @@ M distinct states, U distinct states at one step.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ from rollouts.denoising_tree import (
     segments,
     tree_columns,
 )
+from rollouts.pipeline_prompts import encode_with_pipeline
 from rollouts.prompts import Prompt
 from rollouts.recording_scheduler import Recording, draw, recording_scheduler
 from rollouts.sde import gaussian_step, step_logprob
@@ -108,8 +110,12 @@ class DiffusersEngine:
         if taken:
             raise ValueError(f"pipeline_kwargs must not contain {taken}: the engine sets them")
         self._arguments |= further
-        self._encode = encode or self._encode_with_pipeline
+        self._encode = encode or functools.partial(encode_with_pipeline, pipeline)
         self._check_pipeline()
+        if encode is None and further.get("true_cfg_scale", 1) > 1:
+            raise ValueError(
+                "true_cfg_scale needs embeddings of a negative prompt, which only encode= can give"
+            )
         pipeline.set_progress_bar_config(disable=True)
 
     @property
@@ -447,28 +453,6 @@ class DiffusersEngine:
                 )
         return conditions
 
-    def _encode_with_pipeline(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """The pipeline's own embeddings of the prompts and of the empty negative prompt."""
-        encode = self.pipeline.encode_prompt
-        settings: dict[str, Any] = {
-            "device": self.pipeline._execution_device,
-            "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": True,
-            "prompt_2": None,
-            "prompt_3": None,
-        }
-        accepted = inspect.signature(encode).parameters
-        settings = {name: value for name, value in settings.items() if name in accepted}
-        values = encode(prompt=[prompt.prompt for prompt in prompts], **settings)
-        names = _OUTPUTS.get(type(self.pipeline).__name__)
-        if names is None:
-            raise ValueError(
-                f"what encode_prompt of {type(self.pipeline).__name__} returns is not known here; "
-                f"pass encode=, which returns the embeddings by the names of the call's arguments"
-            )
-        pairs = zip(names, values, strict=True)
-        return {name: value for name, value in pairs if name and value is not None}
-
     def _check_pipeline(self) -> None:
         pipeline, name = self.pipeline, type(self.pipeline).__name__
         recording_scheduler(pipeline.scheduler)
@@ -493,23 +477,3 @@ class DiffusersEngine:
                     f"{name} of the denoiser has dropout {module.p}: with it the ratio of two "
                     f"evaluations is noise; set it to 0, LoRA's included"
                 )
-
-
-_OUTPUTS: dict[str, tuple[str | None, ...]] = {
-    "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
-    "StableDiffusionXLPipeline": (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
-    "StableDiffusion3Pipeline": (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
-    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", None),
-    "QwenImagePipeline": ("prompt_embeds", "prompt_embeds_mask"),
-}
-"""What `encode_prompt` returns, by the names of the call's arguments."""

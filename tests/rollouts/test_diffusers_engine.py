@@ -428,6 +428,11 @@ def test_a_prompt_without_budget_keeps_its_place():
     assert len(rollouts.tree.conditions["prompt_embeds"]) == 3
 
 
+def parts_of_sd():
+    parts = tiny_pipeline("sd").components
+    return {name: part for name, part in parts.items() if name != "image_encoder"}
+
+
 def test_pipelines_that_cannot_be_recorded_are_refused():
     pipeline = tiny_pipeline("sd")
     pipeline.scheduler = PNDMScheduler()
@@ -437,9 +442,7 @@ def test_pipelines_that_cannot_be_recorded_are_refused():
     pipeline.unet = tiny_unet(dropout=0.1)
     with pytest.raises(ValueError, match=r"has dropout 0\.1: with it the ratio.*is noise"):
         engine(pipeline=pipeline)
-    sd = tiny_sd()
-    parts = {name: part for name, part in sd.components.items() if name != "image_encoder"}
-    inpainting = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    inpainting = StableDiffusionInpaintPipeline(**parts_of_sd(), requires_safety_checker=False)
     with pytest.raises(ValueError, match="Inpaint.*overwrites part of the latents"):
         engine(pipeline=inpainting)
 
@@ -486,9 +489,7 @@ class Blending(diffusers.StableDiffusionPipeline):
     [(Shifting, "it was given before its first step"), (Blending, "after its last step")],
 )
 def test_a_pipeline_that_changes_latents_is_refused(kind, message):
-    sd = tiny_pipeline("sd")
-    parts = {name: part for name, part in sd.components.items() if name != "image_encoder"}
-    ours = engine(pipeline=kind(**parts, requires_safety_checker=False))
+    ours = engine(pipeline=kind(**parts_of_sd(), requires_safety_checker=False))
     with pytest.raises(ValueError, match=f"changed the latents {message}"):
         ours.generate(image_prompts(1), [2], seeds_N=[0, 1], params=plan(splits=((1, 2),)))
 
@@ -498,6 +499,11 @@ def test_settings_are_checked():
         engine(pipeline_kwargs={"latents": None})
     with pytest.raises(ValueError, match="StableDiffusionPipeline takes no true_cfg_scale"):
         engine(pipeline_kwargs={"true_cfg_scale": 2.0})
+    with pytest.raises(ValueError, match="true_cfg_scale needs embeddings of a negative prompt"):
+        engine("qwen", encode=None)
+    unknown = engine(pipeline=Shifting(**parts_of_sd(), requires_safety_checker=False), encode=None)
+    with pytest.raises(ValueError, match="encode_prompt of Shifting returns is not known here"):
+        unknown.generate(image_prompts(1), [1], seeds_N=[0], params=plan())
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         engine(batch_size=0)
     half = engine(encode=lambda prompts: embeddings("sd")(prompts[:1]))
