@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from recipes.image_pictures import denoising_figure
 from recipes.run_folder import Groups, rollouts_until, smooth, values_of, window_of
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ CAPTIONS = {
     "posterior": "Believed pass rates of all training prompts; the line is their mean.",
     "groups": "Groups with a signal (mixed rewards) and without: rewards equal and positive (all pass), "
     "or equal and not positive (all fail).",
+    "denoising": "Of diffusion models: rewards and the variety of samples against what generation cost.",
 }
 
 
@@ -49,7 +51,7 @@ def draw(groups: Groups, page: Path) -> dict[str, Path]:
     import matplotlib
 
     pictures = {}
-    plots = (learning_figure, budgets_figure, posterior_figure, groups_figure)
+    plots = (learning_figure, budgets_figure, posterior_figure, groups_figure, denoising_figure)
     for name, plot in zip(CAPTIONS, plots, strict=True):
         path = page.with_name(f"{page.stem}-{name}.png")
         path.unlink(missing_ok=True)  # of an earlier report

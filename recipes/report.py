@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `recipes` beside
 
 import numpy as np
 
+from recipes.image_pictures import samples_of
 from recipes.pictures import CAPTIONS, draw
 from recipes.run_folder import (
     TOTAL,
@@ -190,6 +191,12 @@ def page_of(
         image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
         caption = f"<figcaption>{CAPTIONS[name]}</figcaption>"
         parts.append(f"<h2>{name.capitalize()}</h2><figure>{image}{caption}</figure>")
+    for run in runs:
+        for caption, path in samples_of(run).items():
+            data = base64.b64encode(path.read_bytes()).decode("ascii")
+            image = f'<img alt="samples" src="data:image/png;base64,{data}">'
+            title_of = f"{html.escape(run.name)}, {caption}"
+            parts.append(f"<figure>{image}<figcaption>{title_of}</figcaption></figure>")
     parts.append("<h2>Settings</h2>")
     settings = {run.name: run.about.get("settings", {}) for run in runs}
     names = sorted(set().union(*settings.values()))

@@ -105,7 +105,7 @@ class DenoisingConfig(RolloutConfig):
         0.0, "Validate and save a moving average of the weights, with this decay. 0: off."
     )
     images_every: int = setting(
-        0, "Steps between pictures of samples in the run folder; 0: first and last step only."
+        0, "Steps between pictures of training samples, beside the first step's; 0: none."
     )
 
     def __post_init__(self) -> None:

@@ -72,10 +72,16 @@ class DenoisingTrainer(RolloutTrainer):
 
     # -- logging and validation
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what generation has cost so far."""
+        if self._steps_since_log and "loss" in logs:
+            logs["denoiser_evaluations"] = float(self.line.memory.evaluations)
+        super().log(logs, start_time)
+
     def show(self, batch: Batch, *, step: int) -> None:
         """A picture of the step's samples: a row for each prompt, siblings side by side."""
         every = self.args.images_every
-        if not batch.waves or not every or step % every:
+        if not batch.waves or not every or (step > 1 and step % every):
             return
         wave = batch.waves[0]
         save_grid(
