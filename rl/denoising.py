@@ -157,7 +157,10 @@ def advantage_of(
             standardised = (
                 prompt_history.history_standardised
                 if config.baseline == "history"
-                else prompt_history.buffer_standardised
+                else partial(
+                    prompt_history.buffer_standardised,
+                    min_count=min(16, config.history_steps),  # 16 as published, or all it holds
+                )
             )
             value = standardised(reward_N, row_N, history)
             history.observe(reward_N, row_N)
