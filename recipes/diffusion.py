@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,13 @@ from trl import ModelConfig, get_peft_config
 
 from recipes.config import ConfigError
 from recipes.data import load_rows, split_validation
+from recipes.images.task import ImageTask
 from rl.arguments import nearest
 from rl.denoising_config import DenoisingConfig
 from rl.denoising_trainer import DenoisingTrainer
 from rollouts.diffusers_engine import DiffusersEngine
 
 if TYPE_CHECKING:
-    from recipes.images.task import ImageTask
     from recipes.train import RecipeArguments
 
 TASKS = {"digits": "recipes.images.task"}
@@ -37,49 +38,61 @@ def make_trainer(
     Raises:
         ConfigError: if task, data, model or reward is missing.
     """
-    if recipe.task is not None:
-        task = _prepared(recipe, config)
-        for name, value in task.settings.items():
-            setattr(config, name, value)
-    else:
-        task = None
-    rows, validation = _data(recipe, config) if task is None else (task.rows, task.validation)
-    rewards: list[Any] = list(recipe.rewards) or ([] if task is None else task.rewards)
-    if not rewards:
-        raise ConfigError(
-            "no reward: write rewards, names of image rewards or path/to/file.py:function"
-        )
-    pipeline = load_pipeline(config, model_config) if task is None else task.pipeline
-    engine = None
-    if task is not None:
-        engine = DiffusersEngine(
-            pipeline,
-            encode=task.encode,
-            guidance_scale=config.guidance_scale,
-            height=config.height,
-            width=config.width,
-            batch_size=config.generation_batch_size,
-        )
+    task = prepare(recipe, config, model_config)
     return DenoisingTrainer(
-        pipeline,
-        rewards,
+        task.pipeline,
+        task.rewards,
         config,
-        rows,
-        eval_dataset=validation or None,
+        task.rows,
+        eval_dataset=task.validation or None,
         peft_config=lora_config(model_config),
-        engine=engine,
+        engine=engine_of(task, config),
     )
 
 
-def _prepared(recipe: RecipeArguments, config: DenoisingConfig) -> ImageTask:
+def prepare(
+    recipe: RecipeArguments, config: DenoisingConfig, model_config: ModelConfig
+) -> ImageTask:
+    """Pipeline, prompts and rewards: of an embedded task, or as the settings name them."""
+    if recipe.task is not None:
+        task = _embedded(recipe, config)
+        for name, value in task.settings.items():
+            setattr(config, name, value)
+        return replace(task, rewards=list(recipe.rewards) or task.rewards)
+    rows, validation = _data(recipe, config)
+    if not recipe.rewards:
+        raise ConfigError(
+            "no reward: write rewards, names of image rewards or path/to/file.py:function"
+        )
+    return ImageTask(
+        pipeline=load_pipeline(config, model_config),
+        rows=rows,
+        validation=validation or [],
+        rewards=list(recipe.rewards),
+    )
+
+
+def engine_of(task: ImageTask, config: DenoisingConfig) -> DiffusersEngine:
+    """The engine of the task's pipeline."""
+    return DiffusersEngine(
+        task.pipeline,
+        encode=task.encode,
+        guidance_scale=config.guidance_scale,
+        height=config.height,
+        width=config.width,
+        batch_size=config.generation_batch_size,
+    )
+
+
+def _embedded(recipe: RecipeArguments, config: DenoisingConfig) -> ImageTask:
     if recipe.task not in TASKS:
         raise ConfigError(
             f"task must be one of {', '.join(TASKS)} for a diffusion model, got {recipe.task!r}."
             f"{nearest(str(recipe.task), TASKS)}"
         )
-    prepare: Callable[..., ImageTask] = import_module(TASKS[recipe.task]).prepare
+    made: Callable[..., ImageTask] = import_module(TASKS[recipe.task]).prepare
     with PartialState().main_process_first():
-        return prepare(recipe.task_settings or {}, seed=config.seed)
+        return made(recipe.task_settings or {}, seed=config.seed)
 
 
 def _data(recipe: RecipeArguments, config: DenoisingConfig) -> tuple[Any, Any]:

@@ -31,9 +31,9 @@ class ImageTask:
     pipeline: Any
     rows: list[dict[str, Any]]
     validation: list[dict[str, Any]]
-    rewards: list[Callable]
-    encode: Callable | None
-    settings: dict[str, Any]
+    rewards: list[Any]
+    encode: Callable | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the run that the pipeline dictates."""
 
 
