@@ -13,6 +13,7 @@ from rl.branch_advantages import (
     leave_branch_out,
     parent_difference,
 )
+from rl.methods import BUDGET_MINIMA
 from rl.step_plans import plan_at
 from rl.validation import choice
 from rollouts.step_plan import StepPlan
@@ -38,7 +39,9 @@ DENOISING_DECISIVE = (
 
 LANGUAGE_ONLY = (
     *("refill", "mask_truncated_completions", "reward_kl", "adaptive_temperature_tau"),
-    *("micro_batch_tokens", "fused_logprobs", "pilot_rollouts", "stop"),
+    *("micro_batch_tokens", "fused_logprobs", "pilot_rollouts", "stop", "engine", "old_logprobs"),
+    *("gvm_gradient_norm", "temperature", "top_p", "top_k", "min_p", "completions_every"),
+    *("max_prompt_length", "max_completion_length"),
 )
 """Settings of `RolloutConfig` that have no meaning here and must stay as they are."""
 
@@ -116,15 +119,9 @@ class DenoisingConfig(RolloutConfig):
                 setattr(
                     self, name, {"advantage": "centred", "objective": "mean"}.get(name, "row_mean")
                 )
+        budget_min = self.budget_min
         super().__post_init__()
-        if isinstance(self.plan, str):
-            self.plan = json.loads(self.plan)
-        if not isinstance(self.plan, dict):
-            raise ValueError(
-                f"plan must be a mapping such as {{num_steps: 20, rule: ddim, level: 1.0}}, got "
-                f"{self.plan!r}"
-            )
-        self.step_plan(0)
+        self._read_plan()
         choice("baseline", self.baseline, BASELINES)
         choice("credit_scale", self.credit_scale, CREDIT_SCALES)
         choice("logprob_reduction", self.logprob_reduction, REDUCTIONS)
@@ -132,25 +129,70 @@ class DenoisingConfig(RolloutConfig):
         choice("loss", self.loss, ("grpo",))
         choice("length_weight", self.length_weight, ("row_mean", "row_sum"))
         self._check_numbers()
+        self._check_kind()
+        self._check_branches(budget_min)
+
+    def _read_plan(self) -> None:
+        if isinstance(self.plan, str):
+            try:
+                self.plan = json.loads(self.plan)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"plan must be a mapping or JSON, got {self.plan!r}") from error
+        if not isinstance(self.plan, dict):
+            raise ValueError(
+                f"plan must be a mapping such as {{num_steps: 20, rule: ddim, level: 1.0}}, got "
+                f"{self.plan!r}"
+            )
+        for step in range(self.plan_horizon):  # one that could not be run later is told now
+            self.step_plan(step)
+
+    def _check_kind(self) -> None:
         for name in LANGUAGE_ONLY:
             default = RolloutConfig.__dataclass_fields__[name].default
             if getattr(self, name) != default:
                 raise ValueError(
                     f"{name} is for language models; a diffusion model needs {name}: {default}"
                 )
-        for name, allowed in (("token_selection", "none"), ("importance_correction", "none")):
+        for name, allowed in (
+            ("token_selection", "none"),
+            ("importance_correction", "none"),
+            ("advantage", "centred"),  # `baseline` and `credit_scale` say more
+        ):
             if getattr(self, name) != allowed:
                 raise ValueError(f"{name} must be {allowed!r} for a diffusion model")
-        leaves = self.leaves_per_branch
-        if self.rollouts_per_prompt % leaves or self.rollouts_per_step % leaves:
+        if self.down_sampling == "pods":
             raise ValueError(
-                f"rollouts_per_prompt={self.rollouts_per_prompt} must be a multiple of the {leaves} "
-                "leaves of a branch"
+                "down_sampling 'pods' compares the rows it keeps once more, which is not offered for "
+                "diffusion models: write max_variance"
             )
-        if self.stopping_wave is not None and self.stopping_wave % leaves:
+        if self.down_sampling != "none" and self.branch_threshold is not None:
             raise ValueError(
-                f"stopping_wave={self.stopping_wave} must be a multiple of the {leaves} leaves of a "
-                "branch"
+                f"down_sampling={self.down_sampling!r} and "
+                f"branch_threshold={self.branch_threshold} both choose the rows that train: write one"
+            )
+        if self.baseline in CREDITS and self.max_failed_share:
+            raise ValueError(
+                f"baseline {self.baseline!r} needs the reward of every sample of a branch: write "
+                f"max_failed_share: 0, got {self.max_failed_share}"
+            )
+
+    def _check_branches(self, budget_min: int | None) -> None:
+        leaves = self.leaves_per_branch
+        for name in ("rollouts_per_prompt", "rollouts_per_step", "stopping_wave"):
+            value = getattr(self, name)
+            if value is not None and value % leaves:
+                raise ValueError(
+                    f"{name}={value} must be a multiple of the {leaves} leaves of a branch"
+                )
+        # Budgets are given out in branches, of which these allocators want more than one.
+        lowest = BUDGET_MINIMA.get(self.allocator, 0) * leaves
+        if budget_min is None and lowest:
+            self.budget_min = lowest
+        if (self.budget_min or 0) < lowest or lowest > self.rollouts_per_prompt:
+            raise ValueError(
+                f"allocator {self.allocator!r} needs at least {lowest // leaves} branches of {leaves} "
+                f"for every prompt, got budget_min={self.budget_min} and "
+                f"rollouts_per_prompt={self.rollouts_per_prompt}"
             )
 
     def _check_numbers(self) -> None:

@@ -95,7 +95,7 @@ def _columns(line: Line) -> set[str]:
     config, columns = line.config, set()
     if config.importance_correction != "none" or config.old_logprobs == "trainer":
         columns.add(OLD)
-    if config.beta:
+    if config.beta and line.reference is not None:  # a diffusion model's KL comes with its scores
         columns.add(REFERENCE)
     if config.token_selection != "none" or _uses_pivot(line):
         columns.add(ENTROPY)

@@ -74,11 +74,11 @@ def update(
 
 def mini_batches(line: Line, batch: Batch) -> list[torch.Tensor]:
     """Rows of each optimizer update: every row once per iteration, spread over its updates."""
-    num_rows = len(batch.rollouts)
-    updates = min(line.config.updates_per_step, num_rows)
     # Siblings of a branch train together: one evaluation serves them.
-    unit_K = getattr(batch.rollouts, "branch_N", torch.arange(num_rows))
-    turn_K = unit_K.unique(return_inverse=True)[1] % max(updates, 1)
+    unit_K = getattr(batch.rollouts, "branch_N", torch.arange(len(batch.rollouts)))
+    distinct, place_K = unit_K.unique(return_inverse=True)
+    updates = min(line.config.updates_per_step, len(distinct))
+    turn_K = place_K % max(updates, 1)
     parts = [(turn_K == number).nonzero().flatten() for number in range(updates)]
     return parts * line.config.num_iterations
 

@@ -1,0 +1,224 @@
+"""Settings of a diffusion run: what is refused, with which words, and what is filled in."""
+
+import json
+from dataclasses import fields
+
+import pytest
+import yaml
+
+from rl.arguments import RolloutConfig
+from rl.denoising_config import BASELINES, CREDITS, LANGUAGE_ONLY, DenoisingConfig
+from rl.methods import PRESETS
+from rl.step_plans import plan_at
+from tests import tiny_denoising as tiny
+
+LANGUAGE_VALUES = {
+    "refill": True,
+    "mask_truncated_completions": True,
+    "reward_kl": 0.1,
+    "adaptive_temperature_tau": 0.1,
+    "micro_batch_tokens": 64,
+    "fused_logprobs": True,
+    "pilot_rollouts": 3,
+    "stop": ["."],
+    "engine": "vllm",
+    "old_logprobs": "trainer",
+    "gvm_gradient_norm": "mean",
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.1,
+    "completions_every": 1,
+    "max_prompt_length": 77,
+    "max_completion_length": 20,
+}
+
+
+def config(**settings):
+    return tiny.config("unused", **settings)
+
+
+# What is filled in
+
+
+@pytest.mark.parametrize("trainer", PRESETS)
+def test_every_preset_is_a_clipped_surrogate_of_centred_rewards(trainer):
+    made = config(trainer=trainer)
+    assert (made.loss, made.advantage, made.objective) == ("grpo", "centred", "mean")
+    assert (made.length_weight, made.epsilon, made.epsilon_high) == ("row_mean", 0.2, 0.2)
+
+
+def test_what_is_written_is_kept():
+    made = config(objective="flat", length_weight="row_sum", epsilon=1e-4, budget_min=0)
+    assert (made.objective, made.length_weight) == ("flat", "row_sum")
+    assert (made.epsilon, made.epsilon_high, made.budget_min) == (1e-4, 0.2, 0)
+    assert all(config(baseline=name).baseline == name for name in BASELINES)
+
+
+@pytest.mark.parametrize(
+    ("allocator", "branches"), [("leave_one_out", 2), ("dr_grpo", 3), ("knapsack", 2)]
+)
+def test_allocators_that_compare_want_so_many_branches(allocator, branches):
+    assert config(allocator=allocator, rollouts_per_prompt=9).budget_min == 3 * branches
+    message = f"allocator '{allocator}' needs at least {branches} branches of 3 for every prompt"
+    with pytest.raises(ValueError, match=f"{message}, got budget_min={3 * branches - 1} and"):
+        config(allocator=allocator, rollouts_per_prompt=12, budget_min=3 * branches - 1)
+    with pytest.raises(ValueError, match=f"{message}, got budget_min=.* rollouts_per_prompt=3"):
+        config(allocator=allocator, rollouts_per_prompt=3)
+
+
+# The plan
+
+
+def test_a_plan_is_a_mapping_or_its_json():
+    made = config(plan=json.dumps(tiny.BRANCHED))
+    assert made.plan == tiny.BRANCHED and made.leaves_per_branch == 3
+    assert made.step_plan(0) == plan_at(tiny.BRANCHED, 0, num_train_steps=2)
+    assert made.step_plan(0).trained == (0, 1, 2) and made.step_plan(0).splits == ((1, 3),)
+    again = DenoisingConfig(**{f.name: getattr(made, f.name) for f in fields(made) if f.init})
+    assert again.plan == made.plan and again.budget_min == made.budget_min
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (
+            None,
+            r"plan must be a mapping such as \{num_steps: 20, rule: ddim, level: 1.0\}, got None",
+        ),
+        ("[1]", r"plan must be a mapping such as .*, got \[1\]"),
+        ("num_steps: 4", "plan must be a mapping or JSON, got 'num_steps: 4'"),
+        (
+            tiny.CHAIN | {"steps": 4},
+            "plan has no setting 'steps', there are num_steps, rule, level",
+        ),
+        ({"num_steps": 4}, "plan needs rule, level, got"),
+        (tiny.CHAIN | {"rule": "ddpm"}, "rule must be one of .*, got 'ddpm'"),
+    ],
+)
+def test_a_plan_that_is_none_is_refused(plan, message):
+    with pytest.raises(ValueError, match=message):
+        config(plan=plan)
+
+
+def test_schedules_spread_over_the_steps_of_the_run_and_then_stay():
+    plan = tiny.CHAIN | {"last_edge": "trained"}
+    plan |= {"trained": {"schedule": "backward_progressive", "first": 2, "last": 4}}
+    made = config(plan=plan, max_steps=6)
+    trained = [len(made.step_plan(step).trained) for step in range(9)]
+    assert trained == [2, 2, 3, 3, 4, 4, 4, 4, 4]
+    with pytest.raises(ValueError, match="stages must be at least 3, one for each length"):
+        config(plan=plan, max_steps=2)
+
+
+def test_a_plan_that_fails_at_a_later_step_is_refused_at_once():
+    """The window of noise leaves the edge at which the chain branches."""
+    sliding = {"schedule": "sliding_window", "size": 2, "every": 1}
+    plan = tiny.BRANCHED | {"stochastic": sliding}
+    config(plan=plan | {"branch": {"at": "stochastic_start", "children": 3}}, max_steps=3)
+    config(plan=plan, max_steps=2)
+    with pytest.raises(ValueError, match=r"splits need edges that draw noise, but \[1\] are not"):
+        config(plan=plan, max_steps=3)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"baseline": "mean"}, "baseline must be one of prompt, history, .*, got 'mean'"),
+        ({"credit_scale": "std"}, "credit_scale must be one of none, prompt, batch, got 'std'"),
+        ({"logprob_reduction": "max"}, "logprob_reduction must be one of sum, mean, got 'max'"),
+        ({"noise_weight": "var"}, "noise_weight must be one of none, std, got 'var'"),
+        ({"loss": "dapo"}, "loss must be one of grpo, got 'dapo'"),
+        ({"length_weight": "token_sum"}, "length_weight must be one of row_mean, row_sum, got"),
+        ({"sibling_within_share": 1.5}, r"sibling_within_share must lie in \[0.0, 1.0\], got 1.5"),
+        ({"ema_decay": -0.1}, r"ema_decay must lie in \[0.0, 1.0\], got -0.1"),
+        ({"ema_decay": 1.0}, "ema_decay must be below 1: an average with decay 1 never moves"),
+        ({"guidance_scale": -1.0}, r"guidance_scale must lie in \[0.0, inf\], got -1.0"),
+        ({"branch_threshold": -0.5}, r"branch_threshold must lie in \[0.0, inf\], got -0.5"),
+        ({"branch_threshold": float("nan")}, "branch_threshold must lie in .*, got nan"),
+        ({"images_every": -1}, r"images_every must lie in \[0, inf\], got -1"),
+        ({"history_steps": -1}, r"history_steps must lie in \[0, inf\], got -1"),
+        ({"max_evaluations": 0}, r"max_evaluations must lie in \[1, inf\], got 0"),
+        ({"advantage_clip": 0.0}, "advantage_clip must be positive or null, got 0.0"),
+        ({"validation_steps": 0}, "validation_steps must be at least 1, got 0"),
+        ({"token_selection": "entropy"}, "token_selection must be 'none' for a diffusion model"),
+        (
+            {"importance_correction": "token_mask"},
+            "importance_correction must be 'none' for a diffusion model",
+        ),
+        ({"advantage": "grpo"}, "advantage must be 'centred' for a diffusion model"),
+        ({"down_sampling": "pods", "rows_per_prompt": 2}, "not offered .* write max_variance"),
+        (
+            {"down_sampling": "max_variance", "rows_per_prompt": 2, "branch_threshold": 0.5},
+            "down_sampling='max_variance' and branch_threshold=0.5 both choose the rows",
+        ),
+        ({"rollouts_per_prompt": 4}, "rollouts_per_prompt=4 must be a multiple of the 3 leaves"),
+        ({"rollouts_multiple_of": 5}, "rollouts_per_step=10 must be a multiple of the 3 leaves"),
+        (
+            {"stopping": "positive", "stopping_wave": 2},
+            "stopping_wave=2 must be a multiple of the 3 leaves of a branch",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_to_write(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+@pytest.mark.parametrize("baseline", CREDITS)
+def test_credits_of_a_tree_need_every_reward(baseline):
+    with pytest.raises(ValueError, match=f"baseline '{baseline}' needs the reward of every sample"):
+        config(baseline=baseline, max_failed_share=0.1)
+    assert config(baseline="siblings", max_failed_share=0.1).max_failed_share == 0.1
+
+
+@pytest.mark.parametrize("name", LANGUAGE_ONLY)
+def test_settings_of_language_models_are_refused(name):
+    default = RolloutConfig.__dataclass_fields__[name].default
+    value = LANGUAGE_VALUES[name]
+    more = {"allocator": "gvm"} if name == "gvm_gradient_norm" else {}
+    with pytest.raises(
+        ValueError, match=f"^{name} is for language models; .* needs {name}: {default}$"
+    ):
+        config(**{name: value}, **more)
+
+
+# What a resumed run must share
+
+
+def test_what_decides_rollouts_or_credits_must_be_shared_by_a_resumed_run():
+    made = config()
+    decisive = made.decisive_settings()
+    changes = [
+        {"plan": tiny.CHAIN},
+        {"guidance_scale": 2.0},
+        {"height": 128},
+        {"width": 128},
+        {"sibling_within_share": 0.5},
+        {"baseline": "parent"},
+        {"history_steps": 3},
+        {"credit_scale": "none"},
+        {"seed": 5},
+        {"rollouts_per_prompt": 3},
+    ]
+    for change in changes:
+        assert config(**change).decisive_settings() != decisive, change
+    for change in ({"learning_rate": 1.0}, {"ema_decay": 0.9}, {"generation_batch_size": 1}):
+        assert config(**change).decisive_settings() == decisive, change
+    json.dumps(decisive)  # goes into every checkpoint
+
+
+def test_a_yaml_says_it_all(tmp_path):
+    from recipes.config import parse
+
+    settings = {"output_dir": str(tmp_path), "plan": tiny.BRANCHED, "rollouts_per_prompt": 6}
+    settings |= {"baseline": "leave_one_out", "ema_decay": 0.9, "use_cpu": True}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    (made,) = parse((DenoisingConfig,), ["--config", str(path), "--plan", json.dumps(tiny.CHAIN)])
+    assert made.plan == tiny.CHAIN and made.baseline == "leave_one_out" and made.ema_decay == 0.9
+    (made,) = parse((DenoisingConfig,), ["--config", str(path)])
+    assert made.step_plan(0).leaves_per_root == 3
