@@ -399,6 +399,7 @@ def load_denoiser(model: Any, processor: Any, peft_config: Any = None) -> tuple[
     do. Dropout is off.
     """
     from diffusers import DiffusionPipeline
+    from diffusers.training_utils import cast_training_params
 
     pipeline = (
         DiffusionPipeline.from_pretrained(model, use_safetensors=True)
@@ -413,6 +414,7 @@ def load_denoiser(model: Any, processor: Any, peft_config: Any = None) -> tuple[
             component.requires_grad_(component is denoiser and peft_config is None)
     if peft_config is not None:
         denoiser.add_adapter(peft_config)
+        cast_training_params(denoiser)  # to float32, whatever the frozen weights are in
     without_dropout(denoiser)
     return denoiser, pipeline
 
