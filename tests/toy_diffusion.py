@@ -95,7 +95,10 @@ class PointPipeline(DiffusionPipeline):
 
 
 def as_bytes(x: Tensor) -> np.ndarray:
-    """(N, 2, 2, 1): each coordinate a row of a high and a low byte, in steps of 2 LIMIT / 65535, over 255."""
+    """(N, 2, 2, 1): each coordinate a row of a high and a low byte over 255.
+
+    In steps of 2 LIMIT / 65535 from -LIMIT; the images of a decoder, before they become uint8.
+    """
     share = (x.flatten(1).double().cpu().clamp(-LIMIT, LIMIT) / LIMIT + 1) / 2
     number = (share * 65535).round().long()
     return (torch.stack([number // 256, number % 256], dim=2)[..., None] / 255).numpy()
