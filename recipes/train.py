@@ -34,6 +34,7 @@ from recipes.config import ConfigError, parse, peek
 from recipes.data import load_rows, split_validation
 from rl.arguments import RolloutConfig, nearest
 from rl.checkpoint import TornCheckpointError
+from rl.distributed import leave
 from rl.tracking import RunExistsError
 from rl.trainer import NoSignalError, RolloutTrainer
 from rollouts.prompts import ensure_pad_token
@@ -137,8 +138,7 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
 
         report([config.output_dir])
         Console().print(f"model: {final}")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()
     return trainer
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -23,6 +24,18 @@ from transformers import PreTrainedModel
 from trl.models.utils import unwrap_model_for_generation
 
 from rl.lengths import ExpectedLengths
+
+
+def leave() -> None:
+    """Leave the other processes at the end of a script; nothing to do where there are none.
+
+    Gloo's threads outlive `destroy_process_group` and let go of the last collective's tensors in their
+    own time. One that does so while Python shuts down aborts a process whose work is done, which was
+    seen on a busy machine (pytorch/pytorch#179291); a second is far longer than they need.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        time.sleep(1.0)
 
 
 def deal(cost_R: Sequence[float], num_ranks: int) -> np.ndarray:

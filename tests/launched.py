@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from rl.distributed import leave  # noqa: E402
 from rl.trainer import RolloutTrainer  # noqa: E402
 from tests import tiny  # noqa: E402
 
@@ -195,7 +196,7 @@ def main() -> None:
             if kind not in ("generation", "reward", "nan"):  # one process alone cannot go on
                 raise
             print(f"stopped: {type(error).__name__}: {error}", flush=True)
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
