@@ -26,8 +26,8 @@ BRANCHED = StepPlan(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():  # two threads round differently, and are slower on busy cores
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():  # two threads round differently, and are twenty times slower on busy cores
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,7 +35,7 @@ def _one_thread():  # two threads round differently, and are slower on busy core
 
 
 @pytest.fixture(scope="session")
-def pretrained_weights():
+def pretrained_weights(one_thread):
     """4000 steps, about 8 s."""
     return toy.pretrained().unet.state_dict()
 
