@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback
 
 from rl import tracking
@@ -124,13 +126,22 @@ class DenoisingTrainer(RolloutTrainer):
     # -- checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The pipeline, as diffusers saves it; inside a checkpoint the denoiser's weights alone."""
+        """The pipeline, as diffusers saves it; inside a checkpoint the denoiser's weights alone.
+
+        A trained adapter is added to the weights, so that the pipeline is loaded as any other, and
+        written apart, in the folder `lora`.
+        """
         if _internal_call:
             super().save_model(output_dir, _internal_call)
             return
         if self.line.ranks.is_main:
+            folder: str = output_dir or str(self.args.output_dir)
+            denoiser: Any = self.line.engine.denoiser  # type: ignore[attr-defined]
             with tracking.no_progress_bars(), self.averaged():
-                self.pipeline.save_pretrained(output_dir or str(self.args.output_dir))
+                with adapter_added(denoiser):
+                    self.pipeline.save_pretrained(folder)
+                if getattr(denoiser, "peft_config", None):
+                    denoiser.save_lora_adapter(Path(folder) / "lora")
 
     def _line_state(self) -> dict[str, Any]:
         state = super()._line_state()
@@ -149,6 +160,33 @@ class DenoisingTrainer(RolloutTrainer):
             for i, weight in enumerate(self._average.shadow_params):
                 weight.copy_(torch.as_tensor(average["weights"][str(i)]))
         return super()._load_state(state, folder)
+
+
+@contextmanager
+def adapter_added(denoiser: torch.nn.Module) -> Iterator[None]:
+    """In this block `state_dict` is that of the denoiser without an adapter that does the same.
+
+    An adapter renames the weights it adapts, and diffusers would draw them anew when it loads them.
+    """
+
+    def add(_: Any, state: dict[str, torch.Tensor], *__: Any) -> None:
+        adapted: dict[str, dict[str, torch.Tensor]] = {}
+        for name, module in denoiser.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                merged = copy.deepcopy(module)
+                merged.merge()
+                adapted[f"{name}."] = merged.get_base_layer().state_dict()
+        for name in list(state):
+            if name.startswith(tuple(adapted)):
+                del state[name]
+        for name, weights in adapted.items():
+            state.update({f"{name}{leaf}": weight for leaf, weight in weights.items()})
+
+    handle = denoiser.register_state_dict_post_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Average(TrainerCallback):

@@ -106,3 +106,19 @@ def run(folder: str | Path, *, resume: Any = None, **settings: Any) -> Denoising
 def bright(image_NHWC: np.ndarray, prompts: Any, metadata: Any) -> np.ndarray:
     """1 where more than half of the pixels are brighter than half, else 0."""
     return ((image_NHWC > 127).mean(axis=(1, 2, 3)) > 0.5).astype(np.float64)
+
+
+def start(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The weights every run begins with."""
+    return {name: w.clone() for name, w in pipeline(dtype=dtype).unet.state_dict().items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether weights are the same, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest between two weights."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
