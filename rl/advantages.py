@@ -12,6 +12,7 @@ signal first raises the batch's std and so changes every advantage.
 Axes: N rollouts, P prompts (groups).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -203,6 +204,75 @@ def batch_whitened(
     _groups(reward_N, prompt_N)  # the checks, which name the prompt
     batch = _groups(reward_N, torch.zeros_like(prompt_N))
     return _standardised(batch, correction, eps).to(reward_N.dtype)
+
+
+def batch_whitened_tokens(
+    reward_N: Tensor,
+    prompt_N: Tensor,
+    logprob_NT: Tensor,
+    reference_logprob_NT: Tensor,
+    mask_NT: Tensor,
+    *,
+    beta: float,
+    correction: int = 0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The token form of `batch_whitened`: each token pays for the KL from itself on.
+
+        a_it = r_i - beta * sum_{u >= t} (logprob_iu - reference_iu)
+        A_it = (a_it - mean_B a) / (std_B a + eps)
+
+    A token cannot change the KL of those before it, so their cost would only be noise in its
+    advantage. Statistics are over the decisions of the batch, so long rows weigh more in them.
+    (REINFORCE++: Hu et al., 2025, arXiv:2501.03262, as third parties print it; kind of std and eps
+    are project defaults.)
+
+    Args:
+        reward_N: (N,) finite rewards of the whole step, without any KL.
+        prompt_N: (N,) integers, the group of each rollout; only checked.
+        logprob_NT: (N, T) under the policy that sampled.
+        reference_logprob_NT: (N, T) under the reference policy.
+        mask_NT: (N, T) bool, the decisions.
+        beta: weight of the KL, >= 0.
+        correction, eps: as `batch_whitened`.
+
+    Returns:
+        (N, T) advantages in the dtype of `reward_N`, 0 off the mask, and everywhere if all a_it are
+        equal.
+
+    Raises:
+        ValueError: as `grpo`, or for shapes that do not match, a negative beta, or a log-probability
+            on the mask that is not finite.
+    """
+    _check_std(correction, eps)
+    _groups(reward_N, prompt_N)
+    if not (math.isfinite(beta) and beta >= 0):
+        raise ValueError(f"beta must be finite and at least 0, got {beta}")
+    shape = tuple(mask_NT.shape)
+    if mask_NT.dtype != torch.bool or not shape == tuple(logprob_NT.shape) == tuple(
+        reference_logprob_NT.shape
+    ):
+        raise ValueError(
+            f"logprob_NT, reference_logprob_NT and a bool mask_NT must share one shape (N, T), got "
+            f"{tuple(logprob_NT.shape)}, {tuple(reference_logprob_NT.shape)} and {mask_NT.dtype} "
+            f"{shape}"
+        )
+    difference_NT = (logprob_NT.detach() - reference_logprob_NT.detach()).double()
+    k1_NT = torch.where(mask_NT, difference_NT, 0.0)
+    if not k1_NT.isfinite().all():
+        row = int((~k1_NT.isfinite()).any(dim=1).nonzero()[0])
+        raise ValueError(
+            f"log-probabilities must be finite where the mask is True, row {row} is not"
+        )
+    from_here_NT = k1_NT.flip(1).cumsum(1).flip(1)
+    return_NT = reward_N.detach().double()[:, None] - beta * from_here_NT
+    return_K = return_NT[mask_NT]
+    whitened_NT = torch.zeros(shape, dtype=torch.float64, device=reward_N.device)
+    if len(return_K) and return_K.max() > return_K.min():
+        mean = return_K.mean()
+        variance = (return_K - mean).square().sum() / max(len(return_K) - correction, 1)
+        whitened_NT[mask_NT] = (return_K - mean) / (variance.sqrt() + eps)
+    return whitened_NT.to(reward_N.dtype)
 
 
 def batch_scaled(

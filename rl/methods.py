@@ -157,6 +157,10 @@ ADVANTAGES: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "centred": (advantages.centred, ()),
     "raft": (advantages.raft, ()),
     "batch_whitened": (advantages.batch_whitened, ()),
+    "batch_whitened_tokens": (
+        advantages.batch_whitened_tokens,
+        ("logprob_NT", "reference_logprob_NT", "mask_NT"),
+    ),
     "batch_scaled": (advantages.batch_scaled, ()),
     "stratified": (advantages.stratified, ("stratum_N",)),
     "token_level": (hapo.token_level_group, ("length_N",)),
@@ -169,6 +173,8 @@ def advantage_of(config: RolloutConfig) -> Callable[[Rollouts, Any], torch.Tenso
     if config.advantage == "stratified":
         blend = {"alpha": config.stratum_alpha, "fallback": config.stratum_fallback}
         function = partial(function, **blend)
+    if config.advantage == "batch_whitened_tokens":
+        function = partial(function, beta=config.reward_kl)
 
     def advantage(rollouts: Rollouts, _: Any = None) -> torch.Tensor:
         more = [_column(rollouts, name) for name in columns]

@@ -85,12 +85,15 @@ def with_kl_penalty(line: Line, rollouts: Rollouts) -> Rollouts:
         reward_i - reward_kl * sum_t (logprob_it - reference_it)
 
     with the log-probabilities under which they were sampled: see `kl.k1_penalty`. The planner has
-    observed the rewards as they were.
+    observed the rewards as they were. Where the advantage charges each token by itself
+    (`batch_whitened_tokens`), rewards stay and the reference's log-probabilities come along.
     """
     if not len(rollouts):
         return rollouts
     with line.policy() as policy:
         columns = recompute(line, policy, rollouts, {REFERENCE})
     assert columns.reference_logprob_NT is not None and rollouts.reward_N is not None
+    if line.config.advantage == "batch_whitened_tokens":
+        return columns
     penalty_N = k1_penalty(rollouts.logprob_NT, columns.reference_logprob_NT, rollouts.mask_NT)
     return replace(rollouts, reward_N=rollouts.reward_N - line.config.reward_kl * penalty_N)

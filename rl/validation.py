@@ -108,6 +108,11 @@ def validate(config: RolloutConfig) -> None:
             "reward_kl makes rewards differ that are accepted alike: write another advantage than "
             "raft, or beta in its place"
         )
+    if config.advantage == "batch_whitened_tokens" and not config.reward_kl:
+        raise ValueError(
+            "advantage 'batch_whitened_tokens' charges tokens for the KL and needs reward_kl above 0: "
+            "without it, batch_whitened is the same"
+        )
     choice("stratum_fallback", config.stratum_fallback, FALLBACKS)
     _at_least(config, 1, "max_generated_tokens")
     _at_least(config, 0, "beta", "importance_floor", "stratum_alpha", "reward_kl")
