@@ -40,7 +40,14 @@ METHODS: dict[str, dict] = (
         for n in DOWN_SAMPLERS
         if n != "none"
     }
-    | {f"advantage {n}": {"trainer": "grpo", "advantage": n} for n in ADVANTAGES}
+    | {
+        f"advantage {n}": {
+            "trainer": "grpo",
+            "advantage": n,
+            "reward_kl": 0.1 * n.endswith("tokens"),
+        }
+        for n in ADVANTAGES
+    }
     | {
         "refill": {"refill": True, "prompts_per_step": 3},
         "refill with a buffer": {
