@@ -74,11 +74,12 @@ def update(
 
 def mini_batches(line: Line, batch: Batch) -> list[torch.Tensor]:
     """Rows of each optimizer update: every row once per iteration, spread over its updates."""
-    # Siblings of a branch train together: one evaluation serves them.
-    unit_K = getattr(batch.rollouts, "branch_N", torch.arange(len(batch.rollouts)))
-    distinct, place_K = unit_K.unique(return_inverse=True)
-    updates = min(line.config.updates_per_step, len(distinct))
-    turn_K = place_K % max(updates, 1)
+    # Siblings of a branch train together: one evaluation serves them. Branches are counted as they
+    # come, because their numbers depend on the processes that made them.
+    unit_K = getattr(batch.rollouts, "branch_N", torch.arange(len(batch.rollouts))).tolist()
+    place = {unit: number for number, unit in enumerate(dict.fromkeys(unit_K))}
+    updates = min(line.config.updates_per_step, len(place))
+    turn_K = torch.tensor([place[unit] % updates for unit in unit_K], dtype=torch.int64)
     parts = [(turn_K == number).nonzero().flatten() for number in range(updates)]
     return parts * line.config.num_iterations
 

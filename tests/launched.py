@@ -39,15 +39,17 @@ SHARDED_ON_CPU = {"ddp_backend": "gloo", "bf16": "false"}
 
 
 def launch(
-    *runs: tuple[Path, dict[str, Any]], flags: tuple[str, ...] = DDP
+    *runs: tuple[Path, dict[str, Any]],
+    flags: tuple[str, ...] = DDP,
+    script: Path = Path(__file__),
 ) -> subprocess.CompletedProcess:
-    """Runs (folder and settings) on two processes, one after the other in one launch."""
+    """Runs (folder and settings) on two processes, one after the other in one launch of `script`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
     command += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", str(port)]
-    command += [str(Path(__file__))]
+    command += [str(script)]
     for i, (folder, settings) in enumerate(runs):
         command += ["--and"] * (i > 0) + [str(folder)]
         command += [str(x) for name, value in settings.items() for x in (f"--{name}", value)]
