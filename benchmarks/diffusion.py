@@ -24,9 +24,10 @@ the number of evaluations promises.
 
 `mismatch` scores the rollouts again with unchanged weights, where a ratio should be 1: with all rows,
 which forms the batches of the rollout; with half of the roots; with one image alone; and with all
-rows and gradients on. Largest |difference| of summed log-probabilities in nats, the largest |ratio - 1|
-that it makes, and the difference over the number of latent elements, which is to be read against
-clips of mean-reduced ratios such as DDPO's 1e-4. Nothing here is asserted.
+rows and gradients on, there up to the split only. It reports the largest |difference| of summed
+log-probabilities in nats, the largest |ratio - 1| that it makes, and the difference over the number
+of latent elements, to be read against clips of mean-reduced ratios such as DDPO's 1e-4. Nothing here
+is asserted.
 """
 
 from __future__ import annotations
@@ -284,15 +285,24 @@ def speeds(engine: DiffusersEngine, name: str, size: Size) -> list[dict[str, Any
 
 
 def difference(engine: DiffusersEngine, rollouts: DenoisingRollouts, *, gradient: bool) -> float:
-    """Largest |new - old| of a trained edge's summed log-probability, in nats, one edge at a time."""
+    """Largest |new - old| of a trained edge's summed log-probability, in nats, one edge at a time.
+
+    With gradients only the edges up to the split, whose few states are all in memory at once.
+    """
+    plan = rollouts.tree.plan
+    assert plan.first_split is not None
     largest = 0.0
-    for step in rollouts.tree.plan.trained:
+    for step in plan.trained:
+        if gradient and step > plan.first_split:
+            break
         weight_NT = torch.zeros(rollouts.mask_NT.shape, dtype=torch.float64)
         weight_NT[:, step] = 1.0
         with torch.set_grad_enabled(gradient):
             logprob_NT = engine.logprobs(replace(rollouts, weight_NT=weight_NT))
-        new_N = logprob_NT[:, step].detach().cpu()
-        largest = max(largest, float((new_N - rollouts.logprob_NT[:, step]).abs().max()))
+        apart_N = (logprob_NT[:, step].detach().cpu() - rollouts.logprob_NT[:, step]).abs()
+        if not torch.isfinite(apart_N).all():
+            raise FloatingPointError(f"log-probabilities of edge {step} are not finite")
+        largest = max(largest, float(apart_N.max()))
     return largest
 
 

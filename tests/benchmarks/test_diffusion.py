@@ -96,6 +96,15 @@ def test_a_changed_weight_is_seen():
     assert shift == expected_NT[:, :3].max() > 0.1
 
 
+def test_a_log_probability_that_is_not_finite_is_no_match():
+    engine = build_engine("sd3", SMALL, device="cpu", dtype=torch.float32)
+    rollouts = roll_out(engine, plan_of("sd3", SMALL, branch=True), SMALL, seed=0)
+    with torch.no_grad():
+        engine.denoiser.proj_out.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="edge 0 are not finite"):
+        difference(engine, rollouts, gradient=False)
+
+
 def test_a_table_by_hand():
     rows = [{"arm": "linear", "speed": 1.0}, {"arm": "x", "speed": 12.34567}]
     assert table(rows) == "arm     speed\nlinear  1\nx       12.35"
