@@ -86,7 +86,8 @@ class DenoisingScorer:
         return logprob_N, gaussian_kl(mean, reference, std_U)[which_N]
 
     def statistics(self, model: torch.nn.Module, rollouts: DenoisingRollouts) -> Any:
-        raise NotImplementedError("a denoising step has no entropy to be recomputed")
+        """Not to be had: the entropy of a step is a constant of its noise."""
+        raise TypeError("a denoising step has no entropy to be recomputed")
 
 
 def kl_of(config: DenoisingConfig, scorer: DenoisingScorer) -> Callable[..., Any] | None:

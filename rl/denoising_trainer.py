@@ -23,6 +23,7 @@ from rl.line import Batch
 from rl.pictures import diversity, save_grid
 from rl.roll_out import Scored
 from rl.trainer import RolloutTrainer
+from rollouts.prompts import Prompt
 
 
 class DenoisingTrainer(RolloutTrainer):
@@ -92,24 +93,13 @@ class DenoisingTrainer(RolloutTrainer):
             wave.rounds[0],
         )
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Rewards of samples with the noise of training and without any; logged, with pictures."""
-        prompts = self.eval_prompts
-        if eval_dataset is not None:
-            prompts = self._make_prompts(eval_dataset)[0]
-        if not prompts:
-            raise ValueError("evaluate needs prompts: pass eval_dataset to DenoisingTrainer")
-        step = self.state.global_step
+    def validate(self, prompts: list[Prompt]) -> dict[str, float]:
+        """Rewards of samples with the noise of training and without any, and pictures of them."""
+        step, folder = self.state.global_step, Path(str(self.args.output_dir)) / "images"
 
         def seen(name: str, scored: Scored) -> dict[str, float]:
             texts = [str(prompt.prompt) for prompt in prompts]
             if self.line.ranks.is_main:
-                folder = Path(str(self.args.output_dir)) / "images"
                 save_grid(folder / f"{name}-{step:06d}.png", texts, scored)
             found = diversity(np.stack(scored.shown_N), scored.rollouts.prompt_N.numpy())
             extra = {} if name == "sampled" else {f"{name}_reward": float(scored.reward_N.mean())}
@@ -117,11 +107,7 @@ class DenoisingTrainer(RolloutTrainer):
 
         with self.averaged():
             found = evaluate(self.line, prompts, version=step, seen=seen)
-        found["denoiser_evaluations"] = float(self.line.memory.evaluations)
-        logs = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        self.log(logs)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
-        return logs
+        return found | {"denoiser_evaluations": float(self.line.memory.evaluations)}
 
     # -- checkpoints
 

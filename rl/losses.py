@@ -339,11 +339,13 @@ def clipped(
 
 
 def check_dual_clip(dual_clip: float | None) -> None:
+    """Raise ValueError unless it is None or above 1."""
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
 
 
 def check_log_ratio_scale(log_ratio_scale: float) -> None:
+    """Raise ValueError unless it is positive and finite."""
     if not (log_ratio_scale > 0 and math.isfinite(log_ratio_scale)):
         raise ValueError(
             f"log_ratio_scale must be positive and finite, got {log_ratio_scale}; "
@@ -391,6 +393,7 @@ def aligned(
 
 
 def check_denominator(denominator: float) -> None:
+    """Raise ValueError unless it is positive and finite."""
     if not (denominator > 0 and math.isfinite(denominator)):
         raise ValueError(f"denominator must be positive and finite, got {denominator}")
 
@@ -413,6 +416,7 @@ def sums(rows: Aligned) -> Statistics:
 
 
 def count(flag_NT: Tensor, like: Tensor) -> Tensor:
+    """How many are True, in the dtype of `like`."""
     return flag_NT.sum().to(like.dtype)
 
 

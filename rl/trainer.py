@@ -115,9 +115,8 @@ class RolloutTrainer(Trainer):
         self.progress = tracking.ProgressLine(args)
         self.add_callback(self.run_folder)
         self.add_callback(self.progress)
-        if args.max_generated_tokens is not None:
-            spent = lambda: self.ledger.totals["tokens_drawn"]  # noqa: E731
-            self.add_callback(Budget(spent, args.max_generated_tokens))
+        if (most := args.max_generated_tokens) is not None:
+            self.add_callback(Budget(lambda: self.ledger.totals["tokens_drawn"], most))
 
     def _policy(self) -> AbstractContextManager[PreTrainedModel]:
         kwargs: Any = self.args.activation_checkpointing_kwargs
@@ -189,6 +188,10 @@ class RolloutTrainer(Trainer):
             self._steps_since_log = []
         super().log(logs, start_time)
 
+    def validate(self, prompts: list[Prompt]) -> dict[str, float]:
+        """The figures of `evaluate`, without prefix."""
+        return evaluate(self.line, prompts, version=self.state.global_step)
+
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -196,12 +199,11 @@ class RolloutTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Greedy accuracy and pass rate on the held-out prompts; logged, and given to callbacks."""
-        prompts = self.eval_prompts
-        if eval_dataset is not None:
-            prompts = self._make_prompts(eval_dataset)[0]
+        given = eval_dataset is not None
+        prompts = self._make_prompts(eval_dataset)[0] if given else self.eval_prompts
         if not prompts:
-            raise ValueError("evaluate needs held-out prompts: pass eval_dataset to RolloutTrainer")
-        found = evaluate(self.line, prompts, version=self.state.global_step)
+            raise ValueError("evaluate needs held-out prompts: pass eval_dataset to the trainer")
+        found = self.validate(prompts)
         logs = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
