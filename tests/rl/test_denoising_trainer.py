@@ -312,7 +312,7 @@ def test_validation_by_hand(tmp_path):
         assert found[prefix] == pytest.approx(reward_N.mean())
     assert found["eval_pass_rate"] == found["eval_reward"]  # 0 or 1, and equally many of both
     assert found["eval_deterministic_accuracy"] == found["eval_deterministic_reward"]
-    with pytest.raises(ValueError, match="evaluate needs prompts: pass eval_dataset"):
+    with pytest.raises(ValueError, match="evaluate needs held-out prompts: pass eval_dataset to the trainer"):
         tiny.trainer(tmp_path / "none").evaluate()
     assert made.evaluate(tiny.rows(1))["eval_rollouts"] == 3
 
