@@ -203,7 +203,8 @@ class Ranks:
         """
         accelerator = self._accelerator
         accelerator.gradient_state._set_sync_gradients(is_last)
-        accelerator.backward(loss_sum * self.num)
+        if loss_sum.requires_grad or not self._by_hand:  # rows of weight 0 are not even replayed
+            accelerator.backward(loss_sum * self.num)
         if is_last and self._by_hand:
             for weight in model.parameters():
                 if weight.requires_grad:

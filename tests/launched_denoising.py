@@ -40,6 +40,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "tree": {"baseline": "leave_one_out", "noise_weight": "std", "allocator": "neyman"}
     | {"stopping": "positive", "stopping_wave": 3, "success_above": 0.62, "num_iterations": 2},
     "lora": {"lora": True, "beta": 0.1, "baseline": "history", "learning_rate": 0.1},
+    # Three rows, so that one process has more micro-batches than the other.
+    "odd": {"prompts_per_step": 1, "rollouts_per_prompt": 3, "per_device_train_batch_size": 1},
     # Two rows of one branch are all that trains, on one process alone.
     "few": {"prompts_per_step": 1, "rollouts_per_prompt": 3, "branch_threshold": 0.0}
     | {"plan": tiny.BRANCHED | {"trained": {"schedule": "last_steps", "last": 2}}},
