@@ -149,6 +149,14 @@ def _read_file(path: Path) -> Iterable[Mapping[str, Any]]:
     return READERS[path.suffix](path)
 
 
+def _read_text(path: Path) -> Iterator[Mapping[str, Any]]:
+    """A prompt a line; empty lines are left out."""
+    with path.open(encoding="utf-8-sig") as lines:
+        for line in lines:
+            if line.strip():
+                yield {"prompt": line.strip()}
+
+
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
@@ -214,6 +222,7 @@ READERS: dict[str, Callable[[Path], Iterator[Mapping[str, Any]]]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".txt": _read_text,
 }
 """Ending of a file's name -> its reader. Every value of a .csv file is a string."""
 

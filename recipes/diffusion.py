@@ -154,7 +154,9 @@ def lora_config(model_config: ModelConfig) -> Any:
         return None
     config.task_type = None  # of language models
     modules = config.target_modules or ATTENTION
-    if isinstance(modules, str) and modules != "all-linear":  # TRL takes a lone name out of its list
+    if (
+        isinstance(modules, str) and modules != "all-linear"
+    ):  # TRL takes a lone name out of its list
         modules = [modules]
     config.target_modules = modules
     config.lora_dropout = 0.0

@@ -65,7 +65,7 @@ class RecipeArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Prompts: a .jsonl, .json, .csv or .parquet file, a folder, or a hub id."
+            "help": "Prompts: a .jsonl, .json, .csv, .parquet or .txt file, a folder, or a hub id."
         },
     )
     dataset_config: str | None = field(

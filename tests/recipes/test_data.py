@@ -305,3 +305,9 @@ def test_nothing_may_be_held_out_and_something_must_be_left():
         message = f"leave a prompt to train on, got {number} of 3 distinct prompts"
         with pytest.raises(ValueError, match=message):
             split_validation(questions(3), number, seed=0)
+
+
+def test_a_text_file_is_a_prompt_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text('\ufeffa red circle\n\n  two cats, "asleep"  \n', encoding="utf-8")
+    assert load_rows(path) == [{"prompt": "a red circle"}, {"prompt": 'two cats, "asleep"'}]
