@@ -175,7 +175,7 @@ def test_a_system_prompt_makes_a_conversation(jsonl):
         ("a.csv", "prompt,answer\na,5,6\n", r"a\.csv, line 2: the number of fields differs"),
         ("a.csv", "prompt,answer\n", r"a\.csv' has no rows"),
         ("a.parquet", "PAR?", r"a\.parquet is not a parquet file"),
-        ("a.txt", "2+3", r"cannot read '.*a\.txt': the name must end in one of \.jsonl, \.json"),
+        ("a.xml", "2+3", r"cannot read '.*a\.xml': the name must end in one of \.jsonl, \.json"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, message):
