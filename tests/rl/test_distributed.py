@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import StateDictType
 
@@ -156,3 +157,104 @@ def test_what_could_not_be_saved_or_resumed_is_refused():
     with pytest.raises(ValueError, match="write fsdp_state_dict_type: FULL_STATE_DICT"):
         refuse_unusable(fsdp(2, StateDictType.SHARDED_STATE_DICT))
     refuse_unusable(fsdp(2, StateDictType.FULL_STATE_DICT))
+
+
+# Rows that must not be parted
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("together", [1, 3, 4])
+def test_leaves_of_a_branch_are_in_one_request_and_on_one_rank(num_ranks, together):
+    budget_P = np.array([24, 12, 0, 48, 12])
+    requests = chunks_of_budgets(budget_P, num_ranks, together=together)
+    assert np.concatenate(requests).tolist() == list(range(96))
+    assert all(rows[0] % together == 0 and len(rows) % together == 0 for rows in requests)
+    dealt = []
+    for rank in range(num_ranks):
+        accelerator = TwoRanks(rank)
+        accelerator.num_processes = num_ranks
+        rows = Ranks(accelerator).share_of(budget_P, together=together)
+        assert set(np.bincount(rows // together)) <= {0, together}  # whole branches
+        dealt += rows.tolist()
+    assert sorted(dealt) == list(range(96))
+
+
+def test_requests_of_branches_by_hand():
+    # A quarter of a share of 2 ranks is 20 / 8 = 2.5 rollouts, so requests of 3, rounded up to one
+    # branch of 4; without branches 3, 3, 3, 3 and 3, 3, 2.
+    requests = chunks_of_budgets(np.array([12, 8]), 2, together=4)
+    assert [len(rows) for rows in requests] == [4, 4, 4, 4, 4]
+    assert [len(rows) for rows in chunks_of_budgets(np.array([12, 8]), 2)] == [3, 3, 3, 3, 3, 3, 2]
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
+def test_gradients_reduced_by_hand_need_whole_models(kind):
+    sharded = zero3(stage3_gather_16bit_weights_on_model_save=True)
+    if kind == DistributedType.FSDP:
+        sharded = fsdp(2, StateDictType.FULL_STATE_DICT)
+    sharded.num_processes, sharded.process_index = 2, 0
+    with pytest.raises(
+        ValueError, match=f"trains on several processes with DDP, not with {kind.value}"
+    ):
+        Ranks(sharded, by_hand=True)
+    assert Ranks(sharded).num == 2
+    assert Ranks(TwoRanks(1), by_hand=True).rank == 1
+
+
+class Alone(TwoRanks):
+    """A process of one that counts its backward passes."""
+
+    num_processes = 1
+
+    def __init__(self):
+        super().__init__(0)
+        self.passes = 0
+        self.gradient_state = SimpleNamespace(_set_sync_gradients=lambda is_last: None)
+
+    def backward(self, loss):
+        self.passes += 1
+        loss.backward()
+
+
+def test_gradients_of_processes_are_averaged_by_hand(monkeypatch):
+    """Two processes in turn, of which the second has no rows: d/dw of 3 w is the sum of both's."""
+    own = []
+
+    def exchange(value):
+        own.append(value.clone())
+        value += 2.0 * (len(own) == 2)  # what the other process has: 2 of the second weight
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", exchange)
+    accelerator = Alone()
+    accelerator.num_processes = 2
+    ranks = Ranks(accelerator, by_hand=True)
+    model = torch.nn.ParameterList([torch.ones(()), torch.ones(()), torch.ones(())])
+    model[2].requires_grad_(False)
+    ranks.backward(model, 3 * model[0], is_last=False)
+    assert not own
+    ranks.backward(model, torch.zeros(()), is_last=True)  # rows of weight 0 have no graph
+    assert accelerator.passes == 1
+    assert [float(value) for value in own] == [6.0, 0.0]  # the sum of two is what is divided by two
+    assert float(model[0].grad) == 3.0 and float(model[1].grad) == 1.0 and model[2].grad is None
+    alone = Ranks(Alone(), by_hand=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        alone.backward(model, torch.zeros(()), is_last=True)
+
+
+def test_all_leave_a_block_together_or_all_raise(monkeypatch):
+    handed = []
+
+    def exchange(rows):
+        handed.append(rows[0])
+        return [*rows, ("KeyError: 'other'", None)] if len(handed) > 1 else [*rows, (None, None)]
+
+    monkeypatch.setattr("rl.distributed.gather_object", exchange)
+    ranks = Ranks(TwoRanks(0))
+    with ranks.together():
+        pass
+    message = "rank 1 failed, all stop: KeyError: 'other'"
+    with pytest.raises(RuntimeError, match=message), ranks.together():
+        pass
+    with pytest.raises(ZeroDivisionError), ranks.together():
+        1 / 0  # noqa: B018
+    assert handed[2][0] == "ZeroDivisionError: division by zero"

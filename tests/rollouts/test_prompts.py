@@ -12,6 +12,7 @@ from rollouts.prompts import (
     data_fingerprint,
     ensure_pad_token,
     make_prompts,
+    plain_prompts,
     prompt_key,
 )
 
@@ -327,3 +328,51 @@ def test_a_prompt_without_tokens_is_refused():
     silent = tokenizer(chat_template="{# nothing #}")
     with pytest.raises(ValueError, match="row 0 has no tokens: the tokenizer makes nothing of ''"):
         make_prompts([chat("Hi")], silent)
+
+
+# Prompts that no tokenizer reads
+
+
+def test_plain_prompts_keep_text_and_columns_and_need_no_tokenizer():
+    rows = [{"prompt": "a cat", "colour": "red"}, {"prompt": "a dog", "style": "ink"}]
+    prompts, report = plain_prompts(rows)
+    assert [p.prompt for p in prompts] == ["a cat", "a dog"]
+    assert [p.token_ids for p in prompts] == [(), ()]
+    assert [p.columns for p in prompts] == [
+        {"colour": "red", "style": None},
+        {"colour": None, "style": "ink"},
+    ]
+    assert (report.rows, report.kept, report.dropped, report.truncated) == (2, 2, 0, 0)
+    assert (report.longest, report.tokens, report.is_conversational) == (0, 0, False)
+
+
+def test_plain_prompts_have_the_keys_of_tokenized_ones():
+    rows = [{"prompt": "a cat", "answer": "1"}, {"prompt": "a cat", "answer": "2"}]
+    plain, tokenized = plain_prompts(rows)[0], make_prompts(rows, tokenizer())[0]
+    assert [p.key for p in plain] == [p.key for p in tokenized]
+    named, _ = plain_prompts([row | {"id": f"i{n}"} for n, row in enumerate(rows)], id_column="id")
+    assert [p.key for p in named] == ["i0", "i1"]
+
+
+def test_plain_prompts_may_be_any_iterable_of_mappings():
+    table = datasets.Dataset.from_list([{"prompt": "a cat"}, {"prompt": "a dog"}])
+    expected = [p.key for p in plain_prompts(list(table))[0]]
+    assert [p.key for p in plain_prompts(table)[0]] == expected
+    assert [p.key for p in plain_prompts(iter(table))[0]] == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "the data set is empty"),
+        ([{"text": "a"}], "row 0 has no column 'prompt'"),
+        ([{"prompt": "a"}, {"prompt": " "}], "row 1 has an empty prompt"),
+        ([chat("Hi")], r"row 0 is a conversation \(.*\); write a text"),
+        ([{"prompt": "a"}, chat("Hi")], "row 0 is plain but row 1 is a conversation"),
+        ([{"prompt": "a"}, {"prompt": "a"}], "rows 0 and 1"),
+        ([{"prompt": 3}], "row 0 has the prompt 3 of type int"),
+    ],
+)
+def test_plain_prompts_that_cannot_be_used_are_named(rows, message):
+    with pytest.raises(ValueError, match=message):
+        plain_prompts(rows)
