@@ -53,6 +53,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.processes
 	$(BIN)/python benchmarks/allocation_arms.py --seeds 5 --max_steps 60
 	$(BIN)/python benchmarks/recipe_arms.py --seeds 5 --tokens 150000
+	$(BIN)/python benchmarks/image_arms.py
+	$(BIN)/python benchmarks/diffusion.py --quick --threads 1
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

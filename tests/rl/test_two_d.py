@@ -1,7 +1,5 @@
 """Diffusion in the plane, end to end: from 4 % of the samples near a point to 80 % of them."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -215,13 +213,10 @@ def test_four_of_five_seeds_learn_to_reach_the_target(pretrained_weights, tmp_pa
     # Measured: 24 of 24 seeds, stopped after 56 to 68 steps at .817 to .877 of fresh samples, in 16 to
     # 22 s of processor time each on a busy machine. If a seed failed once in 26, two of five would in
     # 1.3 % of platforms; on one platform the outcome is always the same.
-    found, seconds = [], []
+    found = []
     for seed in range(5):
-        start = time.process_time()
         trainer = learn(tmp_path / str(seed), pretrained_weights, seed)
-        seconds.append(time.process_time() - start)
         assert trainer.state.global_step <= 80
         # Of 1000 samples, standard error .011.
         found.append(reward_of(trainer.line.engine, 1000))
     assert sum(reward >= 0.8 for reward in found) >= 4, found
-    assert sorted(seconds)[2] < 30, seconds
