@@ -6,6 +6,7 @@ latents are the pixels, and random numbers that a prompt's key determines stand 
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from rl.denoising_config import DenoisingConfig
 from rl.denoising_trainer import DenoisingTrainer
 from rollouts.diffusers_engine import DiffusersEngine
 from tests.tiny_pipelines import ddim, embeddings, tiny_unet
+
+gc.freeze()  # every run collects garbage, and would take 0.4 s to go through diffusers' classes
 
 CHAIN: dict[str, Any] = {"num_steps": 4, "rule": "ddim", "level": 1.0}
 BRANCHED: dict[str, Any] = CHAIN | {"branch": {"at": [1], "children": 3}}
