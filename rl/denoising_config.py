@@ -143,6 +143,7 @@ class DenoisingConfig(RolloutConfig):
                 f"plan must be a mapping such as {{num_steps: 20, rule: ddim, level: 1.0}}, got "
                 f"{self.plan!r}"
             )
+        self.plan = json.loads(json.dumps(self.plan))  # as a checkpoint gives it back
         for step in range(self.plan_horizon):  # one that could not be run later is told now
             self.step_plan(step)
 

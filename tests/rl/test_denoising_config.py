@@ -75,6 +75,8 @@ def test_a_plan_is_a_mapping_or_its_json():
     assert made.plan == tiny.BRANCHED and made.leaves_per_branch == 3
     assert made.step_plan(0) == plan_at(tiny.BRANCHED, 0, num_train_steps=2)
     assert made.step_plan(0).trained == (0, 1, 2) and made.step_plan(0).splits == ((1, 3),)
+    tuples = tiny.CHAIN | {"branch": {"at": (1,), "children": 3}}
+    assert config(plan=tuples).decisive_settings() == config(plan=tiny.BRANCHED).decisive_settings()
     again = DenoisingConfig(**{f.name: getattr(made, f.name) for f in fields(made) if f.init})
     assert again.plan == made.plan and again.budget_min == made.budget_min
 
