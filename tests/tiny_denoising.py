@@ -16,8 +16,10 @@ from diffusers import StableDiffusionPipeline
 
 from rl.denoising_config import DenoisingConfig
 from rl.denoising_trainer import DenoisingTrainer
+from rollouts.batch import DenoisingRollouts
 from rollouts.diffusers_engine import DiffusersEngine
-from tests.tiny_pipelines import ddim, embeddings, tiny_unet
+from rollouts.step_plan import StepPlan
+from tests.tiny_pipelines import ddim, embeddings, image_prompts, tiny_unet
 
 gc.freeze()  # every run collects garbage, and would take 0.4 s to go through diffusers' classes
 
@@ -125,3 +127,17 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
     """The largest between two weights."""
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def drawn(
+    around: StableDiffusionPipeline | None = None,
+    *,
+    budgets: tuple[int, ...] = (6, 3),
+    plan: StepPlan | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[DiffusersEngine, DenoisingRollouts]:
+    """An engine, and rollouts of prompt 0 from two roots and of prompt 1 from one, as `BRANCHED`."""
+    made = engine(around or pipeline(dtype=dtype))
+    plan = plan or config("unused").step_plan(0)
+    prompts, seeds = image_prompts(len(budgets)), range(sum(budgets))
+    return made, made.generate(prompts, list(budgets), seeds_N=seeds, params=plan)

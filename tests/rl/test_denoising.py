@@ -1,4 +1,4 @@
-"""The stages of the line that diffusion models have of their own: scores, credits, cuts, rewards."""
+"""Stages of the line that only diffusion models have: scores, micro-batches, rewards, budgets."""
 
 import math
 from dataclasses import replace
@@ -9,14 +9,10 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
-from rl import advantages, branch_advantages
 from rl.denoising import (
     DENOISING,
     DenoisingScorer,
-    advantage_of,
     cut,
-    decisions_of,
-    down_sample_of,
     image_prompt_maker,
     kl_of,
     load_denoiser,
@@ -24,13 +20,11 @@ from rl.denoising import (
     loss_of,
     make_denoising_planner,
     reward_of,
-    validations_of,
 )
-from rl.prompt_history import PromptHistory
-from rl.weigh import has_signal, with_credit
 from rollouts.image_rewards import brightness, contrast
 from rollouts.rewards import RewardError
 from tests import tiny_denoising as tiny
+from tests.tiny_denoising import drawn
 from tests.tiny_pipelines import add_tiny_text_encoder, add_tiny_vae, image_prompts, tiny_sd
 
 torch.set_num_threads(1)
@@ -40,14 +34,6 @@ LORA = dict(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], lora_dropout=0.1
 
 def config(**settings):
     return tiny.config("unused", **settings)
-
-
-def drawn(around=None, *, budgets=(6, 3), plan=None, dtype=torch.float64):
-    """An engine, and rollouts of prompt 0 from two roots and of prompt 1 from one, as `BRANCHED`."""
-    engine = tiny.engine(around or tiny.pipeline(dtype=dtype))
-    plan = plan or config().step_plan(0)
-    prompts = image_prompts(len(budgets))
-    return engine, engine.generate(prompts, list(budgets), seeds_N=range(sum(budgets)), params=plan)
 
 
 def weighed(rollouts, *, seed=0):
@@ -239,175 +225,6 @@ def test_gradients_of_a_cut_add_up_to_that_of_the_whole(beta):
         in_parts, of_parts, added = of(cut(rollouts, states=states))
         assert in_parts == pytest.approx(whole, rel=1e-10) and of_parts == clipped
         torch.testing.assert_close(added, gradient, rtol=1e-9, atol=1e-12)
-
-
-# Credits
-
-REWARDS = [1.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.3, 0.6, 0.9]
-"""Branches 1, 0, .5 (mean .5) and 0, 0, 0 of prompt 0, whose mean is .25; .3, .6, .9 of prompt 1."""
-
-
-def scored(reward_N=REWARDS):
-    _, rollouts = drawn()
-    return replace(rollouts, reward_N=torch.tensor(reward_N, dtype=torch.float64))
-
-
-def credit(rollouts, *, history=None, rows=None, prompts=None, **settings):
-    settings = {"credit_scale": "none", "advantage_clip": None} | settings
-    rows = rows or {f"prompt-{i}": i for i in range(2)}
-    return advantage_of(config(**settings), rows, history)(rollouts, prompts or image_prompts(2))
-
-
-def test_credit_is_compared_with_the_prompt_or_with_siblings():
-    rollouts = scored()
-    # Means .25 and .6.
-    expected = [0.75, -0.25, 0.25, -0.25, -0.25, -0.25, -0.3, 0.0, 0.3]
-    assert credit(rollouts).tolist() == pytest.approx(expected)
-    # 1 - (0 + .5)/2, 0 - (1 + .5)/2, .5 - 1/2; .3 - .75, .6 - .6, .9 - .45.
-    expected = [0.75, -0.75, 0.0, 0.0, 0.0, 0.0, -0.45, 0.0, 0.45]
-    assert credit(rollouts, baseline="siblings").tolist() == pytest.approx(expected, abs=1e-12)
-
-
-def test_credit_is_divided_by_the_std_of_the_prompt_or_of_the_batch():
-    rollouts = scored()
-    plain = credit(rollouts)
-    everything = np.array(REWARDS)
-    batch = credit(rollouts, credit_scale="batch")
-    torch.testing.assert_close(batch, plain / everything.std(), rtol=1e-7, atol=0)
-    assert torch.equal(
-        credit(rollouts, credit_scale="prompt"),
-        advantages.grpo(rollouts.reward_N, rollouts.prompt_N),
-    )
-    siblings = credit(rollouts, baseline="siblings")
-    std_N = torch.tensor([everything[:6].std()] * 6 + [everything[6:].std()] * 3)
-    scaled = credit(rollouts, baseline="siblings", credit_scale="prompt")
-    torch.testing.assert_close(scaled, siblings / std_N, rtol=1e-7, atol=0)
-    tree = credit(rollouts, baseline="parent", credit_scale="prompt")
-    plain = credit(rollouts, baseline="parent")
-    torch.testing.assert_close(tree, plain / std_N[:, None], rtol=1e-7, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("baseline", "function"),
-    [
-        ("branch", branch_advantages.branch_mean),
-        ("leave_one_out", branch_advantages.leave_branch_out),
-        ("depth", branch_advantages.depth_normalised),
-        ("parent", branch_advantages.parent_difference),
-    ],
-)
-def test_credits_of_the_steps_of_one_chain_are_those_of_the_tree(baseline, function):
-    rollouts = scored()
-    tree = rollouts.tree
-    columns = (tree.parent_M, tree.step_M, tree.leaves_M, rollouts.prompt_N)
-    expected_NT = function(rollouts.reward_N, rollouts.node_NS, *columns)
-    assert torch.equal(credit(rollouts, baseline=baseline), expected_NT)
-    std = np.array(REWARDS).std()
-    scaled = credit(rollouts, baseline=baseline, credit_scale="batch")
-    torch.testing.assert_close(scaled, expected_NT / std, rtol=1e-7, atol=0)
-
-
-@pytest.mark.parametrize("baseline", ["prompt", "siblings", "branch", "leave_one_out", "parent"])
-@pytest.mark.parametrize("scale", ["none", "prompt", "batch"])
-def test_equal_rewards_earn_exactly_nothing(baseline, scale):
-    rollouts = scored([0.1] * 6 + [0.7] * 3)
-    found = credit(rollouts, baseline=baseline, credit_scale=scale)
-    # Roots of one prompt have equal means here, so nothing is compared across prompts.
-    assert (found == 0).all()
-    assert not has_signal(with_credit(rollouts, found)).any()
-
-
-def test_credit_is_cut_off_at_both_ends():
-    found = credit(scored(), baseline="siblings", advantage_clip=0.5)
-    expected = [0.5, -0.5, 0.0, 0.0, 0.0, 0.0, -0.45, 0.0, 0.45]
-    assert found.tolist() == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_history_is_of_data_set_rows_and_is_told_every_step():
-    """Two steps that draw the prompts in another order; the second knows the first's rewards."""
-    history = PromptHistory(steps=2)
-    rows, prompts = {"prompt-0": 7, "prompt-1": 4}, image_prompts(2)
-    settings = {"baseline": "history", "history": history, "rows": rows}
-    first = credit(scored(), prompts=prompts, **settings)
-    r = np.array(REWARDS)
-    assert history.past(7) == REWARDS[:6] and history.past(4) == REWARDS[6:]
-    expected = (r[:6] - r[:6].mean()) / r[:6].std(ddof=1)
-    assert first[:6].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
-    second = credit(scored([0.8] * 9), prompts=prompts[::-1], **settings)
-    known = np.array(REWARDS[6:] + [0.8] * 6)  # of data-set row 4, now the batch's prompt 0
-    assert second[0].item() == pytest.approx((0.8 - known.mean()) / known.std(ddof=1), rel=1e-6)
-    assert history.past(4) == REWARDS[6:] + [0.8] * 6
-
-
-def test_a_buffer_of_few_rewards_is_used_once_it_is_full():
-    history = PromptHistory(rewards=6)
-    settings = {"baseline": "buffer", "history_steps": 6, "history": history}
-    rollouts = scored()
-    r = np.array(REWARDS)
-    found = credit(rollouts, **settings)
-    # Prompt 0 has 6 rewards, its own; prompt 1 has 3, so all of the step's count.
-    assert found[0].item() == pytest.approx((1 - r[:6].mean()) / r[:6].std(), rel=1e-4)
-    assert found[8].item() == pytest.approx((0.9 - r.mean()) / r.std(), rel=1e-4)
-    found = credit(scored([0.0] * 6 + [0.3, 0.3, 0.6]), **settings)
-    known = np.array([0.3, 0.6, 0.9, 0.3, 0.3, 0.6])
-    assert found[8].item() == pytest.approx((0.6 - known.mean()) / known.std(), rel=1e-4)
-
-
-def test_nothing_scored_earns_nothing():
-    none = scored().take(torch.zeros(0, dtype=torch.int64))
-    assert credit(none, baseline="parent").shape == (0,)
-
-
-def test_a_credit_of_steps_leaves_their_mean_as_the_rows():
-    """By hand: the last of four edges drew no noise, so its credit does not count."""
-    _, rollouts = drawn(plan=replace(config().step_plan(0), stochastic=(0, 1, 2)))
-    advantage_NT = torch.tensor([[1.0, -1.0, 0.0, 5.0]] * 9, dtype=torch.float64)
-    advantage_NT[0] = torch.tensor([3.0, 0.0, 3.0, 5.0])
-    advantage_NT[8] = torch.tensor([0.0, 0.0, 0.0, 5.0])
-    found = with_credit(rollouts, advantage_NT)
-    assert found.advantage_NT[0].tolist() == [3, 0, 3, 0]
-    assert found.advantage_N.tolist() == [2.0, *[0.0] * 8]
-    assert has_signal(found).tolist() == [True] * 8 + [False]  # opposite credits are a signal
-    one_a_row = with_credit(rollouts, torch.arange(9.0))
-    assert one_a_row.advantage_NT is None and has_signal(one_a_row).tolist() == [False] + [True] * 8
-
-
-# Rows and steps that train
-
-
-def test_the_best_and_the_worst_of_each_branch_train():
-    rollouts = with_credit(scored(), torch.tensor([0.9, -0.9, 0.1, 0, 0, 0, -0.4, 0.2, 0.4]))
-    assert down_sample_of(config())(rollouts, 0.0).tolist() == list(range(9))
-    assert down_sample_of(config(branch_threshold=0.0))(rollouts, 0.0).tolist() == [0, 1, 6, 8]
-    assert down_sample_of(config(branch_threshold=0.5))(rollouts, 0.0).tolist() == [0, 1]
-    assert down_sample_of(config(branch_threshold=0.3))(rollouts, 0.0).tolist() == [0, 1, 6, 8]
-
-
-def test_trained_steps_weigh_alike_or_by_their_noise():
-    engine, rollouts = drawn()  # edges 0 .. 2 are trained, 3 draws noise as well
-    assert decisions_of(config())(rollouts).tolist() == [[1, 1, 1, 0]] * 9
-    found = decisions_of(config(noise_weight="std"))(rollouts)
-    std = [engine.replay(rollouts, step=step)[1][0].item() for step in range(4)]
-    expected = [s / np.mean(std[:3]) for s in std[:3]] + [0.0]  # of all edges but the last
-    assert found.tolist() == [pytest.approx(expected, rel=1e-6)] * 9
-
-
-def test_validation_samples_once_with_noise_and_once_without():
-    found = validations_of(config(eval_rollouts_per_prompt=5))
-    assert {name: count for name, (count, _) in found.items()} == {"deterministic": 5, "sampled": 5}
-    still, noisy = found["deterministic"][1], found["sampled"][1]
-    assert (still.num_steps, still.stochastic, still.level, still.splits) == (4, (), 0.0, ())
-    assert (noisy.num_steps, noisy.stochastic, noisy.level, noisy.splits) == (
-        4,
-        (0, 1, 2, 3),
-        1,
-        (),
-    )
-    found = validations_of(config(validation_steps=7))
-    assert found["sampled"][1].stochastic == tuple(range(7))
-    # The noise of training where it draws some on part of the chain only.
-    part = tiny.CHAIN | {"stochastic": {"schedule": "last_steps", "last": 3}}
-    assert validations_of(config(plan=part))["sampled"][1].stochastic == (1, 2, 3)
 
 
 # Rewards
