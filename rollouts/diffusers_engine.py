@@ -237,7 +237,8 @@ class DiffusersEngine:
             ValueError: if the edge is deterministic, the scheduler's table is another than when the
                 rollouts were made, or there are no adapters to turn off.
         """
-        return self._replay(rollouts.tree, rollouts.node_NS[:, step].unique(), step, reference)
+        state_U = rollouts.node_NS[:, step].cpu().unique()  # the tree is on the CPU
+        return self._replay(rollouts.tree, state_U, step, reference)
 
     def logprobs(self, rollouts: DenoisingRollouts, *, reference: bool = False) -> Tensor:
         """(N, T) float64 log-probabilities of the recorded edges under the current weights, in nats.
@@ -253,13 +254,14 @@ class DiffusersEngine:
         active_NT = rollouts.mask_NT
         if rollouts.weight_NT is not None:
             active_NT = active_NT & (rollouts.weight_NT != 0)
+        active_NT, node_NS = active_NT.cpu(), rollouts.node_NS.cpu()  # as the tree is
         device = self.pipeline._execution_device
         logprob_NT = []
         for step in range(active_NT.shape[1]):
             row_K = active_NT[:, step].nonzero().flatten()
             column_N = torch.zeros(len(rollouts), dtype=torch.float64, device=device)
             if len(row_K):
-                child_U, place_K = rollouts.node_NS[row_K, step + 1].unique(return_inverse=True)
+                child_U, place_K = node_NS[row_K, step + 1].unique(return_inverse=True)
                 parent_U = rollouts.tree.parent_M[child_U]
                 distinct, which_U = parent_U.unique(return_inverse=True)
                 mean, std = self._replay(rollouts.tree, distinct, step, reference)
@@ -279,7 +281,7 @@ class DiffusersEngine:
         """
         images = []
         tree = rollouts.tree
-        for node_U in rollouts.node_NS[:, -1].split(self.batch_size):
+        for node_U in rollouts.node_NS[:, -1].cpu().split(self.batch_size):
             x = tree.latent_M[node_U]
             if getattr(self.pipeline, "vae", None) is None:
                 if x.ndim != 4:
