@@ -6,7 +6,7 @@
 An arm is a YAML of recipes/images, or one with a few settings changed. A run ends after the step in
 which the denoiser has been evaluated `--evaluations` times for rollouts to train on (rows; the replay
 of steps in the update is not among them and is reported beside). Model, pretraining, learning rate,
-clip and updates per step are equal. The result is the share of validation samples, drawn with noise as in
+clip and updates per step are equal. The result is the share of validation samples, with noise as in
 training, whose digit the classifier reads as prompted.
 """
 

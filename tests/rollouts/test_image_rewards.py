@@ -93,7 +93,7 @@ def test_no_images_give_no_rewards(name):
     assert reward(name, noise(0)).shape == (0,)
 
 
-@pytest.mark.parametrize("name", set(IMAGE_REWARDS) - {"saturation", "colourfulness"})
+@pytest.mark.parametrize("name", sorted(IMAGE_REWARDS.keys() - {"saturation", "colourfulness"}))
 def test_grey_images_of_one_channel_are_judged_or_refused_by_name(name):
     if name in ("colour_target", "colour_share", "relation"):
         with pytest.raises(ValueError, match=f"{name} needs images of 3 channels, got 1"):
