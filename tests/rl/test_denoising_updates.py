@@ -12,31 +12,33 @@ from tests.tiny_denoising import difference, start
 torch.set_num_threads(1)
 
 
-def test_the_first_update_is_the_policy_gradient_by_hand(tmp_path):
+@pytest.mark.parametrize("noise_weight", ["none", "std"])
+def test_the_first_update_is_the_policy_gradient_by_hand(tmp_path, noise_weight):
     """Plain SGD, float64: the weights move by -lr times the gradient of
 
-        - 1/2 sum over two prompts of  1/6 sum over samples of  A_n 1/3 sum over steps of  logprob
+        - 1/2 sum over two prompts of  1/6 sum over samples of  A_n 1/3 sum over steps of  w_t logprob
 
-    with A_n = (r_n - mean of the prompt) / std of the batch.
+    with A_n = (r_n - mean of the prompt) / std of the batch, and w_t 1 or the noise, of mean 1.
     """
-    made = tiny.trainer(
-        tmp_path,
-        pipeline=tiny.pipeline(dtype=torch.float64),
-        optim="sgd",
-        learning_rate=0.1,
-        max_grad_norm=0.0,
-        max_steps=1,
-        advantage_clip=None,
-        per_device_train_batch_size=3,
+    settings = {"max_steps": 1, "advantage_clip": None, "noise_weight": noise_weight}
+    settings |= {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+    made, twin = (
+        tiny.trainer(
+            tmp_path / name,
+            pipeline=tiny.pipeline(dtype=torch.float64),
+            per_device_train_batch_size=3,
+            **settings,
+        )
+        for name in ("made", "twin")
     )
-    twin = tiny.trainer(tmp_path / "twin", pipeline=tiny.pipeline(dtype=torch.float64), max_steps=1)
     rollouts = collect(twin.line, version=0).rollouts
     reward = rollouts.reward_N.view(2, 6)
-    advantage_N = (
-        (reward - reward.mean(1, keepdim=True)) / (reward.std(correction=0) + 1e-8)
-    ).flatten()
-    logprob_NT = twin.line.engine.logprobs(rollouts)
-    loss = -(advantage_N[:, None] * logprob_NT[:, :3]).sum() / (2 * 6 * 3)
+    std = reward.std(correction=0) + 1e-8
+    advantage_N = ((reward - reward.mean(1, keepdim=True)) / std).flatten()
+    noise_T = torch.stack([twin.line.engine.replay(rollouts, step=t)[1][0] for t in range(3)])
+    weight_T = noise_T / noise_T.mean() if noise_weight == "std" else torch.ones(3)
+    logprob_NT = twin.line.engine.logprobs(rollouts)[:, :3]
+    loss = -(advantage_N[:, None] * weight_T.detach() * logprob_NT).sum() / (2 * 6 * 3)
     loss.backward()
     before = parameters(made)
     made.train()
@@ -44,7 +46,7 @@ def test_the_first_update_is_the_policy_gradient_by_hand(tmp_path):
         expected = before[name] - 0.1 * weight.grad
         torch.testing.assert_close(made.model.state_dict()[name], expected, rtol=1e-8, atol=1e-10)
     assert difference(parameters(made), before) > 1e-3
-    assert step_logs(tmp_path)[0]["reward"] == pytest.approx(float(reward.mean()))
+    assert step_logs(tmp_path / "made")[0]["reward"] == pytest.approx(float(reward.mean()))
 
 
 @pytest.mark.parametrize(
