@@ -144,6 +144,9 @@ class DenoisingConfig(RolloutConfig):
                 f"{self.plan!r}"
             )
         self.plan = json.loads(json.dumps(self.plan))  # as a checkpoint gives it back
+        for entry in (self.plan.get("stochastic"), self.plan.get("trained")):
+            if isinstance(entry, dict) and entry.get("schedule") == "backward_progressive":
+                entry.setdefault("stages", self.plan_horizon)  # a resumed run keeps its schedule
         for step in range(self.plan_horizon):  # one that could not be run later is told now
             self.step_plan(step)
 
@@ -209,6 +212,11 @@ class DenoisingConfig(RolloutConfig):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+        if self.ema_decay and self.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end brings back weights that train, while ema_decay validates and "
+                "saves their average: write one of the two"
+            )
         if self.ema_decay == 1:
             raise ValueError("ema_decay must be below 1: an average with decay 1 never moves")
         if self.advantage_clip is not None and not self.advantage_clip > 0:

@@ -137,6 +137,17 @@ def test_a_plan_that_fails_at_a_later_step_is_refused_at_once():
         ({"length_weight": "token_sum"}, "length_weight must be one of row_mean, row_sum, got"),
         ({"sibling_within_share": 1.5}, r"sibling_within_share must lie in \[0.0, 1.0\], got 1.5"),
         ({"ema_decay": -0.1}, r"ema_decay must lie in \[0.0, 1.0\], got -0.1"),
+        (
+            {
+                "ema_decay": 0.9,
+                "load_best_model_at_end": True,
+                "eval_strategy": "steps",
+                "save_strategy": "steps",
+                "eval_steps": 2,
+                "save_steps": 2,
+            },
+            "load_best_model_at_end brings back weights that train",
+        ),
         ({"ema_decay": 1.0}, "ema_decay must be below 1: an average with decay 1 never moves"),
         ({"guidance_scale": -1.0}, r"guidance_scale must lie in \[0.0, inf\], got -1.0"),
         ({"branch_threshold": -0.5}, r"branch_threshold must lie in \[0.0, inf\], got -0.5"),
@@ -224,3 +235,14 @@ def test_a_yaml_says_it_all(tmp_path):
     assert made.plan == tiny.CHAIN and made.baseline == "leave_one_out" and made.ema_decay == 0.9
     (made,) = parse((DenoisingConfig,), ["--config", str(path)])
     assert made.step_plan(0).leaves_per_root == 3
+
+
+def test_a_schedule_over_the_run_is_written_down(tmp_path):
+    trained = {"schedule": "backward_progressive", "first": 2, "last": 4}
+    made = tiny.config(tmp_path, plan=tiny.CHAIN | {"trained": trained}, max_steps=9)
+    assert made.plan["trained"]["stages"] == 9  # a resumed run with another max_steps is refused
+    told = tiny.config(
+        tmp_path, plan=tiny.CHAIN | {"trained": trained | {"stages": 3}}, max_steps=9
+    )
+    assert told.plan["trained"]["stages"] == 3
+    assert "stages" not in trained
