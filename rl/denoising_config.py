@@ -143,8 +143,8 @@ class DenoisingConfig(RolloutConfig):
                 f"plan must be a mapping such as {{num_steps: 20, rule: ddim, level: 1.0}}, got "
                 f"{self.plan!r}"
             )
-        self.plan = json.loads(json.dumps(self.plan))  # as a checkpoint gives it back
-        for entry in (self.plan.get("stochastic"), self.plan.get("trained")):
+        plan = self.plan = json.loads(json.dumps(self.plan))  # as a checkpoint gives it back
+        for entry in (plan.get("stochastic"), plan.get("trained")):
             if isinstance(entry, dict) and entry.get("schedule") == "backward_progressive":
                 entry.setdefault("stages", self.plan_horizon)  # a resumed run keeps its schedule
         for step in range(self.plan_horizon):  # one that could not be run later is told now
