@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ def refuse_code(folder: str | Path) -> None:
 
     DeepSpeed 0.19 unpickles `global_step*/*.pt` without restriction. Each file is loaded here first as
     weights only, its tensors left on disk, with the classes of DeepSpeed that it names (settings of
-    the optimizer such as its loss scaler) and no functions.
+    the optimizer such as its loss scaler), the members of enumerations and no functions.
 
     Raises:
         pickle.UnpicklingError: naming the file and what it would call.
@@ -105,7 +106,7 @@ def refuse_code(folder: str | Path) -> None:
         named = get_unsafe_globals_in_checkpoint(str(path))
         own = [_class_of_deepspeed(name) for name in named]
         try:
-            with safe_globals([cls for cls in own if cls is not None]):
+            with safe_globals([*filter(None, own), (_member, "builtins.getattr")]):
                 torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError as error:
             unknown = [name for name, cls in zip(named, own, strict=True) if cls is None]
@@ -113,6 +114,13 @@ def refuse_code(folder: str | Path) -> None:
                 f"{path} is not loaded: it would run {', '.join(unknown) or 'code'}, which no "
                 f"checkpoint of DeepSpeed needs ({str(error).splitlines()[0]})"
             ) from None
+
+
+def _member(cls: object, name: str) -> Enum:
+    """In the place of `getattr`, by which early Pythons 3.11 write members of enumerations."""
+    if not (isinstance(cls, type) and issubclass(cls, Enum) and name in cls.__members__):
+        raise pickle.UnpicklingError(f"{name!r} of {cls!r} is no member of an enumeration")
+    return cls[name]
 
 
 def _class_of_deepspeed(name: str) -> type | None:

@@ -52,3 +52,21 @@ def test_classes_of_deepspeed_pass_and_its_functions_do_not(tmp_path):
     with pytest.raises(pickle.UnpicklingError, match="it would run deepspeed.*ensure_directory"):
         checkpoint.load_state(folder)
     assert not (tmp_path / "made").exists()
+
+
+def test_members_of_enumerations_pass_however_python_writes_them(tmp_path):
+    """Early Pythons 3.11 write `getattr(cls, name)`; of anything else that stays refused."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    cases = {"member": (ZeroStageEnum, "weights"), "method": (LossScaler, "backward")}
+    cases |= {"attribute": (ZeroStageEnum, "__init__")}
+    for name, arguments in cases.items():
+        (tmp_path / name).mkdir()
+        folder = folder_with(tmp_path / name, {"stage": Evil(getattr, *arguments)})
+        if name == "member":
+            assert checkpoint.load_state(folder) == {"step": 3}
+            continue
+        with pytest.raises(pickle.UnpicklingError, match="run .*getattr.*is no member of an enum"):
+            checkpoint.load_state(folder)
