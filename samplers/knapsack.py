@@ -83,12 +83,22 @@ def knapsack_posterior(
         (P,) int64 counts that sum to `total`, ties as in `neyman`.
 
     Raises:
-        ValueError: if `total` does not fit the boxes, or a parameter is not positive and finite.
+        ValueError: if `total` does not fit the boxes, or a parameter is not positive, or over 1e100.
     """
     a_P, b_P = beta_parameters(a_P, b_P, least=0)
+    most = max(a_P.max(initial=0), b_P.max(initial=0))
+    if most > 1e100:  # squares of them are taken
+        raise ValueError(f"a_P and b_P must be at most 1e100, got {most}")
     lower_P, upper_P = boxes(len(one_per_prompt(a_P)), total, minimum, maximum, least=2)
+    columns = (a_P, b_P, *_posterior_columns(a_P, b_P))
     return best_first(
-        _knapsack_posterior_gain, (a_P, b_P), lower_P, upper_P, total - int(lower_P.sum())
+        _knapsack_posterior_gain,
+        columns,
+        lower_P,
+        upper_P,
+        total - int(lower_P.sum()),
+        guess=_posterior_guess,
+        levels=_guessed_levels(_posterior_guess, columns, lower_P, upper_P, total),
     )
 
 
@@ -144,7 +154,7 @@ def _guessed_levels(
     low_K, high_K = lower_P[::every].astype(np.float64), upper_P[::every].astype(np.float64)
     share = total * len(low_K) / len(lower_P)
     bottom, top = -700.0, 0.0
-    for _ in range(24):
+    for _ in range(18):
         middle = (bottom + top) / 2
         n_K = np.minimum(np.maximum(guess(math.exp(middle), *sample), low_K), high_K)
         bottom, top = (middle, top) if n_K.sum() > share else (bottom, middle)
@@ -156,35 +166,115 @@ def _knapsack_gain(n_K: FloatArray, p_K: FloatArray, *_: FloatArray) -> FloatArr
     return p_K * rest_K**2 * (p_K**n_K * rest_K + rest_K**n_K * p_K)
 
 
-def _knapsack_posterior_gain(n_K: FloatArray, a_K: FloatArray, b_K: FloatArray) -> FloatArray:
-    c_K = a_K + b_K
-    # The factors that do not grow with n in full, the others as logs of rising factorials.
-    passing_K = np.exp(_log_rising(a_K, n_K + 1) - _log_rising(c_K, n_K + 1))
-    failing_K = np.exp(_log_rising(b_K, n_K + 2) - _log_rising(c_K, n_K + 2))
-    far_K = c_K + n_K
-    passing_K = passing_K * (
-        b_K / (far_K + 1) * ((b_K + 1) / (far_K + 2)) * ((b_K + 2) / (far_K + 3))
-    )
-    failing_K = failing_K * (a_K / (far_K + 2) * ((a_K + 1) / (far_K + 3)))
-    return passing_K + failing_K
+def _posterior_columns(a_P: FloatArray, b_P: FloatArray) -> tuple[FloatArray, ...]:
+    """Logarithms of what does not depend on n in  passing = B(a + n + 1, b + 3) / B(a, b)  and in
+    failing = B(a + 2, b + n + 2) / B(a, b); (P,) each, two for the guess, then two for the gain."""
+    c_P = a_P + b_P
+    front_P = np.log(b_P) + np.log(b_P + 1) + np.log(b_P + 2), np.log(a_P) + np.log(a_P + 1)
+    near_P = [_log_near(x_P) for x_P in (a_P, b_P, c_P)]
+    passing_P, failing_P = (front_P[i] + (near_P[i] - near_P[2]) for i in (0, 1))
+    tail_P = _stirling(c_P + 10)
+    to_c_P = _log_far(a_P, b_P) - tail_P, _log_far(b_P, a_P) - tail_P
+    return passing_P + to_c_P[0], failing_P + to_c_P[1], passing_P, failing_P
 
 
-def _log_rising(x_K: FloatArray, n_K: FloatArray) -> FloatArray:
-    """log(x (x + 1) ... (x + n - 1)), x > 0, n >= 0: log Gamma(x + n) - log Gamma(x).
+def _posterior_guess(
+    level: float,
+    a_K: FloatArray,
+    b_K: FloatArray,
+    passing_K: FloatArray,
+    failing_K: FloatArray,
+    *_: FloatArray,
+) -> FloatArray:
+    """A step of Newton's method as in `_knapsack_guess`, on  log Gamma(n + x) - log Gamma(n + y) =
+    -d log z + d (d^2 - 1) / (24 z^2) - ...,  d = y - x, z = n + (x + y - 1) / 2."""
+    if level == 0:
+        return np.full_like(a_K, np.inf)
+    target = math.log(level)
+    power_K, other_power_K = b_K + 3, a_K + 2
+    shift_K, other_shift_K = a_K + b_K / 2 + 2, b_K + a_K / 2 + 2.5
+    with np.errstate(over="ignore", invalid="ignore"):
+        n_K = np.maximum(
+            np.exp((passing_K - target) / power_K) - shift_K,
+            np.exp((failing_K - target) / other_power_K) - other_shift_K,
+        )
+        z_K = np.maximum(n_K, 0) + shift_K
+        other_z_K = z_K + (other_shift_K - shift_K)
+        bend_K = power_K * (np.square(power_K) - 1) / (24 * np.square(z_K))
+        other_bend_K = other_power_K * (np.square(other_power_K) - 1) / (24 * np.square(other_z_K))
+        log_K = passing_K - power_K * np.log(z_K) + bend_K
+        other_log_K = failing_K - other_power_K * np.log(other_z_K) + other_bend_K
+        ratio_K = np.exp(other_log_K - log_K)
+        slope_K = (power_K + 2 * bend_K) / z_K
+        slope_K += ratio_K * ((other_power_K + 2 * other_bend_K) / other_z_K)
+        excess_K = log_K + np.log1p(ratio_K) - target
+        n_K = z_K - shift_K + excess_K * (1 + ratio_K) / slope_K
+    return np.where(np.isfinite(n_K), np.maximum(np.ceil(n_K), 0), 0.0)
 
-    By Stirling's series once x is at least 10, arranged so that large x do not cancel.
+
+def _knapsack_posterior_gain(
+    n_K: FloatArray,
+    a_K: FloatArray,
+    b_K: FloatArray,
+    _: FloatArray,
+    __: FloatArray,
+    passing_K: FloatArray,
+    failing_K: FloatArray,
+) -> FloatArray:
+    """passing + failing, with c = a + b, m = n + 1 and fall = (c + m) (c + m + 1) (c + m + 2):
+
+    passing = b (b + 1) (b + 2) (Gamma(a + m) / Gamma(a)) (Gamma(c) / Gamma(c + m)) / fall,
+    failing = a (a + 1) (b + m) (Gamma(b + m) / Gamma(b)) (Gamma(c) / Gamma(c + m)) / fall.
     """
-    shift_K = np.ones_like(x_K)
-    for step in range(10):
-        # Gamma(x) = Gamma(x + 10) / (x (x + 1) ... (x + 9)), and likewise for x + n.
-        shift_K *= (x_K + step) / (x_K + n_K + step)
+    m_K, c_K = n_K + 1, a_K + b_K
+    far_K = c_K + m_K
+    log_K = _log_far(c_K, m_K)
+    passing_K = np.exp(_log_far(a_K, m_K) - log_K + passing_K) * _near(a_K + m_K, far_K)
+    failing_K = np.exp(_log_far(b_K, m_K) - log_K + failing_K) * _near(b_K + m_K, far_K)
+    failing_K *= b_K + m_K
+    return (passing_K + failing_K) / (far_K * (far_K + 1) * (far_K + 2))
+
+
+def _log_far(x_K: FloatArray, n_K: FloatArray) -> FloatArray:
+    """log Gamma(x + 10 + n) - log Gamma(x + 10) by Stirling's series, but for `_stirling(x + 10)`;
+    arranged so that large x do not cancel."""
     low_K, high_K = x_K + 10, x_K + n_K + 10
-    body_K = (low_K - 0.5) * np.log1p(n_K / low_K) + n_K * (np.log(high_K) - 1)
-    return np.log(shift_K) + body_K + (_stirling(high_K) - _stirling(low_K))
+    log_K = (low_K - 0.5) * np.log1p(n_K / low_K)
+    log_K += n_K * (np.log(high_K) - 1)
+    log_K += _stirling(high_K)
+    return log_K
+
+
+PAIRS = (0.0, 8.0, 14.0, 18.0, 20.0)
+"""Gamma(x + 10) / Gamma(x) = x (x + 1) ... (x + 9) is the product of (x + i) (x + 9 - i) =
+x (x + 9) + i (9 - i), i < 5."""
+
+
+def _log_near(x_P: FloatArray) -> FloatArray:
+    """log Gamma(x + 10) - log Gamma(x) - `_stirling(x + 10)`."""
+    square_P = x_P * (x_P + 9)
+    log_P = -_stirling(x_P + 10)
+    for more in PAIRS:
+        log_P += np.log(square_P + more)
+    return log_P
+
+
+def _near(x_K: FloatArray, y_K: FloatArray) -> FloatArray:
+    """Gamma(y + 10) / Gamma(y) * Gamma(x) / Gamma(x + 10)."""
+    x_square_K, y_square_K = x_K * (x_K + 9), y_K * (y_K + 9)
+    ratio_K = y_square_K / x_square_K
+    for more in PAIRS[1:]:
+        ratio_K *= (y_square_K + more) / (x_square_K + more)
+    return ratio_K
 
 
 def _stirling(x_K: FloatArray) -> FloatArray:
-    """log Gamma(x) - ((x - 1/2) log x - x + log(2 pi) / 2), to 1e-16 from x = 10 on."""
+    """log Gamma(x) - ((x - 1/2) log x - x + log(2 pi) / 2), to 1e-14 from x = 10 on."""
     square_K = 1 / np.square(x_K)
-    tail_K = 1 / 1680 - square_K * (1 / 1188 - square_K * (691 / 360360 - square_K / 156))
-    return (1 / 12 - square_K * (1 / 360 - square_K * (1 / 1260 - square_K * tail_K))) / x_K
+    tail_K = square_K / 1188
+    for term in (-1 / 1680, 1 / 1260, -1 / 360):
+        tail_K += term
+        tail_K *= square_K
+    tail_K += 1 / 12
+    tail_K /= x_K
+    return tail_K

@@ -68,5 +68,5 @@ def test_members_of_enumerations_pass_however_python_writes_them(tmp_path):
         if name == "member":
             assert checkpoint.load_state(folder) == {"step": 3}
             continue
-        with pytest.raises(pickle.UnpicklingError, match="run .*getattr.*is no member of an enum"):
+        with pytest.raises(pickle.UnpicklingError, match="it would run builtins.getattr"):
             checkpoint.load_state(folder)

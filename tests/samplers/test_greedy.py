@@ -129,9 +129,10 @@ def slow(family, seed):
         columns = (np.minimum(std, 1.0),)
         function, result = knapsack._knapsack_gain, allocation.knapsack(*columns, total, **box)
     else:
-        columns = tuple(generator.choice([1.0, 1.2, 4.5, 9.0], (2, len(std))))
+        a, b = generator.choice([1.0, 1.2, 4.5, 9.0], (2, len(std)))
+        columns = (a, b, *knapsack._posterior_columns(a, b))
         function = knapsack._knapsack_posterior_gain
-        result = allocation.knapsack_posterior(*columns, total, **box)
+        result = allocation.knapsack_posterior(a, b, total, **box)
     n = np.arange(int(lower.min()), int(upper.max()) + 1, dtype=float)
     table = [function(n, *(np.full(len(n), c[p]) for c in columns)) for p in range(len(std))]
     return in_turn(lambda n, p: table[p][n - lower.min()], lower, upper, room), result
