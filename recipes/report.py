@@ -119,6 +119,8 @@ def tables_of(runs: list[Run], groups: Groups) -> list[Table]:
     shown |= {label: members for label, members in groups.items() if len(members) > 1}
     last = {run.name: run.log[-1] if run.log else {} for run in runs}
     phases = dict.fromkeys(n for row in last.values() for n in row if f"{TOTAL}seconds_" in n)
+    images = all("denoiser_evaluations" in row for row in last.values())
+    unit, greedy = ("denoising steps", "deterministic") if images else ("tokens", "greedy")
 
     def number(values: Iterable[float | None]) -> str:
         known = [value for value in values if value is not None]
@@ -138,7 +140,7 @@ def tables_of(runs: list[Run], groups: Groups) -> list[Table]:
             "rollouts generated": number(drawn),
         }
         for name in ("drawn", "trained", "filtered"):
-            title = f"tokens {name.replace('drawn', 'generated')}"
+            title = f"{unit} {name.replace('drawn', 'generated')}"
             row[title] = number(total(f"tokens_{name}", members))
         cost.append(row | {"optimizer updates": number(total("updates", members))})
         spent = {p: [last[run.name].get(p) for run in members] for p in phases}
@@ -146,13 +148,13 @@ def tables_of(runs: list[Run], groups: Groups) -> list[Table]:
         row = {p.removeprefix(f"{TOTAL}seconds_"): number(values) for p, values in spent.items()}
         seconds.append({"run": label, **row, "sum": number(sums)})
         row = {"run": label, "reward": _first_to_last(members, "log", "reward", "{:.3f}")[0]}
-        for name, title in (("pass_rate", "pass rate"), ("greedy_accuracy", "greedy accuracy")):
-            cells = _first_to_last(members, "validation", f"eval_{name}", "{:.1%}")
-            row[title] = "\n".join(cells)
+        for name in ("pass rate", f"{greedy} accuracy"):
+            key = f"eval_{name.replace(' ', '_')}"
+            row[name] = "\n".join(_first_to_last(members, "validation", key, "{:.1%}"))
         mixed = _first_to_last(members, "log", "groups/mixed_share", "{:.0%}")[0]
         learning.append(row | {"mixed groups": mixed})
     caption = (
-        "Pass rate and greedy accuracy on the validation prompts; points: difference ± its standard "
+        f"Pass rate and {greedy} accuracy on the validation prompts; points: difference ± its standard "
         "error over prompts, of several seeds [least, greatest]. Reward and share of mixed groups: "
         "means over the first and last tenth of the log lines."
     )

@@ -71,6 +71,8 @@ def read_run(folder: Path, name: str) -> Run:
     planned = run.about.get("settings", {}).get("max_steps", last)
     if not last:
         run.note("no step is finished yet; what is there is shown")
+    elif last < planned and any("train_runtime" in row and row["step"] >= last for row in lines):
+        run.note(f"ended at step {last}, by its budget or a callback, before max_steps={planned}")
     elif last < planned:
         run.note(f"ends at step {last} of {planned}: still running, or stopped")
     if logged < last:

@@ -275,7 +275,8 @@ def describe(logs: dict[str, float]) -> str:
         parts.append(f"| rollouts {drawn:.0f} ({trained / drawn:.0%} trained)")
     tokens, used = logs.get("ledger_total/tokens_drawn"), logs.get("ledger_total/tokens_trained")
     if tokens and used is not None:
-        parts.append(f"tokens {tokens:.3g} ({used / tokens:.0%})")
+        unit = "denoising steps" if "denoiser_evaluations" in logs else "tokens"
+        parts.append(f"{unit} {tokens:,.0f} ({used / tokens:.0%})")
     seconds = {
         name.removeprefix("ledger_total/seconds_"): value
         for name, value in logs.items()

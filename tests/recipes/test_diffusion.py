@@ -158,6 +158,8 @@ def test_the_digits_run_ends_with_a_page_of_pictures(digits_run):
         "last validation without noise, step 2",
         "training samples of step 2",
         "what generation cost",
+        "denoising steps generated",
+        "deterministic accuracy",
     ):
         assert caption in page
     assert (root / "run" / "report-denoising.png").is_file()

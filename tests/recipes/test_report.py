@@ -84,7 +84,8 @@ def fake_run(
         )
         if step % validate_every == 0:
             validate(step, rate)
-    log.append({"step": steps, "train_runtime": 3.0, "train_loss": -0.1})
+    if steps == (planned or steps):
+        log.append({"step": steps, "train_runtime": 3.0, "train_loss": -0.1})
     write_lines(folder / "metrics.jsonl", log if steps else [])
     write_lines(folder / "steps.jsonl", decisions)
     return folder
@@ -240,6 +241,14 @@ def test_several_runs_are_compared_on_one_page(tmp_path):
     assert "gvm (mean of 2): runs end at steps 9 to 12" in printed
     differ = text.split("Those that differ")[1].split("</table>")[0]
     assert "allocator" in differ and "learning_rate" not in differ
+
+
+def test_a_run_that_ended_early_by_itself_is_told_from_one_that_was_stopped(tmp_path):
+    folder = fake_run(tmp_path / "spent", steps=9, planned=12)
+    assert "spent: ends at step 9 of 12: still running, or stopped" in reported(folder)[2]
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 9, "train_runtime": 3.0}) + "\n")
+    assert "spent: ended at step 9, by its budget or a callback" in reported(folder)[2]
 
 
 def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path):

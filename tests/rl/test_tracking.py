@@ -118,9 +118,10 @@ def test_the_progress_line():
         "ledger_total/seconds_rollout": 12.3,
     }
     assert tracking.describe(logs) == (
-        "reward 0.250 > trained 0.500 | mixed 50% | rollouts 200 (25% trained) tokens 4e+03 (25%) "
+        "reward 0.250 > trained 0.500 | mixed 50% | rollouts 200 (25% trained) tokens 4,000 (25%) "
         "| s rollout 12"
     )
+    assert "denoising steps 4,000 (25%)" in tracking.describe(logs | {"denoiser_evaluations": 9.0})
     del logs["reward_trained"]
     assert "> none trained" in tracking.describe(logs)
     assert tracking.describe({"loss": 0.1}) == ""
