@@ -112,13 +112,21 @@ def _count(
     if guess is None:
         return _bisect(gain, level, column_sK, low_K, high_K)
     n_K = np.minimum(np.maximum(guess(level, *column_sK), low_K), high_K)
-    wrong_K = (gain(n_K, *column_sK) > level) & (n_K < high_K)
-    # Where n is low, the unit before it is not asked about, and what its gain is said to be is not
-    # looked at.
-    wrong_K |= (gain(n_K - 1, *column_sK) <= level) & (n_K > low_K)
-    if wrong_K.any():
-        columns = tuple(column_K[wrong_K] for column_K in column_sK)
-        n_K[wrong_K] = _bisect(gain, level, columns, low_K[wrong_K], high_K[wrong_K])
+    row_J: IntArray | slice = slice(None)
+    n_J, low_J, high_J, column_sJ = n_K, low_K, high_K, column_sK
+    for _ in range(3):  # a guess is off by one more often than by more
+        more_J = (gain(n_J, *column_sJ) > level) & (n_J < high_J)
+        # Where n is low, the unit before it is not asked about, and what its gain is said to be is
+        # not looked at.
+        wrong_J = more_J | ((gain(n_J - 1, *column_sJ) <= level) & (n_J > low_J))
+        if not wrong_J.any():
+            return n_K
+        row_J = np.flatnonzero(wrong_J) if isinstance(row_J, slice) else row_J[wrong_J]
+        n_J = np.where(more_J, n_J + 1, n_J - 1)[wrong_J]
+        low_J, high_J = low_J[wrong_J], high_J[wrong_J]
+        column_sJ = tuple(column_J[wrong_J] for column_J in column_sJ)
+        n_K[row_J] = n_J
+    n_K[row_J] = _bisect(gain, level, column_sJ, low_J, high_J)
     return n_K
 
 

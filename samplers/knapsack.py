@@ -83,12 +83,12 @@ def knapsack_posterior(
         (P,) int64 counts that sum to `total`, ties as in `neyman`.
 
     Raises:
-        ValueError: if `total` does not fit the boxes, or a parameter is not positive, or over 1e100.
+        ValueError: if `total` does not fit the boxes, or a parameter is not positive, or over 1e30.
     """
     a_P, b_P = beta_parameters(a_P, b_P, least=0)
     most = max(a_P.max(initial=0), b_P.max(initial=0))
-    if most > 1e100:  # squares of them are taken
-        raise ValueError(f"a_P and b_P must be at most 1e100, got {most}")
+    if most > 1e30:  # the tenth power of their sum is taken
+        raise ValueError(f"a_P and b_P must be at most 1e30, got {most}")
     lower_P, upper_P = boxes(len(one_per_prompt(a_P)), total, minimum, maximum, least=2)
     columns = (a_P, b_P, *_posterior_columns(a_P, b_P))
     return best_first(
@@ -153,12 +153,18 @@ def _guessed_levels(
     sample = tuple(column[::every] for column in columns)
     low_K, high_K = lower_P[::every].astype(np.float64), upper_P[::every].astype(np.float64)
     share = total * len(low_K) / len(lower_P)
-    bottom, top = -700.0, 0.0
-    for _ in range(18):
+
+    def too_many(log_level: float) -> bool:
+        n_K = np.minimum(np.maximum(guess(math.exp(log_level), *sample), low_K), high_K)
+        return float(n_K.sum()) > share
+
+    bottom, top = -8.0, 0.0
+    while bottom > -700 and not too_many(bottom):
+        bottom, top = 2 * bottom, bottom
+    while top - bottom > 0.03:
         middle = (bottom + top) / 2
-        n_K = np.minimum(np.maximum(guess(math.exp(middle), *sample), low_K), high_K)
-        bottom, top = (middle, top) if n_K.sum() > share else (bottom, middle)
-    return [math.exp(bottom + step) for step in (0.03, -0.03, 0.3, -0.3)]
+        bottom, top = (middle, top) if too_many(middle) else (bottom, middle)
+    return [math.exp(bottom + step) for step in (0.06, -0.06, 0.3, -0.3)]
 
 
 def _knapsack_gain(n_K: FloatArray, p_K: FloatArray, *_: FloatArray) -> FloatArray:
@@ -171,7 +177,7 @@ def _posterior_columns(a_P: FloatArray, b_P: FloatArray) -> tuple[FloatArray, ..
     failing = B(a + 2, b + n + 2) / B(a, b); (P,) each, two for the guess, then two for the gain."""
     c_P = a_P + b_P
     front_P = np.log(b_P) + np.log(b_P + 1) + np.log(b_P + 2), np.log(a_P) + np.log(a_P + 1)
-    near_P = [_log_near(x_P) for x_P in (a_P, b_P, c_P)]
+    near_P = [np.log(_rising(x_P)) - _stirling(x_P + 10) for x_P in (a_P, b_P, c_P)]
     passing_P, failing_P = (front_P[i] + (near_P[i] - near_P[2]) for i in (0, 1))
     tail_P = _stirling(c_P + 10)
     to_c_P = _log_far(a_P, b_P) - tail_P, _log_far(b_P, a_P) - tail_P
@@ -228,11 +234,14 @@ def _knapsack_posterior_gain(
     """
     m_K, c_K = n_K + 1, a_K + b_K
     far_K = c_K + m_K
-    log_K = _log_far(c_K, m_K)
-    passing_K = np.exp(_log_far(a_K, m_K) - log_K + passing_K) * _near(a_K + m_K, far_K)
-    failing_K = np.exp(_log_far(b_K, m_K) - log_K + failing_K) * _near(b_K + m_K, far_K)
+    log_K, near_K = _log_far(c_K, m_K), _rising(far_K)
+    near_K /= far_K * (far_K + 1) * (far_K + 2)
+    passing_K = np.exp(_log_far(a_K, m_K) - log_K + passing_K) / _rising(a_K + m_K)
+    failing_K = np.exp(_log_far(b_K, m_K) - log_K + failing_K) / _rising(b_K + m_K)
     failing_K *= b_K + m_K
-    return (passing_K + failing_K) / (far_K * (far_K + 1) * (far_K + 2))
+    passing_K += failing_K
+    passing_K *= near_K
+    return passing_K
 
 
 def _log_far(x_K: FloatArray, n_K: FloatArray) -> FloatArray:
@@ -245,27 +254,15 @@ def _log_far(x_K: FloatArray, n_K: FloatArray) -> FloatArray:
     return log_K
 
 
-PAIRS = (0.0, 8.0, 14.0, 18.0, 20.0)
-"""Gamma(x + 10) / Gamma(x) = x (x + 1) ... (x + 9) is the product of (x + i) (x + 9 - i) =
-x (x + 9) + i (9 - i), i < 5."""
-
-
-def _log_near(x_P: FloatArray) -> FloatArray:
-    """log Gamma(x + 10) - log Gamma(x) - `_stirling(x + 10)`."""
-    square_P = x_P * (x_P + 9)
-    log_P = -_stirling(x_P + 10)
-    for more in PAIRS:
-        log_P += np.log(square_P + more)
-    return log_P
-
-
-def _near(x_K: FloatArray, y_K: FloatArray) -> FloatArray:
-    """Gamma(y + 10) / Gamma(y) * Gamma(x) / Gamma(x + 10)."""
-    x_square_K, y_square_K = x_K * (x_K + 9), y_K * (y_K + 9)
-    ratio_K = y_square_K / x_square_K
-    for more in PAIRS[1:]:
-        ratio_K *= (y_square_K + more) / (x_square_K + more)
-    return ratio_K
+def _rising(x_K: FloatArray) -> FloatArray:
+    """Gamma(x + 10) / Gamma(x) = x (x + 1) ... (x + 9), in pairs: (x + i) (x + 9 - i) =
+    x (x + 9) + i (9 - i)."""
+    square_K = x_K * (x_K + 9)
+    product_K = square_K + 8
+    product_K *= square_K
+    for more in (14, 18, 20):
+        product_K *= square_K + more
+    return product_K
 
 
 def _stirling(x_K: FloatArray) -> FloatArray:

@@ -138,6 +138,14 @@ def test_what_is_guessed_of_the_posterior_gain_is_mostly_right():
     assert np.mean(np.array(guess) != n) < 0.05 and np.abs(np.array(guess) - n).max() <= 3
 
 
+@pytest.mark.filterwarnings("error")
+def test_posteriors_from_the_smallest_to_the_largest_evidence_are_allocated_to():
+    a = np.repeat([5e-324, 1e-9, 1.0, 1e6, 1e30], 5)
+    b = np.tile([5e-324, 1e-9, 1.0, 1e6, 1e30], 5)
+    budget = knapsack_posterior(a, b, 400, maximum=64)
+    assert budget.sum() == 400 and budget.min() >= 2
+
+
 def test_with_much_evidence_the_posterior_gives_the_budgets_of_its_mean():
     p = np.array([0.05, 0.2, 0.5, 0.8])
     a, b = 1e6 * p, 1e6 * (1 - p)
@@ -330,6 +338,8 @@ def test_pass_rates_and_parameters_that_cannot_be_are_refused():
         knapsack([0.5, 0.5], 8, minimum=1)
     with pytest.raises(ValueError, match="a and b must be positive here, got 0.0"):
         knapsack_posterior([1.0, 0.0], [1.0, 1.0], 8)
+    with pytest.raises(ValueError, match=r"a_P and b_P must be at most 1e30, got 2e\+30"):
+        knapsack_posterior([1.0, 1.0], [1.0, 2e30], 8)
 
 
 @given(
