@@ -128,13 +128,14 @@ class RolloutConfig(TrainingArguments):
     )
     allocator: str = setting(
         "uniform",
-        "How many rollouts each prompt gets: uniform, neyman, leave_one_out, dr_grpo, gvm, log, "
-        "accepted, reinforce_ada, knapsack or knapsack_posterior.",
+        "How many rollouts each prompt gets: uniform, neyman, cost_aware (neyman, fewer where rollouts "
+        "are long), leave_one_out, dr_grpo, gvm, log, accepted, reinforce_ada, knapsack or "
+        "knapsack_posterior.",
     )
     allocation_scale: str = setting(
         "posterior_std",
-        "The reward's std as neyman, leave_one_out and dr_grpo see it: posterior_std, plug_in_std, "
-        "mean_std or thompson_std.",
+        "The reward's std as neyman, cost_aware, leave_one_out and dr_grpo see it: posterior_std, "
+        "plug_in_std, mean_std or thompson_std.",
     )
     budget_min: int | None = setting(
         None,

@@ -108,6 +108,7 @@ ALLOCATORS: dict[str, tuple[Callable, Callable | None]] = {
     "neyman": (allocation.neyman, allocation.posterior_std),
     "leave_one_out": (allocation.leave_one_out, allocation.posterior_std),
     "dr_grpo": (allocation.dr_grpo, allocation.posterior_std),
+    "cost_aware": (allocation.neyman, allocation.posterior_std),  # by length: `rl/waves.py`
     "gvm": (allocation.neyman, allocation.gvm),
     "log": (allocation.neyman, allocation.log_std),
     "accepted": (allocation.neyman, allocation.accepted_std),

@@ -81,6 +81,9 @@ def roll_out_wave(line: Line, *, version: int, **which: Any) -> Wave:
         planner.observe(proposal, scored.reward_N.numpy(), scored.rollouts.prompt_N.numpy())
         proposals.append(proposal)
         rounds.append(scored)
+    if line.config.allocator == "cost_aware":
+        length_P = line.ranks.lengths.of([prompt.key for prompt in prompts])
+        planner.observe_lengths(proposals[0].index_P, np.maximum(length_P, 1.0))
     return Wave(
         prompts=prompts,
         proposals=proposals,

@@ -132,42 +132,49 @@ class OpenStep:
         return {name: copied(getattr(self, name)) for name in self.__slots__}
 
 
-class GradientNorms:
-    """The last measured gradient norm of each prompt, used from the next step on."""
+class Measured:
+    """A number of each prompt, the last one measured, used from the next step on.
 
-    def __init__(self, num_prompts: int) -> None:
+    Args:
+        num_prompts: of the data set.
+        what: the numbers, for messages.
+        positive: whether 0 is refused too.
+    """
+
+    def __init__(self, num_prompts: int, what: str, *, positive: bool = False) -> None:
         self.used_D = np.full(num_prompts, np.nan)
         self.measured_D = np.full(num_prompts, np.nan)
         """(D,) NaN where never measured; `used_D` lags behind until a step is opened."""
+        self._what, self._positive = what, positive
 
-    def observe(self, index_K: ArrayLike, norm_K: ArrayLike, keys: Sequence[str]) -> None:
-        """Remember norms, if they are finite, non-negative and of distinct rows."""
-        index_K, norm_K = np.asarray(index_K, dtype=np.int64), np.asarray(norm_K, dtype=np.float64)
-        if index_K.ndim != 1 or index_K.shape != norm_K.shape:
+    def observe(self, index_K: ArrayLike, value_K: ArrayLike, keys: Sequence[str]) -> None:
+        """Remember numbers, if they are finite, of the right sign and of distinct rows."""
+        index_K, value_K = np.asarray(index_K, dtype=np.int64), np.asarray(value_K, np.float64)
+        if index_K.ndim != 1 or index_K.shape != value_K.shape:
             raise ValueError(
-                f"index_K and norm_K must be 1-d and equally long, "
-                f"got {index_K.shape} and {norm_K.shape}"
+                f"index_K and {self._what} must be 1-d and equally long, "
+                f"got {index_K.shape} and {value_K.shape}"
             )
         check_rows(index_K, len(keys))
-        valid_K = np.isfinite(norm_K) & (norm_K >= 0)
+        valid_K = np.isfinite(value_K) & ((value_K > 0) if self._positive else (value_K >= 0))
         if not valid_K.all():
             at = int(np.flatnonzero(~valid_K)[0])
             raise ValueError(
-                f"gradient norms must be finite and non-negative, got {norm_K[at]} "
-                f"for prompt {keys[index_K[at]]}"
+                f"{self._what} must be finite and {'positive' if self._positive else 'non-negative'}, "
+                f"got {value_K[at]} for prompt {keys[index_K[at]]}"
             )
-        self.measured_D[index_K] = norm_K
+        self.measured_D[index_K] = value_K
 
     def open_step(self) -> None:
-        """From here on the norms measured so far are used."""
+        """From here on what was measured so far is used."""
         self.used_D[:] = self.measured_D
 
     def of(self, index_P: IntArray) -> FloatArray:
-        """(P,) norms; the mean of the measured ones where not measured, 1 if there are none."""
-        norm_P = self.used_D[index_P]
-        measured_P = np.isfinite(norm_P)
-        mean = norm_P[measured_P].mean() if measured_P.any() else 1.0
-        return np.where(measured_P, norm_P, mean)
+        """(P,) numbers; the mean of the measured ones where not measured, 1 if there are none."""
+        value_P = self.used_D[index_P]
+        measured_P = np.isfinite(value_P)
+        mean = value_P[measured_P].mean() if measured_P.any() else 1.0
+        return np.where(measured_P, value_P, mean)
 
 
 def check_keys(keys: Sequence[str], num_prompts: int) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from samplers.allocation import Allocator, Scale, posterior_std
 from samplers.keys import fingerprint, rollout_seeds, stable_hash, step_generator
-from samplers.open_step import GradientNorms, OpenStep, check_keys, check_pilots, check_rows, copied
+from samplers.open_step import Measured, OpenStep, check_keys, check_pilots, check_rows, copied
 from samplers.posterior import BetaPosterior
 from samplers.proposal import Decision, Proposal, admit, checked_rewards
 from samplers.rules import Stopping
@@ -139,7 +139,8 @@ class Planner:
         self._round = 0
         self._draw_D = np.zeros(len(keys), dtype=np.int64)
         self._last_visit_D = np.full(len(keys), -1)
-        self._norms = GradientNorms(len(keys))
+        self._norms = Measured(len(keys), "gradient norms")
+        self._lengths = Measured(len(keys), "lengths", positive=True)
         self._last: OpenStep | None = None
         self._in_flight: Proposal | None = None
 
@@ -239,14 +240,33 @@ class Planner:
             raise ValueError("gradient norms multiply a scale, and this planner has scale=None")
         self._norms.observe(index_K, norm_K, self.keys)
 
+    def observe_lengths(self, index_K: ArrayLike, length_K: ArrayLike) -> None:
+        """Remember how long a rollout of a prompt is: later steps divide its scale by the root.
+
+        Minimises  sum_p c_p / n_p  for what  sum_p length_p n_p  comes to, and makes
+        `rollouts_per_step` rollouts all the same: `allocation.cost_aware` with their number given.
+        It moves rollouts towards short prompts, which is a choice: without a call nothing does. As
+        for gradient norms, lengths count from the next step, and a prompt without one has the mean.
+
+        Args:
+            index_K: (K,) distinct rows of the data set.
+            length_K: (K,) expected tokens, or seconds, of one rollout, finite and positive.
+
+        Raises:
+            ValueError: if either is not as above, or there is no scale to divide.
+        """
+        if self._scale is None:
+            raise ValueError("lengths divide a scale, and this planner has scale=None")
+        self._lengths.observe(index_K, length_K, self.keys)
+
     def state_dict(self) -> dict[str, Any]:
         """All that is remembered, nested: NumPy arrays, strings, integers and None, nothing else.
 
         Integers: `step`, `round`, `run_seed`. String: `fingerprint` of the keys in row order.
         Arrays: `draw_D`, `last_visit_D` (-1 for never), `norm_D` and `next_norm_D` (NaN where not
-        measured), `budget_P` of the round in flight or None. Dicts: `posterior`, `selector`, and
-        `last`, the prompts, counts and reward bounds of the step that is open or was closed last,
-        or None.
+        measured), `length_D` and `next_length_D` likewise, `budget_P` of the round in flight or
+        None. Dicts: `posterior`, `selector`, and `last`, the prompts, counts and reward bounds of
+        the step that is open or was closed last, or None.
         """
         last = self._last
         return {
@@ -258,6 +278,8 @@ class Planner:
             "last_visit_D": self._last_visit_D.copy(),
             "norm_D": self._norms.used_D.copy(),
             "next_norm_D": self._norms.measured_D.copy(),
+            "length_D": self._lengths.used_D.copy(),
+            "next_length_D": self._lengths.measured_D.copy(),
             "posterior": self.posterior.state_dict(),
             "selector": self.selector.state_dict(),
             "last": None if last is None else last.state_dict(),
@@ -286,8 +308,9 @@ class Planner:
         self._round = int(state["round"])
         self._draw_D = np.array(state["draw_D"], dtype=np.int64)
         self._last_visit_D = np.array(state["last_visit_D"], dtype=np.int64)
-        self._norms.used_D = np.array(state["norm_D"], dtype=np.float64)
-        self._norms.measured_D = np.array(state["next_norm_D"], dtype=np.float64)
+        for measured, name in ((self._norms, "norm_D"), (self._lengths, "length_D")):
+            measured.used_D = np.array(state[name], dtype=np.float64)
+            measured.measured_D = np.array(state[f"next_{name}"], dtype=np.float64)
         last, budget_P = state["last"], state["budget_P"]
         self._last = None if last is None else OpenStep(**{n: copied(v) for n, v in last.items()})
         self._in_flight = None
@@ -350,6 +373,7 @@ class Planner:
         self._draw_D[index_P] += 1
         self._last_visit_D[index_P] = self._step
         self._norms.open_step()
+        self._lengths.open_step()
         if self._stopping is not None:
             last.plan_P = self._allocated(last)
             last.active_P = last.plan_P > 0
@@ -372,7 +396,9 @@ class Planner:
         order_P = np.argsort([stable_hash(self._run_seed, "ties", last.step, key) for key in keys])
         columns = self._scales(last, order_P)
         if self._scale is not None:
-            columns = [columns[0] * self._norms.of(last.index_P[order_P])]
+            index_P = last.index_P[order_P]
+            length_P = self._lengths.of(index_P)
+            columns = [columns[0] * self._norms.of(index_P) / np.sqrt(length_P)]
         budget_P = np.empty(len(order_P), dtype=np.int64)
         budget_P[order_P] = self._spend(*columns)
         return budget_P

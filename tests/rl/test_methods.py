@@ -338,3 +338,19 @@ def test_selection_by_the_posterior_prefers_what_it_has_seen_to_be_hard_and_poss
     planner = made.planner
     planner.posterior.add(np.arange(8), [0, 4, 2, 8, 8, 8, 8, 8], [8] * 8)
     assert set(planner.propose().index_P.tolist()) == {1, 2}  # .0875 and .0955 before .0682
+
+
+@pytest.mark.parametrize("allocator", ["cost_aware", "neyman"])
+def test_lengths_reach_the_planner_where_budgets_go_by_them(tmp_path, allocator):
+    settings = settings_of("allocate cost_aware") | {"allocator": allocator, "max_steps": 3}
+    made = tiny.trainer(tmp_path, **settings)
+    made.train()
+    state = made.planner.state_dict()
+    seen_D = state["draw_D"] > 0
+    length_D = state["next_length_D"]
+    if allocator == "neyman":
+        assert np.isnan(length_D).all()
+        return
+    keys = [made.planner.keys[i] for i in np.flatnonzero(seen_D)]
+    assert length_D[seen_D].tolist() == made.line.ranks.lengths.of(keys).tolist()
+    assert np.isnan(length_D[~seen_D]).all() and len(set(length_D[seen_D].tolist())) > 1

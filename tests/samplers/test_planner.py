@@ -346,6 +346,8 @@ def test_an_allocator_of_the_posterior_is_given_its_parameters():
         planner.observe(proposal, rewards(proposal), proposal.prompt_N)
     with pytest.raises(ValueError, match="gradient norms multiply a scale"):
         planner.observe_gradient_norms([0], [1.0])
+    with pytest.raises(ValueError, match="lengths divide a scale"):
+        planner.observe_lengths([0], [1.0])
     with pytest.raises(ValueError, match="needs a scale that takes counts, got scale=None"):
         make(allocate=allocate, scale=None, pilot=1, estimate="pilot")
 
@@ -697,6 +699,26 @@ def test_norms_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match=r"equally long, got \(1,\) and \(2,\)"):
         planner.observe_gradient_norms([3], [1.0, 2.0])
     planner.observe_gradient_norms([], [])
+    with pytest.raises(ValueError, match="lengths must be finite and positive, got 0.0 for prompt"):
+        planner.observe_lengths([3], [0.0])
+
+
+def test_lengths_move_rollouts_to_where_they_are_short():
+    """As neyman does of std / sqrt(length): from the next step on, and also after a restart."""
+    planner = make(selector=Chosen(*[[0, 1, 2]] * 3), prompts_per_step=3, rollouts_per_step=30)
+    planner.posterior.alpha_D[:3] = planner.posterior.beta_D[:3] = [3.0, 5.0, 8.0]
+    first = planner.propose()
+    planner.observe_lengths([0, 2], [4.0, 64.0])
+    assert planner.propose() is first
+    planner.observe(first, [], [])
+    restarted = make(selector=Chosen(*[[0, 1, 2]] * 3), prompts_per_step=3, rollouts_per_step=30)
+    restarted.load_state_dict(planner.state_dict())
+    a_P, b_P = planner.posterior.parameters(np.array([0, 1, 2]))
+    length_P = np.array([4.0, 34.0, 64.0])  # the one not measured has the mean
+    expected = allocation.neyman(allocation.posterior_std(a_P, b_P) / np.sqrt(length_P), 30)
+    for one in (planner, restarted):
+        assert one.propose().budget_P.tolist() == expected.tolist()
+    assert expected[0] > 2 * expected[2] and first.budget_P.max() - first.budget_P.min() <= 1
 
 
 @pytest.mark.parametrize("reward_n", [[], [float("nan"), 1.0]])
