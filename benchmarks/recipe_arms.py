@@ -61,6 +61,12 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "everything": ("the same with leave-one-out budgets and advantages", "everything", {}),
     "gvm_grpo": ("GVM budgets by the posterior", "gvm_grpo", {}),
+    "neyman": ("Neyman budgets by the posterior", "grpo", {"allocator": "neyman"}),
+    "cost_aware": (
+        "the same, fewer where rollouts are long",
+        "grpo",
+        {"allocator": "cost_aware"},
+    ),
     "reinforce_ada": ("Reinforce-Ada, balanced", "reinforce_ada", {}),
 }
 FREE = (
