@@ -34,9 +34,9 @@ STYLE: Any = {
     "lines.markersize": 3,
 }
 CAPTIONS = {
-    "learning": "Held-out pass rate and greedy accuracy, and training reward before and after groups "
-    "without signal leave; left against steps, right against what they cost. Bands: one standard error "
-    "of a run's pass rate, or the range over seeds.",
+    "learning": "Held-out pass rate and greedy (of images deterministic) accuracy, and training reward "
+    "before and after groups without signal leave; left against steps, right against what they cost. "
+    "Bands: one standard error of a run's pass rate, or the range over seeds.",
     "budgets": "Rollouts each prompt gets. Left: over the run. Right: against the pass rate believed "
     "before the step, in the last quarter of the run. Bands: 10–90 % of the prompts.",
     "posterior": "Believed pass rates of all training prompts; the line is their mean.",
@@ -90,8 +90,14 @@ def learning_figure(groups: Groups) -> Figure | None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, PercentFormatter
 
+    rows = [row for runs in groups.values() for run in runs for row in run.validation]
+    images = any("eval_deterministic_accuracy" in row for row in rows)
+    greedy = "deterministic" if images else "greedy"
     panels = {
-        "validation": {"eval_pass_rate": "pass rate", "eval_greedy_accuracy": "greedy accuracy"},
+        "validation": {
+            "eval_pass_rate": "pass rate",
+            f"eval_{greedy}_accuracy": f"{greedy} accuracy",
+        },
         "log": {"reward": "before filtering", "reward_trained": "after filtering"},
     }
     found: dict[str, dict[tuple[str, str], Any]] = {

@@ -12,7 +12,16 @@ from rich.console import Console
 from recipes import pictures
 from recipes import report as module
 from recipes.report import report
-from recipes.run_folder import change, grouped, named, read_run, rollouts_until, smooth, values_of
+from recipes.run_folder import (
+    Run,
+    change,
+    grouped,
+    named,
+    read_run,
+    rollouts_until,
+    smooth,
+    values_of,
+)
 from tests import tiny
 
 PICTURES = ["learning", "budgets", "posterior", "groups"]
@@ -384,3 +393,15 @@ def test_steps_that_generate_nothing_have_a_place_in_the_report(tmp_path):
     assert any(not row["budgets"] for row in tiny.lines(tmp_path / "run"))
     report([str(tmp_path / "run")])
     assert (tmp_path / "run" / "report-budgets.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["greedy", "deterministic"])
+def test_the_learning_curves_are_named_after_the_validation_there_was(tmp_path, name):
+    validation = [
+        {"step": step, "eval_pass_rate": 0.4, f"eval_{name}_accuracy": 0.5} for step in (0, 9)
+    ]
+    run = Run(folder=tmp_path, name="a", validation=validation)
+    figure = pictures.learning_figure({"a": [run]})
+    legend = figure.axes[1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["pass rate", f"{name} accuracy"]
+    assert len(figure.axes[0].get_lines()) == 2
