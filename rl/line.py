@@ -150,6 +150,7 @@ class Batch:
     weight_K: torch.Tensor  # per-prompt weights of the objective
     denominator: float
     original_denominator: float  # of all rows, before any was dropped
+    kl_denominator: float = 1.0  # the KL's own: the weight it covers
     prompts: list[Prompt]  # P, as `rollouts.prompt_N` counts them
     waves: list[Wave]  # everything that was generated
     metrics: dict[str, float] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from rl import advantages, hapo, losses, micro_batches, sequence_losses, token_selection
 from rl.kl import kl_loss
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from rl.arguments import RolloutConfig
 
 T = TypeVar("T")
+logger = logging.get_logger(__name__)
 
 
 def _set(value: T | None) -> T:
@@ -186,8 +188,13 @@ def advantage_of(config: RolloutConfig) -> Callable[[Rollouts, Any], torch.Tenso
 
 def _column(rollouts: Rollouts, name: str) -> torch.Tensor:
     value = getattr(rollouts, name)
-    # Without tools nobody is set apart, and every rollout of a prompt is a peer.
-    return torch.zeros_like(rollouts.prompt_N) if value is None else value
+    if value is None and name == "stratum_N":
+        # Without tools nobody is set apart, and every rollout of a prompt is a peer.
+        logger.warning_once(
+            "advantage 'stratified' is 'grpo' here: the engine labels no strata (stratum_N is None)"
+        )
+        return torch.zeros_like(rollouts.prompt_N)
+    return _set(value)
 
 
 # -- which rows train: rows(config, reward_N, advantage_N, prompt_N, progress) -> rows_K
@@ -273,7 +280,9 @@ def _every_token(_: RolloutConfig, rollouts: Rollouts, __: float) -> torch.Tenso
 
 
 def _d3s_tokens(c: RolloutConfig, rollouts: Rollouts, share: float) -> torch.Tensor:
-    columns = (_set(rollouts.advantage_N), _set(rollouts.entropy_NT), rollouts.mask_NT)
+    by_token = rollouts.advantage_NT is not None
+    advantage = rollouts.advantage_NT if by_token else rollouts.advantage_N
+    columns = (_set(advantage), _set(rollouts.entropy_NT), rollouts.mask_NT)
     return token_selection.top_tokens(*columns, fraction=share, scope=c.token_scope)
 
 

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
     """Columns that only the policy before its update can tell, then the weights of decisions.
 
-    The denominator counts what is left after tokens were selected, and weights as they were before
-    the correction of the engine's mismatch, whose factors have mean near 1.
+    The denominators count what is left after tokens were selected, and weights as they were before
+    the correction of the engine's mismatch, whose factors have mean near 1. That of the loss also has
+    the rows without signal, which have left; the KL's own has the weight of the decisions that train
+    and nothing else, so that beta means the same however many groups are mixed.
     """
     config, rollouts = line.config, batch.rollouts
     if not len(rollouts):
@@ -60,6 +62,7 @@ def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
             original_denominator=batch.original_denominator,
         )
         metrics["select/token_share"] = float(kept_NT.sum() / rollouts.mask_NT.sum())
+    kl_denominator = float(weight_NT.sum())
     if config.importance_correction != "none":
         factor_NT, of_factors = _correction(line, rollouts)
         weight_NT, metrics = weight_NT * factor_NT, metrics | of_factors
@@ -70,6 +73,7 @@ def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
         batch,
         rollouts=rollouts.take(trains_K.nonzero().flatten()),
         denominator=denominator,
+        kl_denominator=kl_denominator or 1.0,  # of an empty sum
         metrics=metrics,
     )
 

@@ -23,13 +23,15 @@ class Reference:
         accelerator: shards or places the copy as it does the policy.
 
     Raises:
-        ValueError: under ZeRO-3, if the model was not loaded from anywhere.
+        ValueError: under ZeRO-3, if the model was not loaded from anywhere; or if adapters are given
+            that already change the model, as it is not what it is without them.
     """
 
     def __init__(self, policy: PreTrainedModel, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._copy: torch.nn.Module | None = None
         if hasattr(policy, "disable_adapter"):
+            _require_fresh(policy)
             return
         # A model that was loaded under ZeRO-3 is in pieces already; one made in memory is whole.
         if not any(hasattr(weight, "ds_id") for weight in policy.parameters()):
@@ -59,3 +61,14 @@ class Reference:
             return
         with self._accelerator.unwrap_model(model).disable_adapter():
             yield model
+
+
+def _require_fresh(policy: torch.nn.Module) -> None:
+    """Refuse adapters that were trained, or made to differ from the model: LoRA's B is not 0."""
+    for name, weight in policy.named_parameters():
+        if "lora_B" in name and bool(weight.detach().count_nonzero()):
+            raise ValueError(
+                f"beta holds the policy close to the model with its adapters off, but {name} is not 0: "
+                "the adapters change it already. Merge them (merge_and_unload()) and give a new "
+                "peft_config, or write beta: 0"
+            )

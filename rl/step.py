@@ -89,8 +89,8 @@ def loss_of(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The policy's loss of some rows, and beta times their KL to the reference policy.
 
-    The KL has the weights and the denominator of the loss: it covers the decisions that train. Each
-    of `share` updates takes that part of the denominator, as it has that part of the rows.
+    The KL covers the decisions that train, with the weights of the loss and over their own sum. Each
+    of `share` updates takes that part of the denominators, as it has that part of the rows.
     """
     assert rows.advantage_N is not None and rows.weight_NT is not None
     old_NT = rows.logprob_NT if rows.old_logprob_NT is None else rows.old_logprob_NT
@@ -101,6 +101,6 @@ def loss_of(
         logprob_NT, old_NT, advantage, rows.weight_NT, denominator=denominator, **more
     )
     if line.kl is not None:
-        kl, of_kl = line.kl(logprob_NT, rows, denominator=denominator)
+        kl, of_kl = line.kl(logprob_NT, rows, denominator=batch.kl_denominator / share)
         loss, statistics = loss + line.config.beta * kl, statistics | of_kl
     return loss, statistics

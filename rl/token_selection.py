@@ -32,7 +32,8 @@ def top_tokens(
     the batch or of each response, how it is rounded, and which pass the entropy is of. Taken of the
     batch is the project's default, not from the paper: with one advantage per row, |A| does not
     change the order within a row, so `scope="response"` is `top_entropy`, except in rows with
-    advantage 0, where all scores are 0.
+    advantage 0, where all scores are 0. In the trainer rows without a signal have left before: M counts
+    the others' decisions. (Project default, not from the paper: they could count with score 0.)
 
     For losses with one ratio per row a weight of 0 does not drop a decision: `gspo_token` does.
 

@@ -151,7 +151,7 @@ class GroupBuffer:
                 waves.append(
                     roll_out_wave(line, version=version, num_prompts=wanted, exclude=exclude)
                 )
-                self._take_in(line, waves[-1])
+                last = self._take_in(line, waves[-1])
         filled = refill.end(data_ended=free == 0)
         for group in filled.discarded:
             reason = "surplus" if group.step == version else "aged"
@@ -161,12 +161,11 @@ class GroupBuffer:
             ledger.account("buffered", *size(held.rollouts))
         if accepted:
             return _joined(line, accepted, filled.num_padded, version), waves
-        nothing = groups_of(line, waves[-1])
         no_row = torch.zeros(0, dtype=torch.int64)
-        return replace(nothing, rollouts=nothing.rollouts.take(no_row)), waves
+        return replace(last, rollouts=last.rollouts.take(no_row)), waves
 
-    def _take_in(self, line: Line, wave: Wave) -> None:
-        """Say what became of the wave's groups, in the order of the proposal."""
+    def _take_in(self, line: Line, wave: Wave) -> Groups:
+        """Say what became of the wave's groups, in the order of the proposal; the groups."""
         groups, proposal = groups_of(line, wave), wave.proposals[0]
         numbers = [
             self.refill.dispatch(prompt.key, int(draw))
@@ -193,6 +192,7 @@ class GroupBuffer:
                 )
             elif decision is not None:
                 line.ledger.account("filtered", *size(rollouts), reason=decision.reason)
+        return groups
 
     def state_dict(self) -> dict[str, Any]:
         """The bookkeeping, and the rollouts of every group that waits, column by column."""

@@ -160,6 +160,23 @@ def test_a_stopping_rule_saves_rollouts_and_its_weights_reach_the_rows(tmp_path)
     assert (batch.weight_K > 0).all()
 
 
+def test_refill_without_a_mixed_group_accounts_for_discarded_pilots_once(tmp_path):
+    settings = settings_of("refill") | {
+        "trainer": "grpo",
+        "reward": lambda completions, **_: [0.0] * len(completions),
+        "refill_max_draws": 2,
+        "refill_at_cap": "partial",
+        "pilot_rollouts": 1,
+        "pilot_use": "discard",
+        "rollouts_per_prompt": 4,
+        "max_steps": 2,
+    }
+    made = tiny.run(tmp_path, **settings)
+    totals = made.ledger.totals
+    assert totals["rollouts_trained"] == 0
+    assert totals["rollouts_filtered"] == totals["rollouts_drawn"] > 0
+
+
 def test_refill_trains_on_mixed_groups_only_and_on_as_many_as_asked_for(tmp_path):
     made = tiny.trainer(tmp_path, **(settings_of("refill") | {"trainer": "grpo", "max_steps": 2}))
     made.train()

@@ -10,6 +10,7 @@ from rl import hapo
 from rl.methods import LOSSES
 from rl.prepare import prepare
 from rl.step import collect, loss_of, mini_batches
+from rl.token_selection import top_tokens
 from tests import tiny
 
 
@@ -67,7 +68,7 @@ def scored(made):
 
 
 @pytest.mark.parametrize("kl", ["k2", "k3", "k3_weighted"])
-def test_the_kl_is_to_the_policy_before_training_and_has_the_losses_weights(tmp_path, kl):
+def test_the_kl_is_to_the_policy_before_training_and_a_mean_over_what_trains(tmp_path, kl):
     made = tiny.trainer(tmp_path, **settings(beta=0.3, kl=kl))
     batch, _ = scored(made)
     rows = batch.rollouts
@@ -93,7 +94,9 @@ def test_the_kl_is_to_the_policy_before_training_and_has_the_losses_weights(tmp_
     plain = replace(made.line, kl=None)
     with_kl, statistics = loss_of(made.line, batch, rows, logprob_NT, share=1)
     without, _ = loss_of(plain, batch, rows, logprob_NT, share=1)
-    expected = 0.3 * (rows.weight_NT * k_NT).sum() / batch.denominator
+    # Its own denominator: rows without a signal count in the loss's, and not here.
+    assert float(rows.weight_NT.sum()) < 0.9 * batch.denominator
+    expected = 0.3 * (rows.weight_NT * k_NT).sum() / rows.weight_NT.sum()
     assert float((with_kl - without).detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert float(statistics["kl_tokens"]) == int(rows.mask_NT.sum())
 
@@ -124,14 +127,27 @@ def test_the_kl_lowers_rewards_and_not_what_the_planner_learns(tmp_path):
 def test_an_adapter_switched_off_is_the_reference(tmp_path):
     from peft import LoraConfig
 
-    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    torch.manual_seed(0)
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     made = tiny.trainer(tmp_path, peft_config=adapter, **settings(beta=0.1))
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in made.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(generator=noise)
     batch, _ = scored(made)
     rows = batch.rollouts
     assert (rows.reference_logprob_NT - rows.logprob_NT).abs().max() > 1e-3
     plain = made.line.score.logprobs(tiny.model(), rows)
     assert torch.allclose(rows.reference_logprob_NT, plain, atol=1e-5)
+
+
+def test_an_adapter_that_changes_the_model_already_is_no_reference(tmp_path):
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    with pytest.raises(ValueError, match=r"lora_B.* is not 0: .*Merge them"):
+        tiny.trainer(tmp_path, peft_config=adapter, **settings(beta=0.1))
+    tiny.trainer(tmp_path, peft_config=adapter, **settings())  # without a KL it may
 
 
 def test_a_resumed_run_keeps_the_reference_of_its_start(tmp_path):
@@ -224,6 +240,67 @@ def test_only_the_chosen_tokens_train_and_are_counted_as_trained(tmp_path, selec
     before = float((collected.weight_K * collected.rollouts.length_N).sum())
     share = float(rows.weight_NT.sum()) / before
     assert batch.denominator == pytest.approx(collected.denominator * share)
+
+
+def test_tokens_go_by_their_own_advantages_where_they_have_them(tmp_path):
+    changes = {
+        "advantage": "batch_whitened_tokens",
+        "reward_kl": 0.1,
+        "length_weight": "token_mean",
+    }
+    made = tiny.trainer(
+        tmp_path, **settings(token_selection="d3s", token_fraction_initial=0.3, **changes)
+    )
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # away from the reference, so that credit differs along a row
+        for weight in made.model.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=noise))
+    collected = collect(made.line, version=0)
+    rows = prepare(made.line, made.model, collected).rollouts
+    entropy_NT = made.line.score.statistics(made.model, collected.rollouts).entropy_NT
+    mask_NT, advantage_NT = collected.rollouts.mask_NT, collected.rollouts.advantage_NT
+    expected_NT = top_tokens(advantage_NT, entropy_NT, mask_NT, fraction=0.3)
+    by_row_NT = top_tokens(collected.rollouts.advantage_N, entropy_NT, mask_NT, fraction=0.3)
+    assert not torch.equal(expected_NT, by_row_NT)
+    kept = dict(zip(rows.seed_N.tolist(), (rows.weight_NT != 0), strict=True))
+    none_T = torch.zeros(mask_NT.shape[1], dtype=torch.bool)
+    kept_NT = torch.stack([kept.get(seed, none_T) for seed in collected.rollouts.seed_N.tolist()])
+    assert torch.equal(kept_NT, expected_NT)
+
+
+class Labelled:
+    """An engine whose rollouts come with strata, as those of a search agent do."""
+
+    def __init__(self, engine, label):
+        self.engine, self.label = engine, label
+
+    def generate(self, *args, **kwargs):
+        rollouts = self.engine.generate(*args, **kwargs)
+        return replace(rollouts, stratum_N=self.label(rollouts))
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+
+def test_one_stratum_is_grpo_and_more_are_not(tmp_path):
+    labels = {
+        "none": None,
+        "constant": lambda rollouts: torch.full_like(rollouts.prompt_N, 7),
+        "lengths": lambda rollouts: rollouts.length_N % 2,
+    }
+    weights = {}
+    for name, label in labels.items():
+        made = tiny.trainer(tmp_path / name, **settings(advantage="stratified", max_steps=1))
+        if label is not None:
+            made.line = replace(made.line, engine=Labelled(made.line.engine, label))
+        made.train()
+        weights[name] = tiny.parameters(made)
+    grpo = tiny.parameters(tiny.run(tmp_path / "grpo", **settings(advantage="grpo", max_steps=1)))
+    same = {
+        name: all(torch.equal(found[key], grpo[key]) for key in grpo)
+        for name, found in weights.items()
+    }
+    assert same == {"none": True, "constant": True, "lengths": False}
 
 
 def test_all_tokens_and_all_rows_give_the_plain_update(tmp_path):
