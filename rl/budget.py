@@ -1,11 +1,20 @@
-"""A run that ends by what it spent on rollouts, so that methods of unequal steps can be compared."""
+"""How long a run is: in steps, by what it spent on rollouts, or until it stops learning."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class NoSignalError(RuntimeError):
+    """Too many steps in a row in which no rollout carried a gradient; the run has ended in order."""
 
 
 class Budget(TrainerCallback):
@@ -15,17 +24,73 @@ class Budget(TrainerCallback):
     validated and saved as at `max_steps`, which still ends the run if it comes first.
 
     Args:
-        spent: tokens of a language model, or evaluations of a denoiser, so far.
+        spent: tokens of a language model, evaluations of a denoiser, or steps without signal, so far.
         most: of these.
+        setting: the name of `most`.
     """
 
-    def __init__(self, spent: Callable[[], float], most: int) -> None:
-        self._spent, self._most = spent, most
+    def __init__(self, spent: Callable[[], float], most: int, *, setting: str) -> None:
+        self._spent, self.most, self.setting = spent, most, setting
+
+    @property
+    def is_spent(self) -> bool:
+        return self._spent() >= self.most
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._spent() >= self._most:
+        if self.is_spent:
             control.should_training_stop = control.should_log = True
             control.should_evaluate = args.eval_strategy != "no"
             control.should_save = args.save_strategy != "no"
+
+
+@contextmanager
+def no_step_if_spent(args: Any, handler: CallbackHandler, step: int) -> Iterator[None]:
+    """In this block a run that goes on from `step` ends there, if a budget is spent.
+
+    The base class takes a step before it looks at the control flags, so its steps are cut short.
+    """
+    budgets = [each for each in handler.callbacks if isinstance(each, Budget)]
+    spent = [f"{each.setting}={each.most}" for each in budgets if each.is_spent]
+    if not step or not spent:
+        yield
+        return
+    logger.warning(f"{' and '.join(spent)} reached by step {step}: no step is taken")
+    planned, args.max_steps = args.max_steps, step
+    try:
+        yield
+    finally:
+        args.max_steps = planned
+
+
+def num_steps(args: Any, num_prompts: int) -> int:
+    """`max_steps`, or where it is negative the steps of `num_train_epochs` passes over the prompts.
+
+    Raises:
+        ValueError: if that is no step at all.
+    """
+    if args.max_steps > 0:
+        return args.max_steps
+    if args.max_steps == 0:
+        raise ValueError(
+            "max_steps must be at least 1, got 0; leave it out to train for num_train_epochs"
+        )
+    steps = -(-int(args.num_train_epochs * num_prompts) // args.prompts_per_step)
+    if steps < 1:
+        raise ValueError(
+            f"num_train_epochs={args.num_train_epochs} of {num_prompts} prompts are no step; write "
+            "max_steps, or num_train_epochs above 0"
+        )
+    return steps
+
+
+def no_signal(num_empty: int, history: list[dict[str, float]]) -> NoSignalError:
+    """The error of a run that ended for want of signal, after so many steps; `history` is its log."""
+    rewards = [row["reward"] for row in history if "reward" in row]
+    last = f"; last mean reward {rewards[-1]:.3f}" if rewards else ""
+    return NoSignalError(
+        f"no rollout carried a gradient in the last {num_empty} steps (all groups constant{last}): "
+        "the task is solved or hopeless for this policy, or the reward is wrong; raise "
+        "max_empty_steps and write resume_from_checkpoint: true to go on"
+    )

@@ -7,6 +7,7 @@ checkpoints. One process writes it at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -24,6 +25,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from rl import checkpoint
+from rl.changed_settings import changes
+from rollouts.prompts import Prompt, PromptReport, data_fingerprint
 
 logger = logging.get_logger(__name__)
 
@@ -109,6 +112,27 @@ def require_space(args: Any, model: torch.nn.Module) -> None:
         )
 
 
+def about(
+    args: Any,
+    prompts: list[Prompt],
+    held_out: list[Prompt],
+    report: PromptReport,
+    *,
+    from_step: int,
+) -> dict[str, Any]:
+    """What `run.json` says of a run."""
+    return {
+        "settings": args.to_dict(),
+        "data_fingerprint": data_fingerprint([prompt.key for prompt in prompts]),
+        "prompts": len(prompts),
+        "validation_prompts": len(held_out),
+        "prompt_report": dataclasses.asdict(report),
+        "processes": args.world_size,
+        "threads": torch.get_num_threads(),
+        "resumed_from_step": from_step,
+    }
+
+
 class RunFolder(TrainerCallback):
     """The files of a run; written by the main process alone."""
 
@@ -116,11 +140,19 @@ class RunFolder(TrainerCallback):
         self.folder = Path(folder)
 
     @contextmanager
-    def claimed(self, args: Any, *, from_step: int, about: dict[str, Any]) -> Iterator[None]:
+    def claimed(
+        self, args: Any, *, from_step: int, about: dict[str, Any], resumed: Path | None = None
+    ) -> Iterator[None]:
         """Hold the folder for this run; on entering, what lies after `from_step` is cleared: lines
-        are cut off, checkpoints are renamed.
+        are cut off, checkpoints are renamed. Settings that changed since are told and remembered.
 
         The lock is the operating system's and ends with the process, however it ends.
+
+        Args:
+            args: the settings.
+            from_step: the step the run goes on from; 0 for a new one.
+            about: what `run.json` is to say.
+            resumed: the checkpoint it goes on from, which may be of another folder.
 
         Raises:
             RunExistsError: if another process holds it.
@@ -144,6 +176,10 @@ class RunFolder(TrainerCallback):
             for name in (METRICS, STEPS):
                 _cut(self.folder / name, from_step)
             checkpoint.set_aside(self.folder, after=from_step)
+            if resumed is not None:
+                path = resumed.parent / RUN
+                old = json.loads(path.read_text()) if path.exists() else {}
+                about["changes"] = changes(old, about["settings"], step=from_step)
             _replace(self.folder / RUN, json.dumps(about, indent=1, default=str))
             yield
 

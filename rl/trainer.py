@@ -6,7 +6,6 @@ trackers, hub, LoRA, precision, DDP, DeepSpeed. GRPO and RAFT are presets of `Ro
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -20,23 +19,22 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from rl import checkpoint, metrics, tracking
+from rl import checkpoint, failing, metrics, tracking
 from rl.arguments import RolloutConfig
 from rl.assemble import LANGUAGE, PolicyKind, column_of
-from rl.budget import Budget
+from rl.budget import Budget, NoSignalError, no_signal, no_step_if_spent, num_steps
+from rl.changed_settings import refuse_decisive
 from rl.evaluation import evaluate
 from rl.line import Batch
 from rl.measure import gradient_norms
 from rl.prepare import prepare
 from rl.step import collect, mini_batches, update
 from rollouts.engine import Engine
-from rollouts.prompts import Prompt, data_fingerprint
+from rollouts.prompts import Prompt
 from rollouts.rewards import RewardFunction
 from samplers.planner import Planner
 
-
-class NoSignalError(RuntimeError):
-    """Too many steps in a row in which no rollout carried a gradient."""
+__all__ = ["NoSignalError", "RolloutTrainer"]
 
 
 class RolloutTrainer(Trainer):
@@ -84,8 +82,9 @@ class RolloutTrainer(Trainer):
             self._make_prompts(eval_dataset)[0] if eval_dataset is not None else []
         )
         kind.refuse_overlap(prompts, self.eval_prompts)
-        if args.max_steps <= 0:
-            args.max_steps = -(-int(args.num_train_epochs * len(prompts)) // args.prompts_per_step)
+        if kind is LANGUAGE and self.eval_prompts:
+            failing.check_held_out(rewards, self.eval_prompts)
+        args.max_steps = num_steps(args, len(prompts))
         super().__init__(
             policy,
             args,
@@ -107,16 +106,19 @@ class RolloutTrainer(Trainer):
             accelerator=self.accelerator,
         )
         self.planner, self.ledger = self.line.planner, self.line.ledger
-        self._steps_since_log: list[dict[str, float]] = []
+        self.steps_since_log: list[dict[str, float]] = []
         self._empty_steps = 0
+        self._saved_step = 0
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.run_folder = tracking.RunFolder(str(args.output_dir))
         self.progress = tracking.ProgressLine(args)
         self.add_callback(self.run_folder)
         self.add_callback(self.progress)
+        empty, drawn = lambda: self._empty_steps, lambda: self.ledger.totals["tokens_drawn"]
+        self.add_callback(Budget(empty, args.max_empty_steps, setting="max_empty_steps"))
         if (most := args.max_generated_tokens) is not None:
-            self.add_callback(Budget(lambda: self.ledger.totals["tokens_drawn"], most))
+            self.add_callback(Budget(drawn, most, setting="max_generated_tokens"))
 
     def _policy(self) -> AbstractContextManager[PreTrainedModel]:
         kwargs: Any = self.args.activation_checkpointing_kwargs
@@ -134,22 +136,25 @@ class RolloutTrainer(Trainer):
     ) -> torch.Tensor:
         """One collection and its updates; the last optimizer step is the base class's."""
         started = time.perf_counter()
-        batch = collect(self.line, version=self.state.global_step)
-        if self.args.gvm_gradient_norm != "none":
-            with self.ledger.phase("gradient_norm"):
-                self.planner.observe_gradient_norms(*gradient_norms(self.line, batch))
-        model.train()
-        with self.ledger.phase("update"), self.compute_loss_context_manager():
-            batch = prepare(self.line, model, batch)
-            loss, learned = update(
-                self.line, model, batch, step_optimizer=partial(self._inner_optimizer_step, model)
-            )
+        with failing.kept(self) as last_step:
+            batch = collect(self.line, version=self.state.global_step)
+            last_step.is_whole = False
+            if self.args.gvm_gradient_norm != "none":
+                with self.ledger.phase("gradient_norm"):
+                    self.planner.observe_gradient_norms(*gradient_norms(self.line, batch))
+            model.train()
+            with self.ledger.phase("update"), self.compute_loss_context_manager():
+                batch = prepare(self.line, model, batch)
+                step_optimizer = partial(self._inner_optimizer_step, model)
+                loss, learned = update(self.line, model, batch, step_optimizer=step_optimizer)
+                failing.require_finite_gradient(self, model)
         self._close(batch, learned | {"step_time": time.perf_counter() - started})
         return loss
 
     def _inner_optimizer_step(self, model: torch.nn.Module) -> None:
         if self.is_deepspeed_enabled:  # has stepped at the end of backward
             return
+        failing.require_finite_gradient(self, model)
         if self.args.max_grad_norm > 0:
             self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()  # type: ignore[union-attr]
@@ -159,18 +164,12 @@ class RolloutTrainer(Trainer):
         self.ledger.updates(len(mini_batches(self.line, batch)))
         self.ledger.end()
         step = self.state.global_step + 1
-        self._steps_since_log.append(batch.metrics | learned)
+        rate = {"learning_rate": self._get_learning_rate()}
+        self.steps_since_log.append(batch.metrics | learned | rate)
         self._empty_steps = 0 if len(batch.rollouts) else self._empty_steps + 1
         if self.line.ranks.is_main:
             self.run_folder.write_step(metrics.record_of(self.line, batch, step=step))
             self.show(batch, step=step)
-        if self._empty_steps >= self.args.max_empty_steps:
-            reward = batch.metrics.get("reward", float("nan"))
-            raise NoSignalError(
-                f"no rollout carried a gradient in the last {self._empty_steps} steps (all groups "
-                f"constant; last mean reward {reward:.3f}): the task is solved or "
-                "hopeless for this policy, or the reward is wrong; raise max_empty_steps to go on"
-            )
 
     def show(self, batch: Batch, *, step: int) -> None:
         """Write some of a step's rollouts to the run folder, where the settings ask for it."""
@@ -182,10 +181,10 @@ class RolloutTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means over the steps since the last line, the planner's view and the ledger."""
-        if self._steps_since_log and "loss" in logs:
-            logs |= metrics.mean_metrics(self._steps_since_log)
+        if self.steps_since_log and "learning_rate" in logs:
+            logs |= metrics.mean_metrics(self.steps_since_log) | logs
             logs |= self.planner.metrics() | self.ledger.metrics()
-            self._steps_since_log = []
+            self.steps_since_log = []
         super().log(logs, start_time)
 
     def validate(self, prompts: list[Prompt]) -> dict[str, float]:
@@ -203,7 +202,8 @@ class RolloutTrainer(Trainer):
         prompts = self._make_prompts(eval_dataset)[0] if given else self.eval_prompts
         if not prompts:
             raise ValueError("evaluate needs held-out prompts: pass eval_dataset to the trainer")
-        found = self.validate(prompts)
+        with failing.kept(self):
+            found = self.validate(prompts)
         logs = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
@@ -214,7 +214,11 @@ class RolloutTrainer(Trainer):
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        """`Trainer.train`, resuming from whole checkpoints only and with every decision restored."""
+        """`Trainer.train`, resuming from whole checkpoints only and with every decision restored.
+
+        Raises:
+            NoSignalError: once a run without signal has ended as any other does.
+        """
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
         find = partial(tracking.checkpoint_to_resume, self.args, resume)
         folder, from_step = self.line.ranks.from_main(find), 0
@@ -224,43 +228,29 @@ class RolloutTrainer(Trainer):
                     from_step = self._load_state(checkpoint.load_state(folder), str(folder))
                     self.args.eval_on_start = False
             with self.line.ranks.together():
-                about = self._about() | {"resumed_from_step": from_step}
-                claim = self.run_folder.claimed(self.args, from_step=from_step, about=about)
-                stack.enter_context(claim)
+                of_run = (self.args, self.line.prompts, self.eval_prompts, self.prompt_report)
+                about = tracking.about(*of_run, from_step=from_step)
+                claimed = partial(self.run_folder.claimed, self.args, resumed=folder)
+                stack.enter_context(claimed(from_step=from_step, about=about))
                 if self.args.save_strategy != "no" and self.line.ranks.is_main:
                     tracking.require_space(self.args, self.model_wrapped)
             stack.callback(self.progress.close)
-            return super().train(
+            stack.enter_context(failing.flushed(self))
+            stack.enter_context(no_step_if_spent(self.args, self.callback_handler, from_step))
+            result = super().train(
                 resume_from_checkpoint=None if folder is None else str(folder), **kwargs
             )
-
-    def _about(self) -> dict[str, Any]:
-        return {
-            "settings": self.args.to_dict(),
-            "data_fingerprint": data_fingerprint([p.key for p in self.line.prompts]),
-            "prompts": len(self.line.prompts),
-            "validation_prompts": len(self.eval_prompts),
-            "prompt_report": dataclasses.asdict(self.prompt_report),
-            "processes": self.line.ranks.num,
-            "threads": torch.get_num_threads(),
-        }
+        if self._empty_steps >= self.args.max_empty_steps:
+            raise no_signal(self._empty_steps, self.state.log_history)
+        return result
 
     def _load_state(self, state: dict[str, Any], folder: str) -> int:
-        changed = {
-            name: (state["settings"][name], value)
-            for name, value in self.args.decisive_settings().items()
-            if state["settings"].get(name) != value
-        }
-        if changed:
-            raise ValueError(
-                f"{folder} was made with other settings, so its run cannot be continued exactly: "
-                + "; ".join(f"{n} was {old!r}, is {new!r}" for n, (old, new) in changed.items())
-                + "; write the old values, or another output_dir"
-            )
+        refuse_decisive(self.args, state["settings"], folder)
         self.line.load_state_dict(state["line"])
         self._empty_steps = state["empty_steps"]
-        self._steps_since_log = state["steps_since_log"]
-        return state["step"]
+        self.steps_since_log = state["steps_since_log"]
+        self._saved_step = state["step"]
+        return self._saved_step
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`Trainer.save_model`, without a progress bar for each file."""
@@ -283,11 +273,18 @@ class RolloutTrainer(Trainer):
             if ranks.is_main:
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
                 checkpoint.save_state(staging / name, self._line_state())
+        self._saved_step = self.state.global_step
         if ranks.is_main:
             best = self.state.best_model_checkpoint
             checkpoint.rotate(run, keep=args.save_total_limit, best=best)
             if push:
                 self._push_from_checkpoint(str(Path(run) / name))
+
+    def save_unsaved(self) -> None:
+        """A checkpoint of the last step, unless there is one."""
+        if self.state.global_step > self._saved_step:
+            self._save_checkpoint(self.model_wrapped)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _line_state(self) -> dict[str, Any]:
         return {
@@ -295,5 +292,5 @@ class RolloutTrainer(Trainer):
             "settings": self.args.decisive_settings(),
             "line": self.line.state_dict(),
             "empty_steps": self._empty_steps,
-            "steps_since_log": self._steps_since_log,
+            "steps_since_log": self.steps_since_log,
         }
