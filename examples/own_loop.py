@@ -6,8 +6,13 @@ prompts, all for others. Replace `policy` by your model and its draws by your en
 Axes: D prompts, N rollouts, K rows kept, V tokens.
 """
 
+import sys
+from pathlib import Path
+
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project beside this folder
 
 from rl.advantages import grpo
 from rl.losses import clipped_surrogate

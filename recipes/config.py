@@ -34,7 +34,7 @@ def parse(classes: Sequence[type], arguments: Sequence[str] | None = None) -> tu
     Raises:
         ConfigError: for an unknown or repeated key or a value of the wrong type.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _words(arguments)
     hints = {
         name: hint
         for cls in classes
@@ -58,7 +58,7 @@ def parse(classes: Sequence[type], arguments: Sequence[str] | None = None) -> tu
 
 def peek(name: str, arguments: Sequence[str] | None = None) -> str | None:
     """One text setting before the others are parsed, from the command line or the YAML file."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = _words(arguments)
     for i, word in enumerate(words):
         if word == f"--{name}":
             return words[i + 1] if i + 1 < len(words) else None
@@ -73,6 +73,13 @@ def peek(name: str, arguments: Sequence[str] | None = None) -> str | None:
                 return None  # told by `parse`
             return settings.get(name) if isinstance(settings, dict) else None
     return None
+
+
+def _words(arguments: Sequence[str] | None) -> list[str]:
+    """The command line, with `--config=file` as two words: TrlParser knows it in no other form."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parts = [w.split("=", 1) if w.startswith("--config=") else [w] for w in words]
+    return [word for part in parts for word in part]
 
 
 def _check_file(path: Path, hints: dict[str, Any]) -> None:

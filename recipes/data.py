@@ -62,7 +62,7 @@ def load_rows(
             missing column; settings that contradict each other.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 or None, got {limit}")
+        raise ValueError(f"dataset_limit must be at least 1 or None, got {limit}")
     if prompt_template is not None and prompt_column != "prompt":
         raise ValueError(
             f"prompt_template and prompt_column={prompt_column!r} both say what the prompt is: "
@@ -77,9 +77,9 @@ def load_rows(
         if template is not None:
             prompt = _filled(template, row, number)
         else:
-            prompt = _value(row, prompt_column, number)
+            prompt = _value(row, prompt_column, number, asked_by="prompt_column")
         if answer_column is not None:
-            answer = _value(row, answer_column, number)
+            answer = _value(row, answer_column, number, asked_by="answer_column")
             row.pop(answer_column, None)
             row["answer"] = answer
         if template is None:
@@ -115,8 +115,8 @@ def split_validation(
     distinct = sorted(set(keys), key=lambda key: (stable_hash(seed, key), key))
     if not 0 <= num_validation < len(distinct):
         raise ValueError(
-            f"num_validation must be at least 0 and leave a prompt to train on, got "
-            f"{num_validation} of {len(distinct)} distinct prompts"
+            f"validation_size must be at least 0 and leave a prompt to train on, got "
+            f"{num_validation} of {len(distinct)} distinct prompts: write {len(distinct) - 1} or less"
         )
     held_out = set(distinct[:num_validation])
     training = [row for row, key in zip(rows, keys, strict=True) if key not in held_out]
@@ -281,7 +281,7 @@ def _read_hub(source: str, split: str, config: str | None) -> Iterable[Mapping[s
 # Bringing rows into shape.
 
 
-def _value(row: Row, column: str, number: int) -> Any:
+def _value(row: Row, column: str, number: int, *, asked_by: str) -> Any:
     """The row's value under a column, which may be a path such as `reward_model.ground_truth`."""
     if column in row:
         return row[column]
@@ -290,7 +290,7 @@ def _value(row: Row, column: str, number: int) -> Any:
         if not isinstance(value, Mapping) or name not in value:
             raise ValueError(
                 f"row {number} has no column {column!r}{_nearest(column, row)}; its columns are "
-                f"{sorted(row)}"
+                f"{sorted(row)}; {asked_by} must name one of these"
             )
         value = value[name]
     return value
@@ -319,7 +319,7 @@ def _filled(template: Iterable[tuple[str, str | None]], row: Row, number: int) -
         text += literal
         if field is None:
             continue
-        value = _value(row, field, number)
+        value = _value(row, field, number, asked_by="prompt_template, if given,")
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(
                 f"row {number}: the column {field!r} of the prompt template holds {value!r}; it "

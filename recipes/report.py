@@ -200,7 +200,7 @@ def page_of(
             title_of = f"{html.escape(run.name)}, {caption}"
             parts.append(f"<figure>{image}<figcaption>{title_of}</figcaption></figure>")
     parts.append("<h2>Settings</h2>")
-    settings = {run.name: run.about.get("settings", {}) for run in runs}
+    settings = {run.name: run.about["settings"] for run in runs}
     names = sorted(set().union(*settings.values()))
     values = {n: {run: _text(of.get(n)) for run, of in settings.items()} for n in names}
     differ = [{"setting": n, **of} for n, of in values.items() if len(set(of.values())) > 1]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -50,15 +50,11 @@ Groups = dict[str, list[Run]]
 def read_run(folder: Path, name: str) -> Run:
     """A run as far as its files can be read; what is missing or torn is in `notes`."""
     run = Run(folder=folder, name=name)
-    try:
-        run.about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        state = "torn" if isinstance(error, ValueError) else "missing"
-        run.note(f"run.json is {state}; settings are not shown")
-    lines = _lines(run, "metrics.jsonl")
+    run.about = _about(run)
+    lines = _lines(run, "metrics.jsonl", _wrong_metric)
     run.log = _by_step(row for row in lines if "loss" in row)
     run.validation = _by_step(row for row in lines if "eval_pass_rate" in row)
-    run.steps = _by_step(row for row in _lines(run, "steps.jsonl") if "budgets" in row)
+    run.steps = _by_step(_lines(run, "steps.jsonl", _wrong_decision))
     for path in sorted(folder.glob("completions/*.parquet"), reverse=True):
         from pyarrow import ArrowInvalid, parquet
 
@@ -68,7 +64,8 @@ def read_run(folder: Path, name: str) -> Run:
         except (ArrowInvalid, OSError) as error:
             run.note(f"{path.name} cannot be read: {error}")
     last, logged = run.last_step, run.log[-1]["step"] if run.log else 0
-    planned = run.about.get("settings", {}).get("max_steps", last)
+    planned = run.about["settings"].get("max_steps")
+    planned = planned if _is_number(planned) else last
     if not last:
         run.note("no step is finished yet; what is there is shown")
     elif last < planned and any("train_runtime" in row and row["step"] >= last for row in lines):
@@ -86,20 +83,69 @@ def read_run(folder: Path, name: str) -> Run:
     return run
 
 
-def _lines(run: Run, name: str) -> list[Row]:
+def _about(run: Run) -> Row:
+    """`run.json`, with settings whatever it holds."""
+    about, state = None, "torn"
+    try:
+        about = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        state = "missing"
+    except ValueError:  # not JSON, or not text
+        pass
+    if not isinstance(about, dict):
+        run.note(f"run.json is {state}; settings are not shown")
+        return {"settings": {}}
+    if not isinstance(about.get("settings"), dict):
+        run.note("run.json has no settings; none are shown")
+        about["settings"] = {}
+    return about
+
+
+def _lines(run: Run, name: str, wrong: Callable[[Row], str]) -> list[Row]:
+    """The lines of a log that are whole; of others the note says which, and what is `wrong`."""
     path, rows = run.folder / name, []
     if not path.is_file():
         run.note(f"{name} is missing")
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
+        which = "the last line" if number == len(lines) else f"line {number}"
         try:
             row = json.loads(line)
-            rows.append(row | {"step": int(row["step"])})
-        except (ValueError, TypeError, KeyError):
-            which = "the last line" if number == len(lines) else f"line {number}"
+            row |= {"step": int(row["step"])}
+        except (ValueError, TypeError, KeyError, OverflowError):
             run.note(f"{which} of {name} is torn and left out (killed while writing?)")
+            continue
+        if reason := wrong(row):
+            run.note(f"{which} of {name} is torn and left out: {reason}")
+        else:
+            rows.append(row)
     return rows
+
+
+def _wrong_metric(row: Row) -> str:
+    """Why a line of metrics cannot be shown, or nothing."""
+    for name, value in row.items():
+        if value is not None and not _is_number(value):
+            return f"{name} is {repr(value)[:60]}, not a number"
+    return ""
+
+
+def _wrong_decision(row: Row) -> str:
+    """Why a line of decisions cannot be shown, or nothing; one without a histogram can."""
+    for name in ("budgets", "pass_rates_before", "posterior_histogram"):
+        value = row.get(name, [] if name == "posterior_histogram" else None)
+        if not isinstance(value, list) or not all(
+            _is_number(v) and math.isfinite(v) for v in value
+        ):
+            return f"{name} is {repr(value)[:60]}, not a list of finite numbers"
+    if len(row["budgets"]) != len(row["pass_rates_before"]):
+        return "budgets and pass_rates_before differ in length"
+    return ""
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _by_step(rows: Iterable[Row]) -> list[Row]:
@@ -191,7 +237,8 @@ def change(run: Run, source: str, name: str) -> tuple[float, float, float] | Non
         value_S, tenth = [float(row[name]) for row in rows], max(1, len(rows) // 10)
         return float(np.mean(value_S[:tenth])), float(np.mean(value_S[-tenth:])), math.nan
     if name == "eval_greedy_accuracy":
-        freedom = (run.about.get("validation_prompts") or 0) - 1
+        prompts = run.about.get("validation_prompts")
+        freedom = prompts - 1 if _is_number(prompts) else 0
         variances = [r[name] * (1 - r[name]) / freedom if freedom > 0 else math.nan for r in ends]
     else:
         variances = [float(row.get(f"{name}_se", math.nan)) ** 2 for row in ends]

@@ -9,6 +9,7 @@ Every setting is a key of the YAML file or an argument; arguments win. `--help` 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -33,15 +34,19 @@ from trl import ModelConfig, get_peft_config
 from recipes.config import ConfigError, parse, peek
 from recipes.data import load_rows, split_validation
 from rl.arguments import RolloutConfig, nearest
+from rl.budget import NoSignalError
 from rl.checkpoint import TornCheckpointError
 from rl.distributed import leave
 from rl.tracking import RunExistsError
-from rl.trainer import NoSignalError, RolloutTrainer
+from rl.trainer import RolloutTrainer
 from rollouts.prompts import ensure_pad_token
 from rollouts.rewards import RewardError
 
 TASKS = {"arithmetic": "recipes.arithmetic.task"}
 """Embedded tasks: modules with `prepare(recipe, seed) -> (model folder, rows, validation, rewards)`."""
+
+DIFFUSION_TASKS = ("digits",)
+"""Embedded tasks of `recipes/diffusion.py`, which is loaded only where it is needed."""
 
 EXPECTED = (ConfigError, ValueError, OSError, RewardError, NoSignalError, FloatingPointError)
 """Errors whose message says what to do; anything else shows its traceback."""
@@ -69,7 +74,10 @@ class RecipeArguments:
         },
     )
     dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a hub data set."}
+        default=None,
+        metadata={
+            "help": "Configuration of a hub data set; of validation_name too where that is the same."
+        },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_limit: int | None = field(default=None, metadata={"help": "Use only the first rows."})
@@ -112,8 +120,14 @@ class RecipeArguments:
 
 
 def main(arguments: list[str] | None = None) -> RolloutTrainer:
-    """Parse, prepare, train, save and report; returns the trainer."""
+    """Parse, prepare, train, save and report; returns the trainer.
+
+    Raises:
+        NoSignalError: after all that, if the run ended for want of signal.
+    """
     is_diffusion = peek("policy", arguments) == "diffusion"
+    if not is_diffusion and (task := peek("task", arguments)) in DIFFUSION_TASKS:
+        raise ConfigError(f"task {task!r} trains a diffusion model: write policy: diffusion too")
     settings: type[RolloutConfig] = RolloutConfig
     if is_diffusion:
         from rl.denoising_config import DenoisingConfig
@@ -122,6 +136,8 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
     recipe, config, model_config = parse((RecipeArguments, settings, ModelConfig), arguments)
     if recipe.policy not in ("language", "diffusion"):
         raise ConfigError(f"policy must be language or diffusion, got {recipe.policy!r}")
+    recipe.task_settings = _task_settings(recipe)
+    _check_model(model_config)
     state = PartialState()
     _set_threads(recipe, state)
     if is_diffusion:
@@ -130,7 +146,11 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
         trainer: RolloutTrainer = make_trainer(recipe, config, model_config)
     else:
         trainer = language_trainer(recipe, config, model_config)
-    trainer.train()
+    ended: NoSignalError | None = None
+    try:
+        trainer.train()
+    except NoSignalError as error:  # the run is over and its model as good as any
+        ended = error
     final = Path(str(config.output_dir)) / "final"
     trainer.save_model(str(final))
     if recipe.report and state.is_main_process:
@@ -139,7 +159,38 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
         report([config.output_dir])
         Console().print(f"model: {final}")
     leave()
+    if ended is not None:
+        raise ended
     return trainer
+
+
+def _task_settings(recipe: RecipeArguments) -> dict[str, Any] | None:
+    given = recipe.task_settings
+    try:
+        settings = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError:
+        settings = given
+    if settings is not None and not isinstance(settings, dict):
+        raise ConfigError(
+            f"task_settings must be a mapping, on the command line as JSON such as "
+            f"'{{\"train\": 50}}', got {given!r}"
+        )
+    return settings
+
+
+def _check_model(model_config: ModelConfig) -> None:
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model_config, name):
+            raise ConfigError(
+                f"{name} is not supported: a policy trains and generates in the weights it is given; "
+                "leave it out, and write dtype: bfloat16 and use_peft: true to save memory"
+            )
+    name = model_config.model_name_or_path or ""
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise ConfigError(
+            f"model_name_or_path={name!r}: no such folder; write one that exists, or a hub id such as "
+            "Qwen/Qwen3-0.6B"
+        )
 
 
 def language_trainer(
@@ -211,7 +262,13 @@ def task_or_data(
         **columns,
     )
     if recipe.validation_name is not None:
-        validation = load_rows(recipe.validation_name, split=recipe.validation_split, **columns)
+        same = recipe.validation_name == recipe.dataset_name
+        validation = load_rows(
+            recipe.validation_name,
+            config=recipe.dataset_config if same else None,
+            split=recipe.validation_split,
+            **columns,
+        )
     elif recipe.validation_size:
         rows, validation = split_validation(
             rows, recipe.validation_size, seed=config.seed, id_column=config.id_column
@@ -227,6 +284,11 @@ def load_tokenizer(recipe: RecipeArguments, model_config: ModelConfig) -> PreTra
         model_config.model_name_or_path, revision=model_config.model_revision
     )
     if recipe.chat_template is not None:
+        if not Path(recipe.chat_template).is_file():
+            raise ConfigError(
+                f"chat_template must be a file with a Jinja template, got {recipe.chat_template!r}, "
+                "which does not exist"
+            )
         tokenizer.chat_template = Path(recipe.chat_template).read_text()
     ensure_pad_token(tokenizer, recipe.pad_token)
     return tokenizer

@@ -56,6 +56,7 @@ DECISIVE = (
     *(
         "temperature",
         "adaptive_temperature_tau",
+        "hapo_quantile",
         "top_p",
         "top_k",
         "min_p",
@@ -143,8 +144,8 @@ class RolloutConfig(TrainingArguments):
         "else 1.",
     )
     budget_max: int | None = setting(None, "Most rollouts of a prompt. Default: no cap.")
-    gvm_alpha: float = setting(1e-3, "GVM's regulariser alpha (0: none).")
-    gvm_beta: float = setting(2.0, "GVM's exponent beta.")
+    gvm_alpha: float = setting(1e-3, "GVM's regulariser alpha (0: none, by pilots only).")
+    gvm_beta: float = setting(2.0, "GVM's exponent beta, at least 2.")
     gvm_gradient_norm: str = setting(
         "none",
         "Gradient norms in the GVM rule: none, mean (of norms, Algorithm 2) or rms (the definition); "
@@ -294,7 +295,9 @@ class RolloutConfig(TrainingArguments):
 
     # -- learning
     advantage: str | None = setting(
-        None, "leave_one_out, grpo, centred or raft. Default: the preset's."
+        None,
+        "leave_one_out, grpo, centred, raft, batch_whitened, batch_whitened_tokens (with reward_kl), "
+        "batch_scaled, stratified or token_level. Default: the preset's; dr_grpo and hapo bring theirs.",
     )
     stratum_alpha: float = setting(
         0.6,
@@ -307,8 +310,7 @@ class RolloutConfig(TrainingArguments):
     loss: str | None = setting(
         None,
         "raft, raft_pp, grpo, dapo, dr_grpo, cispo, sapo, gspo, gspo_token, luspo, vespo, rloo or "
-        "hapo. "
-        "Default: the preset's.",
+        "hapo. Default: the preset's.",
     )
     objective: str | None = setting(
         None,
@@ -317,7 +319,8 @@ class RolloutConfig(TrainingArguments):
     )
     length_weight: str | None = setting(
         None,
-        "row_mean (1/length), token_sum (1/max_completion_length) or token_mean. Default: the loss's.",
+        "row_mean (1/length), token_sum (1/max_completion_length), token_mean or row_sum (a row counts "
+        "by its length). Default: the loss's.",
     )
     epsilon: float | None = setting(
         None, "Lower clip range of the ratio. Default: 0.2; 3e-4 for ratios of whole rows (gspo)."

@@ -27,7 +27,7 @@ def evaluate(
     prompts: list[Prompt],
     *,
     version: int,
-    success_above: float = 0.5,
+    success_above: float | None = None,
     seen: Callable[[str, Scored], dict[str, float]] | None = None,
 ) -> dict[str, float]:
     """Validation metrics, without prefix; what no rollout could be scored for is absent.
@@ -41,10 +41,14 @@ def evaluate(
     Args:
         prompts: the held-out prompts.
         version: optimizer steps the policy has taken.
-        success_above: reward above which a completion is right; 0.5 serves 0/1 rewards.
+        success_above: reward above which a completion is right. Default: that of the settings, else
+            0.5, which serves 0/1 rewards.
         seen: called with the name and the rollouts of each validation; may give further metrics.
     """
     started = time.perf_counter()
+    if success_above is None:
+        success_above = line.config.success_above
+    threshold = 0.5 if success_above is None else success_above
     training, line = line.ledger, replace(line, ledger=Ledger())  # nothing here is drawn to train
     metrics: dict[str, float] = {}
     for name, (budget, params) in line.validations.items():
@@ -60,7 +64,7 @@ def evaluate(
         if not len(rollouts):  # no reward could be had, which max_failed_share allows
             continue
         metrics |= seen(name, scored) if seen is not None else {}
-        success_N = (scored.reward_N > success_above).double().numpy()
+        success_N = (scored.reward_N > threshold).double().numpy()
         prompt_N = rollouts.prompt_N.numpy()
         count_P = np.bincount(prompt_N, minlength=len(prompts))
         sum_P = np.bincount(prompt_N, weights=success_N, minlength=len(prompts))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import numpy as np
+from transformers import TrainingArguments
 
 from rl.advantages import FALLBACKS
 from rl.kl import kl_loss
@@ -15,8 +18,11 @@ from rl.methods import (
     BUDGET_MINIMA,
     DOWN_SAMPLERS,
     KEEPS_PER_PROMPT,
+    LOSS_DEFAULTS,
+    LOSSES,
     NEEDS_COLUMN,
     ONE_RATIO_PER_ROW,
+    PRESETS,
     SCALES,
     SELECTORS,
     STOPPINGS,
@@ -36,6 +42,23 @@ IMPORTANCE_CORRECTIONS = (
     *("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 )
 
+LOSS_SETTINGS = {
+    "epsilon": "epsilon_low",
+    "epsilon_high": "epsilon_high",
+    "delta": "dual_clip",
+    "ratio_cap": "ratio_cap",
+}
+"""Setting of a clip -> what it is called by the losses that take it."""
+
+WITHIN_GROUP = ("leave_one_out", "grpo", "centred", "batch_scaled", "stratified", "token_level")
+"""Advantages that compare a rollout with the others of its prompt: 0 where it is alone."""
+
+PER_TOKEN = ("batch_whitened_tokens",)
+"""Advantages that differ between the tokens of a row."""
+
+NEVER_NEGATIVE = ("raft",)
+"""Advantages that accept or leave out."""
+
 
 def nearest(word: str, known: Any) -> str:
     """' Did you mean X?' for the known name nearest to `word`, or nothing."""
@@ -50,6 +73,35 @@ def choice(name: str, value: Any, known: Any) -> None:
             f"{name} must be one of {', '.join(map(str, known))}, got {value!r}."
             f"{nearest(str(value), known)}"
         )
+
+
+def _numbers(config: RolloutConfig) -> None:
+    """Refuse 2.5 where a whole number is wanted, and text or nothing where a number is."""
+    for name, hint in _own_hints(type(config)).items():
+        kinds = get_args(hint) or (hint,)
+        wanted = Integral if int in kinds else Real
+        value = getattr(config, name)
+        if isinstance(value, wanted) or (value is None and type(None) in kinds):
+            continue
+        what = ("a whole number" if int in kinds else "a number") + " or None" * (len(kinds) > 1)
+        raise ValueError(f"{name} must be {what}, got {value!r} ({type(value).__name__})")
+
+
+def _own_hints(kind: type) -> dict[str, Any]:
+    """Numbers among the settings that TrainingArguments does not know, and the three that count most."""
+    theirs = {*TrainingArguments.__dataclass_fields__} - {
+        "max_steps",
+        "seed",
+        "per_device_train_batch_size",
+    }
+    numbers = (int, float, int | None, float | None)
+    # Of the class, not of `fields`: parsers of command lines rewrite the types in there.
+    hints = get_type_hints(kind)
+    return {
+        f.name: hints[f.name]
+        for f in fields(kind)
+        if hints[f.name] in numbers and f.name not in theirs
+    }
 
 
 def _at_least(config: RolloutConfig, least: float, *names: str) -> None:
@@ -85,6 +137,7 @@ def _engine(config: RolloutConfig) -> None:
 
 def validate(config: RolloutConfig) -> None:
     """Raise ValueError for the first setting that is out of range or does not fit another."""
+    _numbers(config)
     choice("allocator", config.allocator, ALLOCATORS)
     choice("advantage", config.advantage, ADVANTAGES)
     choice("objective", config.objective, OBJECTIVES)
@@ -113,6 +166,13 @@ def validate(config: RolloutConfig) -> None:
             "advantage 'batch_whitened_tokens' charges tokens for the KL and needs reward_kl above 0: "
             "without it, batch_whitened is the same"
         )
+    if config.allocator == "gvm" and config.gvm_beta < 2:
+        raise ValueError(f"gvm_beta must be at least 2, got {config.gvm_beta}")
+    if config.allocator == "gvm" and config.pilot_estimate == "posterior" and not config.gvm_alpha:
+        raise ValueError(
+            "gvm_alpha must be positive under a posterior, where 1 / p has no mean: got 0; write "
+            "pilot_estimate: pilot for the rule without it"
+        )
     choice("stratum_fallback", config.stratum_fallback, FALLBACKS)
     _at_least(config, 1, "max_generated_tokens")
     _at_least(config, 0, "beta", "importance_floor", "stratum_alpha", "reward_kl")
@@ -127,6 +187,8 @@ def validate(config: RolloutConfig) -> None:
     _at_least(config, 0, "posterior_decay_chosen", "posterior_decay_rest", "max_failed_share")
     _selection(config)
     _stopping_and_rows(config)
+    _loss(config)
+    _rewards(config)
     _budgets(config)
     if config.temperature == 0:
         raise ValueError("temperature must be positive for training rollouts, got 0")
@@ -151,6 +213,7 @@ def validate(config: RolloutConfig) -> None:
     cap = 1 + (config.epsilon_high or 0)
     if config.delta is not None and not config.delta > cap:
         raise ValueError(f"delta={config.delta} must exceed 1 + epsilon_high = {cap}")
+    _clips(config)
     if config.auto_find_batch_size:
         raise ValueError(
             "auto_find_batch_size must stay off: its retry would find the planner already moved on; "
@@ -180,6 +243,61 @@ def validate(config: RolloutConfig) -> None:
         raise ValueError(
             f"objective 'em' weights accepted rollouts and needs advantage 'raft', got "
             f"{config.advantage!r}; write objective: mean, log or flat, or advantage: raft"
+        )
+    # After the objective, whose message says more to whom changed only the advantage of a preset.
+    if config.loss == "raft_pp" and config.advantage not in NEVER_NEGATIVE:
+        raise ValueError(
+            f"loss 'raft_pp' has no negative signal, which advantage {config.advantage!r} has: write "
+            "advantage: raft, or loss: grpo"
+        )
+
+
+def _loss(config: RolloutConfig) -> None:
+    """What the loss cannot take, and ratios that compare with the wrong policy."""
+    assert config.loss is not None
+    if config.loss in ONE_RATIO_PER_ROW and config.advantage in PER_TOKEN:
+        raise ValueError(
+            f"loss {config.loss!r} has one ratio per row, so that advantages must be constant in it, "
+            f"but those of advantage {config.advantage!r} differ by token; write loss: gspo_token, or "
+            "advantage: batch_whitened"
+        )
+    if (
+        config.refill_max_age
+        and config.old_logprobs == "trainer"
+        and config.importance_correction == "none"
+    ):
+        raise ValueError(
+            f"old_logprobs: trainer forgets which policy made the groups that wait "
+            f"refill_max_age={config.refill_max_age} steps: write importance_correction: "
+            "token_truncate, old_logprobs: engine or refill_max_age: 0"
+        )
+
+
+def _clips(config: RolloutConfig) -> None:
+    """Refuse a clip that differs from the default, so was set, and that the loss does not take."""
+    assert config.loss is not None
+    unset = {"epsilon": 0.2, "delta": None, "ratio_cap": 5.0}
+    unset |= PRESETS[config.trainer] | LOSS_DEFAULTS.get(config.loss, {})
+    taken = LOSSES[config.loss][1]
+    for name, parameter in LOSS_SETTINGS.items():
+        value = getattr(config, name)
+        if parameter not in taken and value != unset[name]:
+            known = [n for n, p in LOSS_SETTINGS.items() if p in taken]
+            raise ValueError(
+                f"{name}={value} has no effect on loss {config.loss!r}, which takes "
+                f"{' and '.join(known) or 'no clip'}: leave {name} out, or write another loss"
+            )
+
+
+def _rewards(config: RolloutConfig) -> None:
+    weights = config.reward_weights
+    if weights is None:
+        return
+    if not all(isinstance(weight, Real) and np.isfinite(weight) for weight in weights):
+        raise ValueError(f"reward_weights must be finite numbers, got {weights}")
+    if not any(weights):
+        raise ValueError(
+            f"reward_weights must not all be 0, got {weights}: no reward would be left to learn from"
         )
 
 
@@ -248,6 +366,17 @@ def _stopping_and_rows(config: RolloutConfig) -> None:
             "down_sampling 'pods' compares the rows it keeps by their std: write trainer: grpo, or "
             "down_sampling: balanced"
         )
+    if config.down_sampling == "pods" and config.advantage in PER_TOKEN:
+        raise ValueError(
+            f"down_sampling 'pods' computes the advantages of the rows it keeps anew, so that "
+            f"advantage {config.advantage!r} would be ignored: write advantage: grpo, or another "
+            "down_sampling"
+        )
+    if config.down_sampling == "pods" and config.rows_per_prompt == 1:
+        raise ValueError(
+            "down_sampling 'pods' compares the rows it keeps, and one has nothing to be compared "
+            "with: write rows_per_prompt of at least 2, got 1"
+        )
     rollouts = config.rollouts_per_step  # or a ValueError, if the multiple leaves nothing
     if config.refill and rollouts % config.prompts_per_step:
         raise ValueError(
@@ -274,6 +403,17 @@ def _budgets(config: RolloutConfig) -> None:
             f"budget_max={config.budget_max} is below rollouts_per_prompt={total}: the step's "
             f"{config.rollouts_per_step} rollouts do not fit; raise budget_max"
         )
+    never_two = least >= 1 or config.budget_max == 1 or config.allocator == "uniform"
+    if total == 1 and never_two and (config.refill or _compares_within_group(config)):
+        what = "refill" if config.refill else f"advantage {config.advantage!r}"
+        instead = "advantage: batch_whitened or raft"
+        if hasattr(config, "baseline"):
+            what, instead = "baseline 'prompt'", "baseline: history"
+        raise ValueError(
+            f"{what} compares the rollouts of a prompt, and rollouts_per_prompt=1 gives every prompt "
+            "one: write rollouts_per_prompt of at least 2"
+            + ("" if config.refill else f", or {instead}")
+        )
     lowest = BUDGET_MINIMA.get(config.allocator, 0)
     if least < lowest:
         raise ValueError(
@@ -294,3 +434,8 @@ def _budgets(config: RolloutConfig) -> None:
         raise ValueError(
             f"budget_max={config.budget_max} is below pilot_rollouts={config.pilot_rollouts}"
         )
+
+
+def _compares_within_group(config: RolloutConfig) -> bool:
+    """Whether a prompt's only rollout gets no advantage; a diffusion model's baseline may see more."""
+    return config.advantage in WITHIN_GROUP and getattr(config, "baseline", "prompt") == "prompt"

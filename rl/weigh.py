@@ -58,7 +58,7 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
         original_denominator=original,
         prompts=groups.prompts,
         waves=waves,
-        metrics=metrics.of_rollouts(waves, kept)
+        metrics=metrics.of_rollouts(waves, kept, success_above=config.success_above)
         | metrics.of_selection(config.down_sampling, everything, chosen),
     )
 

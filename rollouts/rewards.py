@@ -1,6 +1,6 @@
 """Rewards: from completions to one number per rollout, and never a number for a failure.
 
-A reward function has TRL's signature, unchanged, so one written for TRL works here:
+A reward function is called as TRL calls it, but for `trainer_state`, `log_extra` and `log_metric`:
 
     fn(prompts=..., completions=..., completion_ids=..., **columns) -> list[float | None]
 
@@ -375,8 +375,7 @@ def _checked(
     weights: Sequence[float] | None,
 ) -> list[str]:
     """The functions' names, all arguments of `score` being consistent."""
-    if not functions:
-        raise ValueError("at least one reward function is needed, got none")
+    names = _names(functions)
     if not len(prompts) == len(completions) == len(completion_ids):
         raise ValueError(
             f"prompts, completions and completion_ids must be equally long, got {len(prompts)}, "
@@ -389,6 +388,13 @@ def _checked(
         )
     if weights is not None and not all(map(math.isfinite, weights)):
         raise ValueError(f"weights must be finite, got {list(weights)}")
+    return names
+
+
+def _names(functions: Sequence[RewardFunction]) -> list[str]:
+    """The functions' names, if these tell them apart and every function can be called."""
+    if not functions:
+        raise ValueError("at least one reward function is needed, got none")
     names = [_name(function) for function in functions]
     if doubled := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(
@@ -438,11 +444,13 @@ def check_columns(functions: Sequence[RewardFunction], prompts: Sequence[Prompt]
     """Say before anything is generated whether each function can take what these prompts bring.
 
     Raises:
-        RewardError: naming the function and the column it needs, with the nearest there is.
+        RewardError: naming the function and the column it needs, with the nearest there is; or if it
+            is asynchronous.
+        ValueError: if there is none, or two have one name.
     """
     columns = _columns(prompts[:1], [""], [[]])
-    for function in functions:
-        _check_signature(function, _name(function), columns, {})
+    for name, function in zip(_names(functions), functions, strict=True):
+        _check_signature(function, name, columns, {})
 
 
 def _check_signature(

@@ -1,0 +1,153 @@
+"""What `recipes/train.py` says to a user whose command cannot work, in the words of that command."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from trl import ModelConfig
+
+from recipes.config import ConfigError, parse, peek
+from recipes.train import DIFFUSION_TASKS, RecipeArguments, load_tokenizer, main, task_or_data
+from rl.arguments import RolloutConfig
+from tests import tiny
+
+MATH = Path(__file__).resolve().parents[2] / "recipes" / "math"
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    rows = [{"prompt": f"{x}{d}=", "answer": d} for x in "ab" for d in tiny.DIGITS]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prepared(*arguments):
+    """Rows, held-out rows and rewards of a command line."""
+    words = [*arguments, "--use_cpu", "true", "--report_to", "none", "--output_dir", "unused"]
+    return task_or_data(*parse((RecipeArguments, RolloutConfig, ModelConfig), words))
+
+
+# The recipe for any model and prompts
+
+
+def test_the_math_recipe_takes_rows_of_prompt_and_answer(prompts, model_folder):
+    rows, validation, rewards = prepared(
+        *("--config", str(MATH / "gvm_raft.yaml"), "--dataset_name", prompts),
+        *("--model_name_or_path", model_folder, "--validation_size", "3"),
+    )
+    assert (len(rows), len(validation), rewards) == (13, 3, ["math_verify"])
+    assert rows[0]["prompt"] == [{"role": "user", "content": "a0="}]
+
+
+def test_the_command_of_the_math_readme_brings_its_template(tmp_path, model_folder):
+    command = (MATH / "README.md").read_text().split("accelerate launch")[1].split("\n\n")[0]
+    template = command.split('--prompt_template "')[1].split('"')[0]
+    assert "openai/gsm8k" in command and "{question}" in template
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text(json.dumps({"question": "What is 3 + 4?", "answer": "#### 7"}) + "\n")
+    rows, _, _ = prepared(
+        *("--config", str(MATH / "gvm_raft.yaml"), "--dataset_name", str(path)),
+        *("--answer_column", "answer", "--prompt_template", template),
+        *("--model_name_or_path", model_folder, "--validation_size", "0"),
+    )
+    assert rows[0]["prompt"][0]["content"] == template.replace("{question}", "What is 3 + 4?")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt_template", "{question}!"], "'question'.*prompt_template, if given, must name"),
+        (["--prompt_column", "question"], "'question'.*prompt_column must name one of these"),
+        (["--answer_column", "solution"], "'solution'.*answer_column must name one of these"),
+        (["--dataset_limit", "0"], "^dataset_limit must be at least 1 or None, got 0"),
+        (["--validation_size", "16"], "^validation_size must be .*got 16 of 16 .*write 15 or less"),
+        (["--validation_size", "-1"], "^validation_size must be at least 0"),
+    ],
+)
+def test_data_that_does_not_fit_is_told_by_the_names_of_settings(
+    prompts, model_folder, words, message
+):
+    given = ["--dataset_name", prompts, "--model_name_or_path", model_folder, "--rewards", "length"]
+    with pytest.raises(ValueError, match=message):
+        prepared(*given, *words)
+
+
+@pytest.mark.parametrize(("other", "expected"), [("here/set", "main"), ("here/other", None)])
+def test_a_validation_split_is_of_the_same_configuration(
+    monkeypatch, model_folder, other, expected
+):
+    asked = []
+
+    def load_dataset(name, config, *, split):
+        asked.append((name, config, split))
+        return [{"prompt": split}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    prepared(
+        *("--dataset_name", "here/set", "--dataset_config", "main", "--validation_name", other),
+        *("--model_name_or_path", model_folder, "--rewards", "length"),
+    )
+    assert asked == [("here/set", "main", "train"), (other, expected, "test")]
+
+
+# The command line
+
+
+def test_a_config_file_after_an_equals_sign(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"task": "arithmetic", "dataset_limit": 7}))
+    (found,) = parse((RecipeArguments,), [f"--config={path}"])
+    assert found.dataset_limit == 7
+    assert peek("task", [f"--config={path}"]) == "arithmetic"
+    with pytest.raises(ConfigError, match="rum.yaml does not exist.*'run.yaml'"):
+        parse((RecipeArguments,), [f"--config={tmp_path / 'rum.yaml'}"])
+
+
+@pytest.mark.parametrize("given", ["foo", "[1]", "7"])
+def test_task_settings_that_are_no_mapping(given):
+    with pytest.raises(ConfigError, match=r"task_settings must be a mapping.*JSON such as .*, got"):
+        main(["--task", "arithmetic", "--task_settings", given, "--output_dir", "unused"])
+
+
+def test_a_task_of_images_wants_its_policy(tmp_path):
+    from recipes.diffusion import TASKS
+
+    assert set(DIFFUSION_TASKS) == set(TASKS)
+    path = tmp_path / "run.yaml"
+    path.write_text("task: digits\nplan: {num_steps: 2}\n")
+    for words in (["--task", "digits"], [f"--config={path}"]):
+        with pytest.raises(ConfigError, match="'digits' trains a diffusion model: write policy: d"):
+            main(words)
+
+
+@pytest.mark.parametrize("name", ["load_in_4bit", "load_in_8bit"])
+@pytest.mark.parametrize("policy", ["language", "diffusion"])
+def test_quantised_weights_are_refused_and_not_ignored(name, policy):
+    plan = ["--plan", '{"num_steps": 2, "rule": "ddim", "level": 1.0}']
+    words = ["--policy", policy, f"--{name}", "true", "--output_dir", "unused", "--use_cpu", "true"]
+    with pytest.raises(ConfigError, match=f"{name} is not supported"):
+        main([*words, *(plan if policy == "diffusion" else [])])
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "runs/a/final"])
+def test_a_model_folder_that_is_not_there(prompts, name):
+    words = ["--dataset_name", prompts, "--rewards", "length", "--output_dir", "unused"]
+    with pytest.raises(ConfigError, match=f"model_name_or_path='{name}': no such folder; write"):
+        main([*words, "--model_name_or_path", name, "--use_cpu", "true"])
+
+
+def test_a_chat_template_that_is_not_there(model_folder):
+    recipe = RecipeArguments(chat_template="chat.jinja")
+    with pytest.raises(
+        ConfigError, match="chat_template must be a file .*'chat.jinja', which does"
+    ):
+        load_tokenizer(recipe, ModelConfig(model_name_or_path=model_folder))

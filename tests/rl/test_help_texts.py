@@ -1,0 +1,50 @@
+"""Help texts name every choice there is."""
+
+import re
+from dataclasses import fields
+
+import pytest
+
+from rl.advantages import FALLBACKS
+from rl.arguments import RolloutConfig
+from rl.methods import (
+    ADVANTAGES,
+    ALLOCATORS,
+    DOWN_SAMPLERS,
+    LOSSES,
+    PRESETS,
+    SCALES,
+    SELECTORS,
+    STOPPINGS,
+    TOKEN_SELECTIONS,
+)
+from rl.step_weights import DENOMINATORS, LENGTH_RULES, OBJECTIVES
+from rl.token_selection import SCOPES
+from rl.validation import IMPORTANCE_CORRECTIONS
+from samplers.scores import SCORES
+
+CHOICES = {
+    "trainer": PRESETS,
+    "selector": SELECTORS,
+    "selection_score": SCORES,
+    "allocator": ALLOCATORS,
+    "allocation_scale": SCALES,
+    "stopping": STOPPINGS,
+    "down_sampling": DOWN_SAMPLERS,
+    "token_selection": TOKEN_SELECTIONS,
+    "token_scope": SCOPES,
+    "token_denominator": DENOMINATORS,
+    "advantage": ADVANTAGES,
+    "stratum_fallback": FALLBACKS,
+    "loss": LOSSES,
+    "objective": OBJECTIVES,
+    "length_weight": LENGTH_RULES,
+    "importance_correction": IMPORTANCE_CORRECTIONS,
+}
+
+
+@pytest.mark.parametrize("setting", CHOICES)
+def test_the_help_text_names_every_choice(setting):
+    help_text = next(f.metadata["help"] for f in fields(RolloutConfig) if f.name == setting)
+    words = re.findall(r"[a-z0-9_]+(?:\+\+)?", help_text)
+    assert [name for name in CHOICES[setting] if name not in words] == []
