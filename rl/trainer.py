@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -74,6 +74,7 @@ class RolloutTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         kind = self.kind
+        set_seed(args.seed)  # adapters are drawn by it
         policy, processing_class = kind.load(model, processing_class, peft_config)
         rewards = kind.load_rewards(reward_funcs, args.reward_weights)
         self._make_prompts = kind.prompt_maker(args, processing_class)

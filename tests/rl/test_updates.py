@@ -352,3 +352,19 @@ def test_every_row_is_trained_on_once_an_iteration(tmp_path, updates, iterations
     rows = torch.cat(parts).bincount(minlength=len(batch.rollouts))
     assert (rows == iterations).all()
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_an_adapter_is_drawn_by_the_seed_of_the_run(tmp_path):
+    from peft import LoraConfig
+
+    drawn = []
+    for place, (before, seed) in enumerate([(0, 3), (1, 3), (0, 4)]):
+        policy = tiny.model()
+        torch.manual_seed(before)
+        adapter = LoraConfig(r=2, target_modules=["q_proj"])
+        made = tiny.trainer(
+            tmp_path / str(place), model=policy, peft_config=adapter, **settings(seed=seed)
+        )
+        weights = {k: v for k, v in made.model.state_dict().items() if "lora_A" in k}
+        drawn.append(torch.cat([weight.flatten() for weight in weights.values()]))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
