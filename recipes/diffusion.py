@@ -19,6 +19,7 @@ from rl.arguments import nearest
 from rl.denoising_config import DenoisingConfig
 from rl.denoising_trainer import DenoisingTrainer
 from rollouts.diffusers_engine import DiffusersEngine
+from rollouts.sde import VARIANCE_PRESERVING
 
 if TYPE_CHECKING:
     from recipes.train import RecipeArguments
@@ -28,6 +29,9 @@ TASKS = {"digits": "recipes.images.task"}
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 """What LoRA adapts unless lora_target_modules says otherwise: the attention of diffusers' models."""
+
+NOISE_LEVELS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+"""Settings of schedulers that say which noise level a timestep has."""
 
 
 def make_trainer(
@@ -121,19 +125,35 @@ def _data(recipe: RecipeArguments, config: DenoisingConfig) -> tuple[Any, Any]:
 def load_pipeline(config: DenoisingConfig, model_config: ModelConfig) -> Any:
     """The pipeline the settings name, with a scheduler whose steps are Gaussian actions.
 
-    Under rule `ddim` a scheduler of another class, such as the PNDM of Stable Diffusion 1, is
-    replaced by DDIM with its own noise levels, and a line says so.
+    Under rule `ddim` a scheduler of another class is replaced (`ddim_of`), and a line says so. A
+    safety checker is not loaded: its black images would be rewarded.
+
+    Raises:
+        ConfigError: if no model is named, or rule `ddim` does not fit it.
     """
     from diffusers import DDIMScheduler, DiffusionPipeline
 
-    if model_config.model_name_or_path is None:
+    name = model_config.model_name_or_path
+    if name is None:
         raise ConfigError("no model: write model_name_or_path, a folder or a hub id")
+    parts: Any = DiffusionPipeline.load_config(name, revision=model_config.model_revision)
+    absent: dict[str, Any] = {}
+    if (parts.get("safety_checker") or [None])[0] is not None:
+        absent = {"safety_checker": None}
+        if "requires_safety_checker" in parts:
+            absent["requires_safety_checker"] = False
+        print(
+            f"the safety checker of {name} is not loaded: it makes images black, and they would be "
+            f"rewarded",
+            file=sys.stderr,
+        )
     dtype = model_config.dtype
     pipeline = DiffusionPipeline.from_pretrained(
-        model_config.model_name_or_path,
+        name,
         revision=model_config.model_revision,
         torch_dtype=torch.float32 if dtype in (None, "auto") else getattr(torch, dtype),
         use_safetensors=True,
+        **absent,
     )
     assert isinstance(config.plan, dict)
     if config.plan["rule"] == "ddim" and type(pipeline.scheduler) is not DDIMScheduler:
@@ -141,10 +161,43 @@ def load_pipeline(config: DenoisingConfig, model_config: ModelConfig) -> Any:
             f"{type(pipeline.scheduler).__name__} is replaced by DDIMScheduler for rule ddim",
             file=sys.stderr,
         )
-        pipeline.scheduler = DDIMScheduler.from_config(
-            pipeline.scheduler.config, clip_sample=False, thresholding=False
-        )
+        pipeline.scheduler = ddim_of(pipeline.scheduler)
     return pipeline.to(PartialState().device)
+
+
+def ddim_of(scheduler: Any) -> Any:
+    """DDIM with the noise levels of another scheduler, such as the PNDM of Stable Diffusion 1.
+
+    Where the other's settings do not say how the chain closes, it closes at the first noise level, as
+    in every release of Stable Diffusion, and not at alpha 1 as is DDIMScheduler's own default: the
+    last step then draws noise and can be trained. Timesteps spaced by linspace become Stable
+    Diffusion's, leading with an offset of 1: DDIM goes down by whole strides, so that its steps would
+    not end where the next one begins.
+
+    Raises:
+        ConfigError: if the scheduler has no betas, or is set up for a flow model.
+    """
+    from diffusers import DDIMScheduler
+
+    given: Any = scheduler.config
+    fits = given.get("prediction_type", "epsilon") in VARIANCE_PRESERVING
+    if "beta_start" not in given or given.get("use_flow_sigmas") or not fits:
+        raise ConfigError(
+            f"rule ddim is for models that predict {', '.join(VARIANCE_PRESERVING)}, and the "
+            f"{type(scheduler).__name__} of this one is not of that kind; for a flow-matching model "
+            f"write rule: flow_sde, constant_sde or cps in plan"
+        )
+    # Settings left at the other class's defaults would give way to DDIMScheduler's.
+    kept = {name: given[name] for name in NOISE_LEVELS if name in given}
+    if given.get("timestep_spacing") == "linspace":
+        kept |= {"timestep_spacing": "leading", "steps_offset": 1}
+    return DDIMScheduler.from_config(
+        given,
+        clip_sample=False,
+        thresholding=False,
+        set_alpha_to_one=given.get("set_alpha_to_one", False),
+        **kept,
+    )
 
 
 def lora_config(model_config: ModelConfig) -> Any:

@@ -7,19 +7,16 @@ property of the model and the reward, so it is measured. Axes: P prompts, N roll
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rollouts.diffusers_engine import DiffusersEngine
+from rollouts.image_rewards import ImageReward, score_images
 from rollouts.prompts import Prompt
 from rollouts.step_plan import StepPlan
-
-ImageReward = Callable[[Any, list[str], list[dict[str, Any]]], Any]
-"""`reward(image_NHWC, prompts, metadata)`: (N,) rewards, or a pair of these and details."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +58,7 @@ def probe_branch_points(
     Args:
         engine: generates and decodes.
         prompts: P prompts; w is pooled over them.
-        reward: see `ImageReward`; the metadata are the prompts' columns.
+        reward: see `rollouts/image_rewards.py`; the metadata are the prompts' columns.
         points: edges t0, each of which must draw noise under `params`.
         children: k >= 2 samples of each branch.
         branches: branches of each prompt at each point, at least 2.
@@ -73,6 +70,7 @@ def probe_branch_points(
 
     Raises:
         ValueError: if there are too few branches or children, or the plan branches already.
+        RewardError: if the reward fails, or gives something else than one finite number an image.
     """
     if children < 2 or branches < 2:
         raise ValueError(
@@ -91,13 +89,15 @@ def probe_branch_points(
             prompts, budget_P, seeds_N=seeds_N, params=replace(params, splits=((step, children),))
         )
         of_row = [prompts[p] for p in rollouts.prompt_N.tolist()]
-        scores = reward(
-            engine.decode(rollouts), [p.prompt for p in of_row], [dict(p.columns) for p in of_row]
+        result, _ = score_images(
+            [reward],
+            engine.decode(rollouts),
+            [str(p.prompt) for p in of_row],
+            [dict(p.columns) for p in of_row],
         )
-        reward_N = torch.as_tensor(
-            scores[0] if isinstance(scores, tuple) else scores, dtype=torch.float64
+        share, informative = branch_statistics(
+            result.reward_N, rollouts.prompt_N, rollouts.branch_N
         )
-        share, informative = branch_statistics(reward_N, rollouts.prompt_N, rollouts.branch_N)
         num_leaves = branches * children
         found.append(
             BranchPoint(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ from rollouts.denoising_tree import (
 )
 from rollouts.pipeline_prompts import encode_with_pipeline
 from rollouts.prompts import Prompt
-from rollouts.recording_scheduler import Recording, draw, recording_scheduler
+from rollouts.recording_scheduler import Recording, draw, recording_scheduler, require_finite
 from rollouts.sde import gaussian_step, step_logprob
 from rollouts.step_plan import StepPlan
 
@@ -70,18 +71,20 @@ class DiffusersEngine:
     logged as mismatch.
 
     Args:
-        pipeline: with a `DDIMScheduler` or a `FlowMatchEulerDiscreteScheduler`. Its safety checker, if
-            it has one, blackens what `decode` returns.
+        pipeline: with a `DDIMScheduler` or a `FlowMatchEulerDiscreteScheduler`, and without a safety
+            checker, which would have black images rewarded.
         encode: prompts to embeddings. None: the pipeline's text encoders read `prompt.prompt`.
-        guidance_scale: None takes the pipeline's default.
-        height: of the images, in pixels; None takes the pipeline's default.
+        guidance_scale: None takes the pipeline's default. Where the model ignores it, as Qwen-Image's
+            does, a warning says so.
+        height: of the images, in pixels; None, with `width`, takes the pipeline's default.
         width: likewise.
         batch_size: rows of one call of the pipeline (a guidance pair is one row).
         pipeline_kwargs: further arguments of every call, such as `true_cfg_scale`.
 
     Raises:
         ValueError: if the pipeline cannot be recorded: another scheduler, a scheduler that clips,
-            dropout in the denoiser, or a call without `latents` or that cannot be differentiated.
+            dropout in the denoiser, or a call without `latents` or that cannot be differentiated. If
+            it has a safety checker, or `height` and `width` are not a size of its images.
     """
 
     def __init__(
@@ -112,6 +115,16 @@ class DiffusersEngine:
         self._arguments |= further
         self._encode = encode or functools.partial(encode_with_pipeline, pipeline)
         self._check_pipeline()
+        self._check_size(height, width)
+        if guidance_scale is not None and not self._reads_guidance():
+            del self._arguments["guidance_scale"]
+            warnings.warn(
+                f"guidance_scale={guidance_scale} has no effect: the model of "
+                f"{type(pipeline).__name__} does not read it. It is guided by "
+                f"pipeline_kwargs={{'true_cfg_scale': ...}} with an encode= that gives "
+                f"negative_prompt_embeds, and not at all without these",
+                stacklevel=2,
+            )
         if encode is None and further.get("true_cfg_scale", 1) > 1:
             raise ValueError(
                 "true_cfg_scale needs embeddings of a negative prompt, which only encode= can give"
@@ -160,6 +173,7 @@ class DiffusersEngine:
         Raises:
             ValueError: if the request is malformed, the plan does not fit the scheduler's table, or
                 the pipeline changes latents between its steps.
+            FloatingPointError: if a latent is NaN or infinite.
         """
         plan = params
         prompt_N, seed_N = requested_trees(prompts, budget_P, seeds_N, plan)
@@ -278,11 +292,15 @@ class DiffusersEngine:
 
         By the pipeline's own decoder, which it reaches through a window of no steps. A pipeline
         without a VAE denoises pixels in [-1, 1].
+
+        Raises:
+            FloatingPointError: if an image has a NaN, or its latent a NaN or an infinity.
         """
-        images = []
+        images, finite = [], []
         tree = rollouts.tree
         for node_U in rollouts.node_NS[:, -1].cpu().split(self.batch_size):
             x = tree.latent_M[node_U]
+            require_finite(x, "the latents of finished samples")
             if getattr(self.pipeline, "vae", None) is None:
                 if x.ndim != 4:
                     raise ValueError(
@@ -297,9 +315,17 @@ class DiffusersEngine:
                 image = self._call(
                     Recording(plan=tree.plan, window=(end, end)), conditions, x, arguments
                 )
-            images.append((image * 255).round().astype(np.uint8))
+            finite.append(np.isfinite(image).all(axis=(1, 2, 3)))
+            images.append((np.nan_to_num(image) * 255).round().astype(np.uint8))
         if not images:
             raise ValueError("there are no rollouts to decode")
+        failed = np.flatnonzero(~np.concatenate(finite)).tolist()
+        if failed:
+            raise FloatingPointError(
+                f"the VAE made images with NaN of {len(failed)} of {len(rollouts)} rows, {failed}: "
+                f"VAEs overflow in float16; load the pipeline with dtype bfloat16 or float32, or set "
+                f"force_upcast=True in the VAE's config where the pipeline reads it (SDXL)"
+            )
         return np.concatenate(images)
 
     def _replay(
@@ -368,7 +394,10 @@ class DiffusersEngine:
         """The children of every state of a captured step, and their log-probabilities."""
         (step,) = recording.steps
         mean, std = (v.repeat_interleave(children, dim=0) for v in self._gaussian(recording))
-        return draw(mean, std, seeded_noise(seeds, step.step, mean.shape), dtype=step.x.dtype)
+        noise = seeded_noise(seeds, step.step, mean.shape)
+        x_next, logprob = draw(mean, std, noise, dtype=step.x.dtype)
+        require_finite(x_next, f"the latents that step {step.step} made")
+        return x_next, logprob
 
     def _run(
         self,
@@ -453,6 +482,14 @@ class DiffusersEngine:
                 raise ValueError(
                     f"encode gave {name} of shape {tuple(value.shape)} for {len(prompts)} prompts"
                 )
+        scale = self._arguments.get("true_cfg_scale", 1)
+        needed = (name for name in ("prompt_embeds", "pooled_prompt_embeds") if name in conditions)
+        absent = [f"negative_{name}" for name in needed if f"negative_{name}" not in conditions]
+        if scale > 1 and absent:
+            raise ValueError(
+                f"true_cfg_scale={scale} has no effect without {', '.join(absent)}, which encode must "
+                f"give; it gave {', '.join(conditions)}"
+            )
         return conditions
 
     def _check_pipeline(self) -> None:
@@ -470,7 +507,31 @@ class DiffusersEngine:
             raise ValueError(f"the call of {name} takes no {', '.join(unknown)}")
         if "mask_image" in accepted:
             raise ValueError(f"{name} overwrites part of the latents: its steps are not Gaussian")
+        if getattr(pipeline, "safety_checker", None) is not None:
+            raise ValueError(
+                f"{name} has a safety checker, which makes images black that would then be rewarded; "
+                f"load it with safety_checker=None, requires_safety_checker=False"
+            )
         self._check_dropout()
+
+    def _check_size(self, height: int | None, width: int | None) -> None:
+        if height is None and width is None:
+            return
+        pipeline = self.pipeline
+        multiple = getattr(pipeline, "vae_scale_factor", 1) * getattr(pipeline, "patch_size", 1)
+        # Of pipelines that pack latents, the image processor knows the whole factor.
+        settings = getattr(getattr(pipeline, "image_processor", None), "config", None)
+        multiple = max(multiple, getattr(settings, "vae_scale_factor", 1))
+        if not all(side and side > 0 and side % multiple == 0 for side in (height, width)):
+            raise ValueError(
+                f"height and width must both be given, positive and multiples of {multiple} for "
+                f"{type(pipeline).__name__}, or neither; got height={height} and width={width}"
+            )
+
+    def _reads_guidance(self) -> bool:
+        """Whether guidance_scale changes what the model puts out; guidance-distilled models tell."""
+        config = getattr(self.denoiser, "config", {})
+        return not hasattr(config, "guidance_embeds") or config.guidance_embeds
 
     def _check_dropout(self) -> None:
         for name, module in self.denoiser.named_modules():

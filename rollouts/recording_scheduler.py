@@ -149,7 +149,8 @@ class _RecordingMixin:
     ) -> Tensor:
         """Do and record one step; returns the next latent, or `sample` itself when capturing.
 
-        Settings that a pipeline passes on to `step`, such as its eta, are the plan's affair.
+        Settings that a pipeline passes on to `step`, such as its eta, are the plan's affair. Raises
+        FloatingPointError if a latent is NaN or infinite.
         """
         output, x = model_output, sample
         step = recording.window[0] + len(recording.steps)
@@ -160,7 +161,9 @@ class _RecordingMixin:
                 f"{recording.window}; only pipelines that take every timestep once and in order can "
                 f"be recorded"
             )
-        if recording.steps and not torch.equal(recording.steps[-1].last_latent, x):
+        if not recording.steps:
+            require_finite(x, f"the latents that enter step {step}")
+        elif not torch.equal(recording.steps[-1].last_latent, x):
             raise ValueError(
                 f"the pipeline changed the latents between step {step - 1} and step {step}, as "
                 f"image-to-image, image-to-video and inpainting pipelines do: its steps are not "
@@ -175,8 +178,10 @@ class _RecordingMixin:
             return x
 
         logprob_N = None
-        if step not in recording.plan.stochastic:
+        if recording.std[step] == 0:
             x_next = self._base_step(output, timestep, x, step)
+        elif recording.noise is None:
+            raise ValueError(f"step {step} draws noise, but the recording has none")
         else:
             mean, std_N = gaussian_step(
                 output,
@@ -186,16 +191,21 @@ class _RecordingMixin:
                 level=recording.plan.level,
                 prediction=recording.prediction,
             )
-            if recording.std[step] == 0:
-                x_next = mean.to(x.dtype)
-            elif recording.noise is None:
-                raise ValueError(f"step {step} draws noise, but the recording has none")
-            else:
-                x_next, logprob_N = draw(
-                    mean, std_N, recording.noise(step, mean.shape), dtype=x.dtype
-                )
+            x_next, logprob_N = draw(mean, std_N, recording.noise(step, mean.shape), dtype=x.dtype)
+        require_finite(x_next, f"the latents that step {step} made")
         recording.steps.append(Step(step=step, x=recorded_x, x_next=x_next, logprob_N=logprob_N))
         return x_next.clone()
+
+
+def require_finite(x: Tensor, what: str) -> None:
+    """Raise FloatingPointError if a row of these latents has a NaN or an infinity."""
+    finite_N = x.isfinite().flatten(1).all(dim=1)
+    if not finite_N.all():
+        raise FloatingPointError(
+            f"{what} are NaN or infinite in {int((~finite_N).sum())} of {len(x)} rows: the model's "
+            f"output overflows, or its weights do; load it with dtype bfloat16 or float32, and lower "
+            f"learning_rate or max_grad_norm if it happens while training"
+        )
 
 
 def draw(
@@ -223,7 +233,8 @@ def draw(
 class LogProbDDIMScheduler(_RecordingMixin, _DDIM):
     """`DDIMScheduler` whose steps are Gaussian actions under the rule `ddim`.
 
-    Stochastic edges have eta = `plan.level`, the others are the base step with eta 0. The table is
+    Stochastic edges have eta = `plan.level`, the others, and those on which that leaves no noise, are
+    the base step with eta 0. The table is
     that of diffusers: abar after the last step is `final_alpha_cumprod`, whatever the released code
     of DDPO and B2 does there.
     """
@@ -262,7 +273,7 @@ class LogProbDDIMScheduler(_RecordingMixin, _DDIM):
 class LogProbFlowMatchScheduler(_RecordingMixin, _FlowMatch):
     """`FlowMatchEulerDiscreteScheduler` whose steps are Gaussian actions under a flow rule.
 
-    Deterministic edges are the Euler step of the base class.
+    Deterministic edges, among them stochastic ones of std 0, are the Euler step of the base class.
     """
 
     @functools.wraps(_FlowMatch.set_timesteps)

@@ -133,7 +133,10 @@ def checked_rewards(
     valid_N, required = np.isfinite(reward_N), "finite"
     if in_unit_interval and valid_N.all():
         valid_N = (reward_N >= 0) & (reward_N <= 1)
-        required = "in [0, 1] unless success_above says what a success is"
+        required = (
+            f"in [0, 1] unless success_above is set, the reward above which a rollout is a success; "
+            f"write for instance success_above: {np.median(reward_N):.3g}, the median of this round"
+        )
     if not valid_N.all():
         row = int(np.flatnonzero(~valid_N)[0])
         key = keys[proposal.index_P[prompt_N[row]]]

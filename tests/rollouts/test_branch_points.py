@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rollouts.branch_points import best_children, branch_statistics, probe_branch_points
-from rollouts.diffusers_engine import DiffusersEngine
+from rollouts.rewards import RewardError
 from rollouts.step_plan import StepPlan
-from tests.tiny_pipelines import ENGINE_SETTINGS, embeddings, image_prompts, tiny_pipeline
+from tests import tiny_denoising
+from tests.tiny_pipelines import image_prompts
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -91,7 +92,7 @@ def brightness(image_NHWC, prompts, metadata):
 
 
 def engine():
-    return DiffusersEngine(tiny_pipeline("sd"), encode=embeddings("sd"), **ENGINE_SETTINGS["sd"])
+    return tiny_denoising.engine(tiny_denoising.pipeline())
 
 
 def test_less_is_open_the_later_a_chain_branches():
@@ -142,6 +143,25 @@ def test_a_reward_that_never_varies_leaves_the_share_unknown():
     )
     assert point.within_share is point.effective_count is point.best_children is None
     assert point.informative_share == 0
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda count: [0.5] * (count - 1), r"shape \(\d+,\).*expected one number per image"),
+        (lambda count: None, r"shape \(\) and type object.*expected one number per image"),
+        (lambda count: 0.5, r"shape \(\).*expected one number per image"),
+        (lambda count: [math.nan] * count, "nan"),
+    ],
+)
+def test_a_reward_that_gives_something_else_than_one_number_an_image_is_named(returned, message):
+    def wrong(images, prompts, metadata):
+        return returned(len(images))
+
+    with pytest.raises(RewardError, match=f"wrong.*{message}"):
+        probe_branch_points(
+            engine(), image_prompts(1), wrong, points=[2], children=2, branches=2, params=plan()
+        )
 
 
 def test_probes_are_checked():

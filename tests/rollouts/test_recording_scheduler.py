@@ -1,4 +1,5 @@
 import inspect
+import math
 
 import pytest
 import torch
@@ -231,10 +232,40 @@ def test_rows_are_announced_before_each_step():
     assert rows == [2, 2]
 
 
-def test_an_edge_of_std_zero_is_the_mean_and_has_no_logprob():
-    recording, last = record("cps")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["ddim", "cps"])
+def test_an_edge_of_std_zero_is_the_base_schedulers_and_has_no_logprob(name, dtype):
+    _, rule, level = SCHEDULERS[name]
+    make = sd3_scheduler if name == "cps" else lambda: sd_scheduler(set_alpha_to_one=True)
+    recording = Recording(plan=plan(rule, level), window=(0, STEPS), noise=noise)
+    last = run(recording_scheduler(make()), recording, x_0(dtype))
     assert recording.std[-1] == 0 and recording.steps[-1].logprob_N is None
-    assert last.isfinite().all()
+    base = make()
+    base.set_timesteps(STEPS)
+    if name == "cps":
+        base._step_index = STEPS - 1  # it counts its own steps
+    t, x = base.timesteps[-1], recording.steps[-1].x
+    output = model(x, t.to(dtype)).to(dtype)
+    assert torch.equal(last, base.step(output, t, x).prev_sample)
+
+
+@pytest.mark.parametrize("stochastic", [(0, 1, 2), ()])
+def test_a_latent_that_is_not_finite_is_named_by_its_step(stochastic):
+    scheduler = recording_scheduler(sd3_scheduler())
+    scheduler.recording = Recording(
+        plan=plan("cps", 0.7, stochastic=stochastic), window=(0, STEPS), noise=noise
+    )
+    scheduler.set_timesteps(STEPS)
+    x = scheduler.step(x_0(), scheduler.timesteps[0], x_0()).prev_sample
+    for value in (math.nan, math.inf):
+        output = x_0()
+        output[1, 2, 3, 4] = value
+        with pytest.raises(FloatingPointError, match="step 1 made are NaN.* in 1 of 2 rows.*dtype"):
+            scheduler.step(output, scheduler.timesteps[1], x)
+    broken = x_0() * math.nan
+    scheduler.recording.steps.clear()
+    with pytest.raises(FloatingPointError, match="enter step 0 are NaN or infinite in 2 of 2 rows"):
+        scheduler.step(x_0(), scheduler.timesteps[0], broken)
 
 
 @pytest.mark.parametrize("name", ["trained", "splits"])

@@ -1,0 +1,145 @@
+"""The pipeline of a user's folder: what stands for its scheduler, and its safety checker left out."""
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPConfig
+from trl import ModelConfig
+
+from recipes.config import ConfigError
+from recipes.diffusion import ddim_of, load_pipeline
+from rl.denoising_config import DenoisingConfig
+from rollouts.recording_scheduler import Recording, recording_scheduler
+from tests.tiny_pipelines import add_tiny_text_encoder, add_tiny_vae, tiny_sd, tiny_sd3
+
+PLAN = {"num_steps": 4, "rule": "ddim", "level": 1.0, "last_edge": "trained"}
+
+STABLE_DIFFUSION = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
+
+def save(folder, *, scheduler=None, checker=None):
+    """A whole Stable Diffusion of tiny parts."""
+    pipeline = tiny_sd()
+    add_tiny_text_encoder(pipeline)
+    add_tiny_vae(pipeline)
+    parts = {name: getattr(pipeline, name) for name in ("text_encoder", "tokenizer", "vae")}
+    pipeline.register_modules(**parts, scheduler=scheduler or pipeline.scheduler)
+    if checker is not None:
+        pipeline.register_modules(safety_checker=checker)
+        pipeline.register_to_config(requires_safety_checker=True)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def load(folder, *, rule="ddim"):
+    config = DenoisingConfig(output_dir=str(folder), plan=PLAN | {"rule": rule}, use_cpu=True)
+    return load_pipeline(config, ModelConfig(model_name_or_path=str(folder)))
+
+
+def tiny_checker():
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    size |= {"num_hidden_layers": 1}
+    vision = size | {"image_size": 32, "patch_size": 16}
+    return StableDiffusionSafetyChecker(
+        CLIPConfig(text_config=size, vision_config=vision, projection_dim=8)
+    )
+
+
+def test_a_safety_checker_is_not_loaded_and_a_line_says_so(tmp_path, capfd):
+    folder = save(tmp_path / "checked", checker=tiny_checker())
+    capfd.readouterr()
+    pipeline = load(folder)
+    said = capfd.readouterr().err
+    assert said.count("is not loaded: it makes images black, and they would be rewarded") == 1
+    assert "disabled the safety checker" not in said
+    assert pipeline.safety_checker is None
+    assert (folder / "safety_checker").is_dir()
+    load(save(tmp_path / "unchecked"))
+    assert "safety" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        PNDMScheduler(skip_prk_steps=True),
+        PNDMScheduler(**STABLE_DIFFUSION, skip_prk_steps=True, set_alpha_to_one=False),
+        EulerDiscreteScheduler(**STABLE_DIFFUSION, timestep_spacing="leading"),
+        EulerDiscreteScheduler(prediction_type="v_prediction"),
+        DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2"),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_ddim_takes_the_noise_levels_and_its_last_step_draws_noise(scheduler, tmp_path, capfd):
+    pipeline = load(save(tmp_path / "model", scheduler=scheduler))
+    said = capfd.readouterr().err
+    assert f"{type(scheduler).__name__} is replaced by DDIMScheduler for rule ddim" in said
+    ours = pipeline.scheduler
+    assert type(ours) is DDIMScheduler
+    assert ours.config.prediction_type == scheduler.config.prediction_type
+    torch.testing.assert_close(ours.alphas_cumprod, scheduler.alphas_cumprod)
+    assert ours.final_alpha_cumprod == ours.alphas_cumprod[0]
+    plan = DenoisingConfig(output_dir=str(tmp_path), plan=PLAN, use_cpu=True).step_plan(0)
+    assert plan.trained[-1] == 3
+    recording = Recording(plan=plan, window=(0, 4))
+    recorded = recording_scheduler(ours)
+    recorded.recording = recording
+    recorded.set_timesteps(4)
+    assert recording.std[-1] > 0
+    # A step ends at the noise level where the next one begins.
+    torch.testing.assert_close(recording.levels[:-1, 2:], recording.levels[1:, :2])
+
+
+def test_defaults_of_another_scheduler_and_its_own_end_are_kept():
+    # Distilled models close at alpha 1, by the default of their scheduler; so are their betas.
+    given = LCMScheduler()
+    ours = ddim_of(given)
+    torch.testing.assert_close(ours.alphas_cumprod, given.alphas_cumprod)
+    assert not torch.equal(ours.alphas_cumprod, DDIMScheduler().alphas_cumprod)
+    assert ours.final_alpha_cumprod == 1
+    assert not ours.config.clip_sample and not ours.config.thresholding
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
+        EDMEulerScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_rule_ddim_is_refused_where_the_model_is_of_another_kind(scheduler):
+    name = type(scheduler).__name__
+    with pytest.raises(
+        ConfigError, match=f"rule ddim is for models that predict epsilon.*{name}.*rule: flow_sde"
+    ):
+        ddim_of(scheduler)
+
+
+def test_rule_ddim_is_refused_for_a_flow_matching_pipeline(tmp_path, monkeypatch):
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda *_, **__: {})
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: tiny_sd3())
+    with pytest.raises(
+        ConfigError, match="rule ddim is for .* for a flow-matching model write rule"
+    ):
+        load(tmp_path / "sd3")
+    assert (
+        type(load(tmp_path / "sd3", rule="flow_sde").scheduler) is FlowMatchEulerDiscreteScheduler
+    )
