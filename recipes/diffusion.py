@@ -114,7 +114,14 @@ def _data(recipe: RecipeArguments, config: DenoisingConfig) -> tuple[Any, Any]:
         **columns,
     )
     if recipe.validation_name is not None:
-        return rows, load_rows(recipe.validation_name, split=recipe.validation_split, **columns)
+        same = recipe.validation_name == recipe.dataset_name
+        validation = load_rows(
+            recipe.validation_name,
+            config=recipe.dataset_config if same else None,
+            split=recipe.validation_split,
+            **columns,
+        )
+        return rows, validation
     if recipe.validation_size:
         return split_validation(
             rows, recipe.validation_size, seed=config.seed, id_column=config.id_column
