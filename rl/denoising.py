@@ -6,6 +6,7 @@ rollouts (finished samples), T denoising steps, S = T + 1 states, U distinct sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from rl import denoising_weights, prompt_history
 from rl.advantages import centred, grpo, leave_one_out
@@ -25,6 +27,7 @@ from rl.line import Line, Memory
 from rl.losses import clipped_surrogate
 from rl.methods import down_sampler_of
 from rl.prompt_history import PromptHistory
+from rl.reference import _require_fresh
 from rollouts.batch import DenoisingRollouts
 from rollouts.diffusers_engine import DiffusersEngine
 from rollouts.image_rewards import load_image_reward, score_images
@@ -111,7 +114,12 @@ def kl_of(config: DenoisingConfig, scorer: DenoisingScorer) -> Callable[..., Any
 
 
 def loss_of(config: DenoisingConfig, scorer: DenoisingScorer) -> Callable[..., Any]:
-    """The clipped surrogate on log-probabilities of whole latents, or on their means over elements."""
+    """The clipped surrogate on log-probabilities of whole latents, or on their means over elements.
+
+    Advantages are cut off here: rows are chosen by what they were before (B2-DiffuRL, whose best and
+    worst of a branch would tie beyond the clip).
+    """
+    limit = math.inf if config.advantage_clip is None else config.advantage_clip
 
     def loss(
         logprob_NT: torch.Tensor,
@@ -124,7 +132,7 @@ def loss_of(config: DenoisingConfig, scorer: DenoisingScorer) -> Callable[..., A
         return clipped_surrogate(
             logprob_NT,
             old_NT,
-            advantage,
+            advantage.clamp(-limit, limit),
             weight_NT,
             denominator=denominator,
             epsilon_low=config.epsilon or 0.0,
@@ -151,6 +159,8 @@ def advantage_of(
         reward_N = rollouts.reward_N
         assert reward_N is not None
         if not len(reward_N):
+            if history is not None:  # a step all the same, by which memories grow old
+                history.observe(reward_N, rollouts.prompt_N)
             return torch.zeros(0, dtype=torch.float64)
         if history is not None:
             row_P = torch.tensor([rows[prompt.key] for prompt in prompts])
@@ -169,7 +179,7 @@ def advantage_of(
             value = grpo(reward_N, rollouts.prompt_N)
         else:
             value = _scaled(config, rollouts, _credit(config, rollouts))
-        return value if config.advantage_clip is None else _clipped(value, config.advantage_clip)
+        return value
 
     return advantage
 
@@ -206,10 +216,6 @@ def _scaled(
             std_N[group_N] = reward_N[group_N].std(correction=0)
         return value / (std_N + 1e-8).view(-1, *(1,) * (value.ndim - 1))
     return value
-
-
-def _clipped(value: torch.Tensor, limit: float) -> torch.Tensor:
-    return value.clamp(-limit, limit)
 
 
 def down_sample_of(config: DenoisingConfig) -> Callable[[DenoisingRollouts, float], torch.Tensor]:
@@ -265,10 +271,15 @@ def cut(rollouts: DenoisingRollouts, *, states: int) -> list[DenoisingRollouts]:
 
 
 def validations_of(config: DenoisingConfig) -> dict[str, tuple[int, StepPlan]]:
-    """Samples of each held-out prompt: with the noise of training, and without any."""
+    """Samples of each held-out prompt: with the noise of training, and without any.
+
+    A schedule that moves its noise along the chain has it on all edges where it ever is, so that the
+    figures of all training steps are of one way to sample; with other `validation_steps` all edges do.
+    """
     plan = config.step_plan(0)
     steps = config.validation_steps or plan.num_steps
-    stochastic = plan.stochastic if steps == plan.num_steps else tuple(range(steps))
+    ever = {edge for each in config.step_plans() for edge in each.stochastic}
+    stochastic = tuple(sorted(ever)) if steps == plan.num_steps else tuple(range(steps))
     noisy = StepPlan(num_steps=steps, rule=plan.rule, level=plan.level, stochastic=stochastic)
     still = StepPlan(num_steps=steps, rule=plan.rule, level=0.0, stochastic=())
     count = config.eval_rollouts_per_prompt
@@ -339,8 +350,11 @@ def make_denoising_line(
     """The line of `config` for the pipeline `processor`, whose denoiser is the model.
 
     Raises:
-        ValueError: if the pipeline cannot be recorded, or the processes shard the model.
+        ValueError: if the pipeline cannot be recorded, the processes shard the model, or `beta` has
+            no reference policy.
     """
+    if config.beta:
+        require_adapter(model)
     if config.activation_checkpointing:  # diffusers' own; the base class asks by another name
         model.enable_gradient_checkpointing()  # type: ignore[operator]
         config.activation_checkpointing = False
@@ -398,6 +412,9 @@ def load_denoiser(model: Any, processor: Any, peft_config: Any = None) -> tuple[
 
     With `peft_config` (a LoraConfig) an adapter is added, which alone trains; other components never
     do. Dropout is off.
+
+    Raises:
+        ValueError: if there is no denoiser, or weights in half precision would train.
     """
     from diffusers import DiffusionPipeline
     from diffusers.training_utils import cast_training_params
@@ -416,8 +433,49 @@ def load_denoiser(model: Any, processor: Any, peft_config: Any = None) -> tuple[
     if peft_config is not None:
         denoiser.add_adapter(peft_config)
         cast_training_params(denoiser)  # to float32, whatever the frozen weights are in
+    _require_precision(denoiser)
     without_dropout(denoiser)
     return denoiser, pipeline
+
+
+def _require_precision(denoiser: torch.nn.Module) -> None:
+    """Refuse to train half-precision weights, in which updates are rounded away or blown up."""
+    for name, weight in denoiser.named_parameters():
+        if weight.requires_grad and weight.dtype.itemsize < 4:
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} would train in {kind}, which is too coarse for an optimizer: train an adapter "
+                "beside frozen weights (use_peft: true, or a peft_config), or write dtype: float32, "
+                "with bf16: true to compute in half precision all the same"
+            )
+
+
+def require_adapter(denoiser: torch.nn.Module) -> None:
+    """Refuse a denoiser that is not the reference policy as soon as its adapters are off.
+
+    Raises:
+        ValueError: if other weights than those of adapters train, or an adapter is not 0 at first.
+    """
+    adapters = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+    if not adapters:
+        raise ValueError(
+            f"beta: a reference policy needs LoRA adapters that can be turned off, but the "
+            f"{type(denoiser).__name__} has none: write use_peft: true (a peft_config), or beta: 0"
+        )
+    off = {
+        id(weight)
+        for adapter in adapters
+        for name, weight in adapter.named_parameters()
+        if not name.startswith("base_layer.")
+    }
+    for name, weight in denoiser.named_parameters():
+        if weight.requires_grad and id(weight) not in off:
+            raise ValueError(
+                f"beta holds the policy close to the model with its adapters off, but {name} trains "
+                "and is in no adapter: give a pipeline without adapters and a peft_config, or write "
+                "beta: 0"
+            )
+    _require_fresh(denoiser)
 
 
 def load_image_rewards(rewards: Any, weights: list[float] | None) -> list[Any]:

@@ -13,8 +13,9 @@ from rl.branch_advantages import (
     leave_branch_out,
     parent_difference,
 )
+from rl.denoising_validation import OVER_STEPS, check_credit, check_numbers
 from rl.methods import BUDGET_MINIMA
-from rl.step_plans import plan_at
+from rl.step_plans import plan_at, that_vary
 from rl.validation import choice
 from rollouts.step_plan import StepPlan
 
@@ -33,9 +34,10 @@ NOISE_WEIGHTS = ("none", "std")
 
 DENOISING_DECISIVE = (
     *("plan", "guidance_scale", "height", "width", "sibling_within_share", "baseline"),
-    *("history_steps", "credit_scale"),
+    *("history_steps", "credit_scale", "branch_threshold", "ema_decay"),
 )
-"""Settings of this kind that decide which rollouts are made, or what their credits remember."""
+"""Settings of this kind that decide which rollouts are made and trained on, what their credits
+remember, or what a checkpoint holds."""
 
 LANGUAGE_ONLY = (
     *("refill", "mask_truncated_completions", "reward_kl", "adaptive_temperature_tau"),
@@ -84,10 +86,14 @@ class DenoisingConfig(RolloutConfig):
         8,
         "Earlier steps that baseline 'history' remembers, or rewards of a prompt that 'buffer' does.",
     )
-    credit_scale: str = setting(
-        "batch", "Divide credits by the std of the rewards of the prompt or the batch, or none."
+    credit_scale: str | None = setting(
+        None,
+        "Divide credits by the std of the rewards of the prompt or the batch, or none. Default: batch; "
+        "none for history and buffer, which are scaled already.",
     )
-    advantage_clip: float | None = setting(5.0, "Advantages are cut off here. null: nowhere.")
+    advantage_clip: float | None = setting(
+        5.0, "Advantages are cut off here, after rows were chosen by them. null: nowhere."
+    )
     branch_threshold: float | None = setting(
         None,
         "Only the best and the worst sample of a branch train; the best from this advantage up, the "
@@ -97,7 +103,8 @@ class DenoisingConfig(RolloutConfig):
         "sum", "Ratios are of log-probabilities summed over a latent, or of their mean (published)."
     )
     noise_weight: str = setting(
-        "none", "Weight of a denoising step: none, or std (its noise, mean 1 over trained steps)."
+        "none",
+        "Weight of a denoising step: none, or std (its noise, mean 1 over all steps but the last).",
     )
     sibling_within_share: float = setting(
         1.0,
@@ -119,20 +126,24 @@ class DenoisingConfig(RolloutConfig):
                 setattr(
                     self, name, {"advantage": "centred", "objective": "mean"}.get(name, "row_mean")
                 )
+        if self.credit_scale is None:
+            self.credit_scale = "none" if self.baseline in OVER_STEPS else "batch"
         budget_min = self.budget_min
         super().__post_init__()
-        self._read_plan()
+        plans = self._read_plan()
         choice("baseline", self.baseline, BASELINES)
         choice("credit_scale", self.credit_scale, CREDIT_SCALES)
         choice("logprob_reduction", self.logprob_reduction, REDUCTIONS)
         choice("noise_weight", self.noise_weight, NOISE_WEIGHTS)
         choice("loss", self.loss, ("grpo",))
         choice("length_weight", self.length_weight, ("row_mean", "row_sum"))
-        self._check_numbers()
+        check_numbers(self)
         self._check_kind()
         self._check_branches(budget_min)
+        check_credit(self, plans)
 
-    def _read_plan(self) -> None:
+    def _read_plan(self) -> list[StepPlan]:
+        """Make `plan` plain and give the plans of all steps: one that could not be run is told now."""
         if isinstance(self.plan, str):
             try:
                 self.plan = json.loads(self.plan)
@@ -143,12 +154,21 @@ class DenoisingConfig(RolloutConfig):
                 f"plan must be a mapping such as {{num_steps: 20, rule: ddim, level: 1.0}}, got "
                 f"{self.plan!r}"
             )
-        plan = self.plan = json.loads(json.dumps(self.plan))  # as a checkpoint gives it back
+        try:
+            plan = self.plan = json.loads(json.dumps(self.plan))  # as a checkpoint gives it back
+        except TypeError as error:
+            raise ValueError(
+                f"plan must hold numbers, names and lists alone, got {self.plan!r}: {error}"
+            ) from error
+        if self.max_steps < 1 and (names := that_vary(plan)):
+            raise ValueError(
+                f"plan.{names[0]}={plan[names[0]]!r} changes from step to step, so that the steps must "
+                f"be known: write max_steps in the place of num_train_epochs, got {self.max_steps}"
+            )
         for entry in (plan.get("stochastic"), plan.get("trained")):
             if isinstance(entry, dict) and entry.get("schedule") == "backward_progressive":
                 entry.setdefault("stages", self.plan_horizon)  # a resumed run keeps its schedule
-        for step in range(self.plan_horizon):  # one that could not be run later is told now
-            self.step_plan(step)
+        return self.step_plans()
 
     def _check_kind(self) -> None:
         for name in LANGUAGE_ONLY:
@@ -199,31 +219,6 @@ class DenoisingConfig(RolloutConfig):
                 f"rollouts_per_prompt={self.rollouts_per_prompt}"
             )
 
-    def _check_numbers(self) -> None:
-        for name, low, high in (
-            ("sibling_within_share", 0.0, 1.0),
-            ("ema_decay", 0.0, 1.0),
-            ("guidance_scale", 0.0, float("inf")),
-            ("branch_threshold", 0.0, float("inf")),
-            ("images_every", 0, float("inf")),
-            ("history_steps", 0, float("inf")),
-            ("max_evaluations", 1, float("inf")),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
-        if self.ema_decay and self.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end brings back weights that train, while ema_decay validates and "
-                "saves their average: write one of the two"
-            )
-        if self.ema_decay == 1:
-            raise ValueError("ema_decay must be below 1: an average with decay 1 never moves")
-        if self.advantage_clip is not None and not self.advantage_clip > 0:
-            raise ValueError(f"advantage_clip must be positive or null, got {self.advantage_clip}")
-        if self.validation_steps is not None and self.validation_steps < 1:
-            raise ValueError(f"validation_steps must be at least 1, got {self.validation_steps}")
-
     @property
     def plan_horizon(self) -> int:
         """Training steps that schedules may spread over."""
@@ -239,6 +234,10 @@ class DenoisingConfig(RolloutConfig):
         assert isinstance(self.plan, dict)
         horizon = self.plan_horizon
         return plan_at(self.plan, min(step, horizon - 1), num_train_steps=horizon)
+
+    def step_plans(self) -> list[StepPlan]:
+        """The different chains of all training steps, in the order of their first."""
+        return list(dict.fromkeys(map(self.step_plan, range(self.plan_horizon))))
 
     def decisive_settings(self) -> dict[str, Any]:
         """Settings that decide which rollouts are made; a resumed run must share them."""

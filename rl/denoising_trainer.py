@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from rl import tracking
 from rl.budget import Budget
+from rl.changed_settings import refuse_decisive
 from rl.denoising import DENOISING
 from rl.denoising_config import DenoisingConfig
 from rl.evaluation import evaluate
@@ -49,7 +50,8 @@ class DenoisingTrainer(RolloutTrainer):
         self.pipeline = self.line.engine.pipeline  # type: ignore[attr-defined]
         if self.args.max_evaluations is not None:
             memory = self.line.memory
-            self.add_callback(Budget(lambda: memory.evaluations, self.args.max_evaluations))
+            most = self.args.max_evaluations
+            self.add_callback(Budget(lambda: memory.evaluations, most, setting="max_evaluations"))
         self._average: EMAModel | None = None
         if self.args.ema_decay:
             self._average = EMAModel(self._trained(), decay=self.args.ema_decay)
@@ -77,12 +79,16 @@ class DenoisingTrainer(RolloutTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what generation has cost so far."""
-        if self._steps_since_log and "loss" in logs:
+        if self.steps_since_log and "learning_rate" in logs:
             logs["denoiser_evaluations"] = float(self.line.memory.evaluations)
         super().log(logs, start_time)
 
     def show(self, batch: Batch, *, step: int) -> None:
-        """A picture of the step's samples: a row for each prompt, siblings side by side."""
+        """A picture of the step's samples: a row for each prompt, siblings side by side.
+
+        How unlike each other they are is logged at every step.
+        """
+        self.steps_since_log[-1] |= diversity_of(batch)
         every = self.args.images_every
         if not batch.waves or not every or (step > 1 and step % every):
             return
@@ -129,8 +135,13 @@ class DenoisingTrainer(RolloutTrainer):
                 if getattr(denoiser, "peft_config", None):
                     denoiser.save_lora_adapter(Path(folder) / "lora")
 
+    def decisive_settings(self) -> dict[str, Any]:
+        """Those of `args`, and those of adapters, without which their weights cannot be read."""
+        denoiser: Any = self.line.engine.denoiser  # type: ignore[attr-defined]
+        return self.args.decisive_settings() | adapter_settings(denoiser)
+
     def _line_state(self) -> dict[str, Any]:
-        state = super()._line_state()
+        state = super()._line_state() | {"settings": self.decisive_settings()}
         if self._average is not None:
             shadow = [weight.cpu().numpy() for weight in self._average.shadow_params]
             state["average"] = {
@@ -140,12 +151,45 @@ class DenoisingTrainer(RolloutTrainer):
         return state
 
     def _load_state(self, state: dict[str, Any], folder: str) -> int:
+        refuse_decisive(self, state["settings"], folder)
         if self._average is not None:
             average = state["average"]
             self._average.optimization_step = average["steps"]
             for i, weight in enumerate(self._average.shadow_params):
                 weight.copy_(torch.as_tensor(average["weights"][str(i)]))
         return super()._load_state(state, folder)
+
+
+def diversity_of(batch: Batch, *, side: int = 64) -> dict[str, float]:
+    """How unlike each other a step's samples of one prompt are; nothing if no prompt has two.
+
+    Of every k-th pixel, so that sides have some `side` at most and large images take no time.
+    """
+    found = []
+    for scored in (scored for wave in batch.waves for scored in wave.rounds):
+        prompt_N = scored.rollouts.prompt_N.numpy()
+        if len(prompt_N) > len(np.unique(prompt_N)):
+            stride = max(1, max(scored.shown_N[0].shape[:2]) // side)
+            images = np.stack([image[::stride, ::stride] for image in scored.shown_N])
+            found.append(diversity(images, prompt_N))
+    return {"diversity": float(np.mean(found))} if found else {}
+
+
+def adapter_settings(denoiser: Any) -> dict[str, Any]:
+    """What a denoiser's adapters are like, as plain values under the names of the settings."""
+    adapters = getattr(denoiser, "peft_config", None) or {}
+    found: dict[str, Any] = {"use_peft": bool(adapters)}
+    for name, config in adapters.items():
+        suffix = "" if name == "default" else f" of {name}"
+        modules = config.target_modules
+        found |= {
+            f"lora_r{suffix}": getattr(config, "r", None),
+            f"lora_alpha{suffix}": getattr(config, "lora_alpha", None),
+            f"lora_target_modules{suffix}": modules
+            if isinstance(modules, str)
+            else sorted(modules or []),
+        }
+    return found
 
 
 @contextmanager

@@ -21,10 +21,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
+import torch
+
 from rl.validation import choice, nearest
-from rollouts.sde import RULES
+from rollouts.sde import RULES, step_noise
 from rollouts.step_plan import StepPlan
 from samplers.step_schedules import (
     StepSchedule,
@@ -45,6 +48,9 @@ SCHEDULES: dict[str, StepSchedule] = {
     "random_steps": random_steps,
 }
 
+CONSTANT = ("all_steps", "last_steps")
+"""Schedules that are the same at every training step."""
+
 SETTINGS = ("num_steps", "rule", "level", "stochastic", "branch", "trained", "last_edge")
 
 STARTS = ("stochastic_start", "trained_start")
@@ -52,6 +58,17 @@ STARTS = ("stochastic_start", "trained_start")
 
 LAST_EDGE = ("untrained", "trained")
 """The last edge has so little noise that its ratios are rounding; what trains it says so."""
+
+
+def that_vary(settings: Mapping[str, Any]) -> list[str]:
+    """Names of the settings whose schedule is not the same at every training step."""
+    names = []
+    for name in ("stochastic", "trained"):
+        entry = settings.get(name)
+        schedule = entry.get("schedule") if isinstance(entry, Mapping) else entry
+        if isinstance(schedule, str) and schedule in SCHEDULES and schedule not in CONSTANT:
+            names.append(name)
+    return names
 
 
 def plan_at(settings: Mapping[str, Any], step: int, *, num_train_steps: int) -> StepPlan:
@@ -74,9 +91,9 @@ def plan_at(settings: Mapping[str, Any], step: int, *, num_train_steps: int) -> 
     _check_keys("plan", settings, SETTINGS, required=("num_steps", "rule", "level"))
     if not 0 <= step < num_train_steps:
         raise ValueError(f"step must be in 0..{num_train_steps - 1}, got {step}")
-    choice("rule", settings["rule"], RULES)
+    _choice("rule", settings["rule"], RULES)
     last_edge = settings.get("last_edge", "untrained")
-    choice("last_edge", last_edge, LAST_EDGE)
+    _choice("last_edge", last_edge, LAST_EDGE)
     num_steps = settings["num_steps"]
 
     def edges(name: str, entry: object) -> tuple[int, ...]:
@@ -93,7 +110,7 @@ def plan_at(settings: Mapping[str, Any], step: int, *, num_train_steps: int) -> 
             f"training step {step} trains no edge: the last, {num_steps - 1}, is left out unless "
             f"last_edge is trained, and there is no other in trained={entry!r}"
         )
-    return StepPlan(
+    plan = StepPlan(
         num_steps=num_steps,
         rule=settings["rule"],
         level=settings["level"],
@@ -101,6 +118,8 @@ def plan_at(settings: Mapping[str, Any], step: int, *, num_train_steps: int) -> 
         splits=_splits(settings.get("branch"), starts),
         trained=trained,
     )
+    _check_level(plan.rule, plan.level)
+    return plan
 
 
 def _edges(
@@ -114,7 +133,7 @@ def _edges(
             f"{name} must be the name of a schedule or a mapping with the key schedule, "
             f"got {entry!r}"
         )
-    choice(f"{name}.schedule", entry["schedule"], SCHEDULES)
+    _choice(f"{name}.schedule", entry["schedule"], SCHEDULES)
     schedule = SCHEDULES[entry["schedule"]]
     parameters = inspect.signature(schedule).parameters
     known = [key for key in parameters if key not in ("step", "num_steps")]
@@ -145,6 +164,19 @@ def _splits(branch: object, starts: Mapping[str, int]) -> tuple[tuple[int, int],
             f"got {children!r}"
         )
     return tuple(zip(at, counts, strict=True))
+
+
+@cache
+def _check_level(rule: str, level: float) -> None:
+    any_step = torch.tensor([0.6, 0.8, 0.8, 0.6], dtype=torch.float64)
+    step_noise(any_step, rule=rule, level=level)  # knows which levels a rule has
+
+
+def _choice(name: str, value: object, known: Any) -> None:
+    """`choice` of a value that may be anything a YAML can hold."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    choice(name, value, known)
 
 
 def _check_keys(name: str, given: Mapping[str, Any], known: Any, required: Any) -> None:

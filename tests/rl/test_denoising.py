@@ -19,6 +19,7 @@ from rl.denoising import (
     load_image_rewards,
     loss_of,
     make_denoising_planner,
+    require_adapter,
     reward_of,
 )
 from rollouts.image_rewards import brightness, contrast
@@ -318,6 +319,36 @@ def test_a_pipeline_without_a_denoiser_is_refused():
 
     with pytest.raises(ValueError, match="Nothing has neither a unet nor a transformer to train"):
         load_denoiser(Nothing(), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_train_only_beside_an_adapter(dtype):
+    kind = str(dtype).removeprefix("torch.")
+    message = f"would train in {kind}, .*use_peft: true, .* dtype: float32, with bf16: true"
+    with pytest.raises(ValueError, match=message):
+        load_denoiser(tiny.pipeline(dtype=dtype), None)
+    model, _ = load_denoiser(tiny.pipeline(dtype=dtype), None, LoraConfig(**LORA))
+    trained = {weight.dtype for weight in model.parameters() if weight.requires_grad}
+    assert trained == {torch.float32} and model.dtype == dtype
+    for wide in (torch.float32, torch.float64):
+        assert load_denoiser(tiny.pipeline(dtype=wide), None)[0].dtype == wide
+
+
+def test_a_reference_policy_is_the_model_with_its_adapters_off():
+    require_adapter(adapted()[1])
+    with pytest.raises(ValueError, match="beta: .*UNet2DConditionModel has none: write use_peft"):
+        require_adapter(load_denoiser(tiny.pipeline(), None)[0])
+    with pytest.raises(ValueError, match="lora_B.* is not 0: the adapters change it already"):
+        require_adapter(adapted(moved=0.5)[1])
+
+
+def test_a_pipeline_that_brings_an_adapter_has_no_reference(tmp_path):
+    """Without peft_config its base weights train as well, which are the reference."""
+    around = tiny.pipeline()
+    around.unet.add_adapter(LoraConfig(**(LORA | {"lora_dropout": 0.0})))
+    with pytest.raises(ValueError, match="but conv_in.weight trains and is in no adapter: give a"):
+        tiny.trainer(tmp_path, pipeline=around, beta=0.1)
+    assert tiny.trainer(tmp_path, pipeline=around).args.beta == 0
 
 
 def test_image_rewards_are_names_or_functions():

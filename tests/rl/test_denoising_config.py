@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import fields
+from datetime import date
 
 import pytest
 import yaml
 
 from rl.arguments import RolloutConfig
 from rl.denoising_config import BASELINES, CREDITS, LANGUAGE_ONLY, DenoisingConfig
+from rl.denoising_validation import WITHIN_BRANCH
 from rl.methods import PRESETS
 from rl.step_plans import plan_at
 from tests import tiny_denoising as tiny
@@ -96,6 +98,17 @@ def test_a_plan_is_a_mapping_or_its_json():
         ),
         ({"num_steps": 4}, "plan needs rule, level, got"),
         (tiny.CHAIN | {"rule": "ddpm"}, "rule must be one of .*, got 'ddpm'"),
+        (tiny.CHAIN | {"rule": ["ddim"]}, r"rule must be one of .*, got \['ddim'\]"),
+        (tiny.CHAIN | {"last_edge": True}, "last_edge must be one of .*, got True"),
+        (
+            tiny.CHAIN | {"trained": {"schedule": ["all_steps"]}},
+            r"trained.schedule must be one of .*, got \['all_steps'\]",
+        ),
+        (tiny.CHAIN | {"level": 1.5}, "level of ddim must be between 0 and 1, got 1.5"),
+        (
+            tiny.CHAIN | {"level": date(2026, 1, 2)},
+            "plan must hold numbers, names and lists alone, got .*2026.*date is not JSON",
+        ),
     ],
 )
 def test_a_plan_that_is_none_is_refused(plan, message):
@@ -111,6 +124,31 @@ def test_schedules_spread_over_the_steps_of_the_run_and_then_stay():
     assert trained == [2, 2, 3, 3, 4, 4, 4, 4, 4]
     with pytest.raises(ValueError, match="stages must be at least 3, one for each length"):
         config(plan=plan, max_steps=2)
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"schedule": "backward_progressive", "first": 2, "last": 4},
+        {"schedule": "sliding_window", "size": 1},
+    ],
+)
+def test_a_schedule_needs_the_number_of_steps(trained):
+    """Epochs are known once the prompts are read, and nobody wrote stages."""
+    plan = tiny.CHAIN | {"trained": trained}
+    message = (
+        "plan.trained=.* changes from step to step, .* write max_steps in the place of num_train"
+    )
+    with pytest.raises(ValueError, match=message):
+        config(plan=plan, max_steps=-1)
+    same = tiny.CHAIN | {"trained": {"schedule": "last_steps", "last": 3}}
+    assert config(plan=same, max_steps=-1).step_plan(5).trained == (1, 2)
+
+
+def test_every_plan_of_a_run_is_at_hand():
+    plan = tiny.CHAIN | {"stochastic": {"schedule": "sliding_window", "size": 2, "every": 2}}
+    found = config(plan=plan, max_steps=5).step_plans()
+    assert [plan.stochastic for plan in found] == [(0, 1), (1, 2), (2, 3)]
 
 
 def test_a_plan_that_fails_at_a_later_step_is_refused_at_once():
@@ -157,6 +195,27 @@ def test_a_plan_that_fails_at_a_later_step_is_refused_at_once():
         ({"max_evaluations": 0}, r"max_evaluations must lie in \[1, inf\], got 0"),
         ({"advantage_clip": 0.0}, "advantage_clip must be positive or null, got 0.0"),
         ({"validation_steps": 0}, "validation_steps must be at least 1, got 0"),
+        ({"validation_steps": 1.5}, "validation_steps must be a whole number or None, got 1.5"),
+        ({"history_steps": 2.5}, "history_steps must be a whole number, got 2.5"),
+        ({"max_evaluations": 1.5}, "max_evaluations must be a whole number or None, got 1.5"),
+        ({"guidance_scale": "5"}, "guidance_scale must be a number, got '5'"),
+        (
+            {"per_device_train_batch_size": 0},
+            "per_device_train_batch_size must be at least 1, got 0",
+        ),
+        ({"height": 0}, "height must be at least 1, got 0"),
+        (
+            {"baseline": "buffer", "history_steps": 1},
+            "history_steps must be at least 2 for baseline 'buffer', .* got 1",
+        ),
+        (
+            {"baseline": "history", "credit_scale": "batch"},
+            "baseline 'history' is in units of .* write credit_scale: none, got 'batch'",
+        ),
+        (
+            {"baseline": "buffer", "credit_scale": "prompt"},
+            "baseline 'buffer' is in units of .* write credit_scale: none, got 'prompt'",
+        ),
         ({"token_selection": "entropy"}, "token_selection must be 'none' for a diffusion model"),
         (
             {"importance_correction": "token_mask"},
@@ -179,6 +238,110 @@ def test_a_plan_that_fails_at_a_later_step_is_refused_at_once():
 def test_what_cannot_be_is_refused_with_what_to_write(settings, message):
     with pytest.raises(ValueError, match=message):
         config(**settings)
+
+
+# What could never learn
+
+
+def test_scales_of_credits_have_a_default_that_fits():
+    assert config().credit_scale == config(baseline="siblings").credit_scale == "batch"
+    assert config(baseline="history").credit_scale == "none"
+    assert config(baseline="buffer", credit_scale="none").credit_scale == "none"
+
+
+@pytest.mark.parametrize("baseline", WITHIN_BRANCH)
+def test_samples_of_a_branch_are_compared_only_where_there_are_branches(baseline):
+    message = f"baseline '{baseline}' compares the samples of a branch, but plan does not branch"
+    for plan in (tiny.CHAIN, tiny.CHAIN | {"branch": {"at": [1], "children": 1}}):
+        with pytest.raises(ValueError, match=f"{message}.* in plan, or baseline: prompt"):
+            config(plan=plan, baseline=baseline)
+    assert config(baseline=baseline).baseline == baseline
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_the_best_of_a_branch_needs_branches(threshold):
+    message = (
+        f"branch_threshold={threshold} compares .* does not branch.* or branch_threshold: null"
+    )
+    with pytest.raises(ValueError, match=message):
+        config(plan=tiny.CHAIN, branch_threshold=threshold)
+
+
+@pytest.mark.parametrize("clip", [0.3, 0.5])
+def test_a_clip_leaves_differences_above_the_threshold(clip):
+    message = f"advantage_clip={clip} cuts off all that branch_threshold=0.5 lets train"
+    with pytest.raises(ValueError, match=message):
+        config(branch_threshold=0.5, advantage_clip=clip)
+    for settings in ({"branch_threshold": 0.0}, {"branch_threshold": 0.29}, {}):
+        assert config(advantage_clip=0.3, **settings).advantage_clip == 0.3
+    assert config(branch_threshold=0.5, advantage_clip=None).advantage_clip is None
+
+
+def plan_of(at, trained, **more):
+    return tiny.CHAIN | {"branch": {"at": at, "children": 3}, "trained": trained} | more
+
+
+@pytest.mark.parametrize(
+    ("baseline", "rollouts"),
+    [("siblings", 6), ("branch", 6), ("prompt", 3), ("leave_one_out", 3), ("depth", 3)],
+)
+def test_no_edge_is_trained_where_compared_samples_differ(baseline, rollouts):
+    """Edge 3, the last, is untrained by default; shared edges teach nothing."""
+    settings = {"baseline": baseline, "rollouts_per_prompt": rollouts}
+    message = (
+        rf"baseline '{baseline}'.* branches, and plan trains none: it branches at \[3\] and trains"
+    )
+    with pytest.raises(ValueError, match=rf"{message} \(0, 1, 2\); write .* last_edge: trained"):
+        config(plan=plan_of([3], "all_steps"), **settings)
+    assert config(plan=plan_of([3], "all_steps", last_edge="trained"), **settings)
+    assert config(plan=plan_of([2], "all_steps"), **settings)
+    if rollouts == 3:  # two roots of a prompt do differ
+        assert config(plan=plan_of([3], "all_steps"), **(settings | {"rollouts_per_prompt": 6}))
+    # The first window ends before the split, the last does not.
+    window = {"schedule": "sliding_window", "size": 2, "every": 1}
+    with pytest.raises(ValueError, match=r"it branches at \[2\] and trains \(0, 1\)"):
+        config(plan=plan_of([2], window), max_steps=1, **settings)
+    assert config(plan=plan_of([2], window), max_steps=2, **settings)
+
+
+def test_the_parents_value_teaches_at_splits_alone():
+    last = {"schedule": "last_steps", "last": 2}
+    with pytest.raises(ValueError, match=r"'parent' learns at an edge that branches, .* at \[1\]"):
+        config(plan=plan_of([1], last), baseline="parent")
+    assert config(plan=plan_of([1], last), baseline="branch")
+    assert config(plan=plan_of([2], last), baseline="parent")
+
+
+@pytest.mark.parametrize("baseline", ["prompt", "leave_one_out", "depth"])
+def test_a_lone_sample_is_compared_with_nothing(baseline):
+    settings = {"plan": tiny.CHAIN, "rollouts_per_prompt": 1}
+    with pytest.raises(ValueError, match=f"baseline '{baseline}' compares .*rollouts_per_prompt=1"):
+        config(baseline=baseline, **settings)
+    with pytest.raises(ValueError, match="baseline 'history' compares .*history_steps above 0"):
+        config(baseline="history", history_steps=0, **settings)
+    assert config(baseline="history", **settings).rollouts_per_prompt == 1
+    assert config(baseline="buffer", **settings).rollouts_per_prompt == 1
+
+
+@pytest.mark.parametrize(
+    ("drops", "what"),
+    [
+        ({"branch_threshold": 0.0}, "branch_threshold=0.0"),
+        ({"down_sampling": "max_variance", "rows_per_prompt": 2}, "down_sampling='max_variance'"),
+    ],
+)
+def test_dropped_siblings_do_not_train_the_edges_they_shared(drops, what):
+    message = f"baseline 'siblings' cancels .* unless {what} drops .* trains edge 0 before .* at 1"
+    with pytest.raises(ValueError, match=message):
+        config(baseline="siblings", **drops)
+    assert config(baseline="siblings").baseline == "siblings"  # all stay, and cancel
+    assert config(baseline="branch", **drops).baseline == "branch"  # exactly 0 there
+    progressive = {"schedule": "backward_progressive", "first": 2, "last": 4}
+    assert config(
+        plan=plan_of("trained_start", progressive), baseline="siblings", max_steps=3, **drops
+    )
+    with pytest.raises(ValueError, match="trains edge 1 before it branches at 2"):
+        config(plan=plan_of([2], progressive), baseline="siblings", max_steps=3, **drops)
 
 
 @pytest.mark.parametrize("baseline", CREDITS)
@@ -214,12 +377,14 @@ def test_what_decides_rollouts_or_credits_must_be_shared_by_a_resumed_run():
         {"baseline": "parent"},
         {"history_steps": 3},
         {"credit_scale": "none"},
+        {"branch_threshold": 0.5},
+        {"ema_decay": 0.9},
         {"seed": 5},
         {"rollouts_per_prompt": 3},
     ]
     for change in changes:
         assert config(**change).decisive_settings() != decisive, change
-    for change in ({"learning_rate": 1.0}, {"ema_decay": 0.9}, {"generation_batch_size": 1}):
+    for change in ({"learning_rate": 1.0}, {"advantage_clip": 3.0}, {"generation_batch_size": 1}):
         assert config(**change).decisive_settings() == decisive, change
     json.dumps(decisive)  # goes into every checkpoint
 

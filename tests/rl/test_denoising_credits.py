@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from rl import advantages, branch_advantages
-from rl.denoising import advantage_of, decisions_of, down_sample_of, validations_of
+from rl.denoising import (
+    DenoisingScorer,
+    advantage_of,
+    decisions_of,
+    down_sample_of,
+    loss_of,
+    validations_of,
+)
 from rl.prompt_history import PromptHistory
 from rl.weigh import has_signal, with_credit
 from tests import tiny_denoising as tiny
@@ -95,10 +102,43 @@ def test_equal_rewards_earn_exactly_nothing(baseline, scale):
     assert not has_signal(with_credit(rollouts, found)).any()
 
 
-def test_credit_is_cut_off_at_both_ends():
+def test_credit_is_cut_off_at_both_ends_in_the_loss_and_not_before():
     found = credit(scored(), baseline="siblings", advantage_clip=0.5)
-    expected = [0.5, -0.5, 0.0, 0.0, 0.0, 0.0, -0.45, 0.0, 0.45]
-    assert found.tolist() == pytest.approx(expected, abs=1e-12)
+    assert found.tolist() == pytest.approx([0.75, -0.75, 0, 0, 0, 0, -0.45, 0, 0.45], abs=1e-12)
+    made, scorer = config(advantage_clip=0.5), DenoisingScorer(drawn()[0])
+    for advantage in (found, found[:, None].repeat(1, 4)):
+        logprob_NT = torch.zeros(9, 4, dtype=torch.float64, requires_grad=True)
+        one_NT = torch.ones(9, 4, dtype=torch.float64)
+        loss, _ = loss_of(made, scorer)(
+            logprob_NT, torch.zeros_like(logprob_NT), advantage, one_NT, denominator=1.0
+        )
+        # At ratio 1 the gradient is minus the advantage.
+        (gradient_NT,) = torch.autograd.grad(loss, logprob_NT)
+        for edge in range(4):
+            expected = [-0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.45, 0.0, -0.45]
+            assert gradient_NT[:, edge].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_rows_are_chosen_by_advantages_that_are_not_cut_off():
+    """Of three siblings beyond the clip the best trains, not the last; so of the worst."""
+    history = PromptHistory(steps=8)
+    history.observe(torch.tensor([0.5, 0.49] * 200).double(), torch.zeros(400, dtype=torch.int64))
+    settings = {"baseline": "history", "advantage_clip": 5.0, "history": history}
+    rollouts = scored([0.9, 0.85, 0.8, 0.1, 0.05, 0.15, 0.3, 0.3, 0.3])
+    z_N = credit(rollouts, **settings)
+    assert z_N[:3].min() > 5 and z_N[3:6].max() < -5
+    keep = down_sample_of(config(branch_threshold=0.5, advantage_clip=5.0))
+    assert keep(with_credit(rollouts, z_N), 0.0).tolist() == [0, 4]
+
+
+def test_a_step_in_which_every_reward_failed_is_a_step_of_the_history():
+    history = PromptHistory(steps=1)
+    settings = {"baseline": "history", "history": history}
+    credit(scored(), **settings)
+    assert history.past(0) == REWARDS[:6]
+    none = replace(scored().take(torch.zeros(0, dtype=torch.int64)))
+    assert credit(none, **settings).shape == (0,)
+    assert history.past(0) == []
 
 
 def test_a_history_is_of_data_set_rows_and_is_told_every_step():
@@ -186,3 +226,10 @@ def test_validation_samples_once_with_noise_and_once_without():
     # The noise of training where it draws some on part of the chain only.
     part = tiny.CHAIN | {"stochastic": {"schedule": "last_steps", "last": 3}}
     assert validations_of(config(plan=part))["sampled"][1].stochastic == (1, 2, 3)
+    # And of every edge where a window of noise ever is, not of the first step's.
+    moving = {"schedule": "sliding_window", "size": 1, "every": 1, "stop": 3}
+    moved = tiny.CHAIN | {"stochastic": moving}
+    for steps, expected in ((1, (0,)), (2, (0, 1)), (9, (0, 1, 2))):
+        found = validations_of(config(plan=moved, max_steps=steps))
+        assert found["sampled"][1].stochastic == expected
+        assert found["deterministic"][1].stochastic == ()

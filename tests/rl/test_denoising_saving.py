@@ -183,6 +183,45 @@ def test_other_settings_of_the_chain_are_not_resumed(tmp_path):
         tiny.run(tmp_path, resume=True, plan=tiny.CHAIN, max_steps=3)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({}, {"ema_decay": 0.9}, r"ema_decay was 0.0, is 0.9"),
+        ({"ema_decay": 0.9}, {"ema_decay": 0.0}, r"ema_decay was 0.9, is 0.0"),
+        ({}, {"branch_threshold": 0.2}, r"branch_threshold was None, is 0.2"),
+        ({}, {"peft_config": LORA}, r"use_peft was False, is True;"),
+        ({"peft_config": LORA}, {"peft_config": None}, r"use_peft was True, is False;"),
+        ({"peft_config": LORA}, {"peft_config": LORA | {"r": 3}}, r"lora_r was 2, is 3;"),
+        (
+            {"peft_config": LORA},
+            {"peft_config": LORA | {"lora_alpha": 8}},
+            "lora_alpha was 4, is 8;",
+        ),
+        (
+            {"peft_config": LORA},
+            {"peft_config": LORA | {"target_modules": ["to_q"]}},
+            r"lora_target_modules was \['to_q', 'to_v'\], is \['to_q'\];",
+        ),
+    ],
+    ids=["ema", "no-ema", "threshold", "lora", "no-lora", "rank", "alpha", "modules"],
+)
+def test_other_settings_of_weights_are_not_resumed(tmp_path, before, after, message):
+    def run(**settings):
+        given = settings.pop("peft_config", None)
+        return tiny.run(
+            tmp_path,
+            peft_config=given and LoraConfig(**given),
+            save_strategy="steps",
+            save_steps=1,
+            **settings,
+        )
+
+    run(max_steps=1, **before)
+    with pytest.raises(ValueError, match=f"with other settings, .*: {message}"):
+        run(max_steps=2, resume=True, **(before | after))
+    assert run(max_steps=2, resume=True, **before).state.global_step == 2
+
+
 def test_the_best_weights_are_loaded_at_the_end(tmp_path):
     """Everything breaks after the first step, so its checkpoint is the best."""
     made = tiny.trainer(

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 
+from rl.pictures import diversity
 from rl.trainer import NoSignalError
 from rollouts.image_rewards import brightness
 from tests import tiny_denoising as tiny
@@ -161,6 +162,23 @@ def test_the_pipelines_own_text_encoder_and_guidance_serve(tmp_path):
 
 
 # Validation and pictures
+
+
+def test_the_diversity_of_a_steps_samples_is_logged(tmp_path):
+    seen = []
+
+    def reward(image_NHWC, prompts, metadata):
+        seen.append((image_NHWC, np.array(prompts)))
+        return brightness(image_NHWC, prompts, metadata)
+
+    made = tiny.run(tmp_path, reward=reward)
+    logged = [row["diversity"] for row in step_logs(tmp_path)]
+    expected = [diversity(image_NHWC, prompt_N) for image_NHWC, prompt_N in seen]
+    assert logged == pytest.approx(expected, rel=1e-12) and min(logged) > 0
+    assert made.state.log_history[0]["diversity"] == logged[0]
+    alone = {"plan": tiny.CHAIN, "rollouts_per_prompt": 1, "baseline": "history"}
+    tiny.run(tmp_path / "alone", max_steps=1, **alone)
+    assert "diversity" not in step_logs(tmp_path / "alone")[0]
 
 
 def test_validation_repeats_itself_and_leaves_training_alone(tmp_path):
