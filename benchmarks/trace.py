@@ -245,13 +245,17 @@ class Simulation:
         number_P: list[int] = []
         while refill.missing:
             exclude = [row_of[group.key] for group in refill.held]
+            first_round, first_place = len(step.reward), len(number_P)
             proposal = self._wave(step, num_prompts=refill.missing, exclude=exclude)
             dispatched = zip(proposal.index_P.tolist(), proposal.draw_P.tolist(), strict=True)
             numbers = [refill.dispatch(self.keys[row], draw) for row, draw in dispatched]
-            for place, number in enumerate(numbers):  # without pilots a wave is one round
-                of_N = proposal.prompt_N == place
-                tokens = int(step.length[-1][of_N].sum())
-                refill.finish(number, step.reward[-1][of_N], tokens=tokens)
+            reward_N, place_N, length_N = (
+                np.concatenate(rounds[first_round:])
+                for rounds in (step.reward, step.prompt, step.length)
+            )
+            for place, number in enumerate(numbers, first_place):
+                of_N = place_N == place
+                refill.finish(number, reward_N[of_N], tokens=int(length_N[of_N].sum()))
             number_P += numbers
         accepted = {group.number for group in refill.end().accepted}
         return np.array([number in accepted for number in number_P])

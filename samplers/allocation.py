@@ -29,7 +29,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from samplers.boxes import bound_of, boxes, one_per_prompt
+from samplers.boxes import MOST, bound_of, boxes, one_per_prompt
 from samplers.greedy import best_first, fill
 from samplers.knapsack import knapsack, knapsack_posterior
 from samplers.scales import (
@@ -264,10 +264,9 @@ def cost_aware(
     most_P = np.floor(np.minimum(total / length_P, 2.0**52)).astype(np.int64)
     lower_P = bound_of("minimum", minimum, len(root_P))
     upper_P = np.maximum(most_P, lower_P) if maximum is None else maximum
-    capacity = int(np.sum(bound_of("maximum", upper_P, len(root_P))))
-    lower_P, upper_P = boxes(
-        len(root_P), max(capacity, int(lower_P.sum())), lower_P, upper_P, least=0
-    )
+    capacity = np.sum(bound_of("maximum", upper_P, len(root_P)), dtype=np.float64)
+    all_of_it = int(min(max(capacity, np.sum(lower_P, dtype=np.float64)), MOST))
+    lower_P, upper_P = boxes(len(root_P), all_of_it, lower_P, upper_P, least=0)
     needed = float(lower_P @ length_P)
     if total < needed:
         raise ValueError(

@@ -18,6 +18,9 @@ from samplers.selection import Selector
 MakeSelector = Callable[[BetaPosterior, Sequence[str]], Selector]
 """`make(posterior, keys) -> selector` over the posterior's prompts, whose keys are `keys`."""
 
+Columns = tuple[NDArray[np.float64], ...]
+"""What an allocator is given of its prompts: a scale, or the two parameters of a posterior."""
+
 
 def check_sampler(
     *,
@@ -27,6 +30,7 @@ def check_sampler(
     by_key: bool = True,
     passes_over: bool = True,
     reads_scales: bool = True,
+    takes_posterior: bool = False,
     minimum: int = 1,
 ) -> None:
     """Test that a selector, an allocator or both keep the contract the planner relies on.
@@ -42,6 +46,7 @@ def check_sampler(
 
         check_sampler(selector=lambda posterior, keys: MySelector(posterior), by_key=False)
         check_sampler(allocator=my_allocator)
+        check_sampler(allocator=of_the_posterior, takes_posterior=True)
 
     Args:
         selector: makes a fresh selector over the given posterior and keys; called many times.
@@ -53,6 +58,9 @@ def check_sampler(
             to exclude rows does not need it.
         reads_scales: whether the allocator looks at the scales at all, and so has to refuse those
             that are none. `allocation.uniform` does not.
+        takes_posterior: whether the allocator is called with parameters of the posterior,
+            `allocate(a_P, b_P, total, ...)`, as a planner with scale=None does. What is said of
+            scales then holds of parameters, which have to be finite and positive.
         minimum: least rollouts per prompt the allocator accepts.
 
     Raises:
@@ -72,9 +80,10 @@ def check_sampler(
         if by_key:
             _check_shuffle(selector, num_prompts)
     if allocator is not None:
-        _check_budgets(allocator, num_prompts, minimum)
-        _check_order_of_prompts(allocator, num_prompts, minimum)
-        _check_refusals(allocator, num_prompts, minimum, reads_scales)
+        cases = _cases(num_prompts, minimum, takes_posterior)
+        _check_budgets(allocator, cases)
+        _check_order_of_prompts(allocator, num_prompts, minimum, takes_posterior)
+        _check_refusals(allocator, num_prompts, minimum, reads_scales, takes_posterior)
 
 
 def _keys(num_prompts: int) -> list[str]:
@@ -207,17 +216,35 @@ def _check_shuffle(make: MakeSelector, num_prompts: int) -> None:
     )
 
 
-def _cases(num_prompts: int, minimum: int) -> list[tuple[NDArray[np.float64], int, Any, Any]]:
-    """Scales, totals and boxes that can be met."""
+def _cases(
+    num_prompts: int, minimum: int, takes_posterior: bool
+) -> list[tuple[Columns, int, Any, Any]]:
+    """Columns (a scale, or two parameters), totals and boxes that can be met."""
     generator = np.random.default_rng(0)
     std_P = generator.random(num_prompts)
     some_P = np.where(generator.random(num_prompts) < 0.5, std_P, 0.0)
     lower_P = minimum + generator.integers(0, 3, num_prompts)
     upper_P = lower_P + generator.integers(0, 9, num_prompts)
     least = minimum * num_prompts
+    even_P = np.ones(num_prompts)
+    columns: tuple[Columns, ...] = (
+        (std_P,),
+        (some_P,),
+        (0 * even_P,),
+        (even_P,),
+        (1e-200 * std_P,),
+    )
+    if takes_posterior:
+        columns = (
+            (1 + 9 * std_P, 1 + 9 * std_P[::-1]),
+            (1 + 9 * some_P, even_P),
+            (even_P, even_P),
+            (1 + 1e6 * std_P, 1 + 1e3 * some_P),
+            (std_P, some_P + 0.1),
+        )
     return [
-        (scale_P, total, lower, upper)
-        for scale_P in (std_P, some_P, np.zeros(num_prompts), np.ones(num_prompts), 1e-200 * std_P)
+        (column_P, total, lower, upper)
+        for column_P in columns
         for total, lower, upper in [
             (least, minimum, None),
             (least + 1, minimum, None),
@@ -227,19 +254,20 @@ def _cases(num_prompts: int, minimum: int) -> list[tuple[NDArray[np.float64], in
             (int(lower_P.sum() + upper_P.sum()) // 2, lower_P, upper_P),
             (int(upper_P.sum()), lower_P, upper_P),
         ]
-    ] + [(std_P[:1], minimum + 3, minimum, None)]
+    ] + [(tuple(column_P[:1] for column_P in columns[0]), minimum + 3, minimum, None)]
 
 
-def _check_budgets(allocate: Allocator, num_prompts: int, minimum: int) -> None:
-    for std_P, total, lower, upper in _cases(num_prompts, minimum):
-        given_P = std_P.copy()
-        budget_P = allocate(given_P, total, minimum=lower, maximum=upper)
-        what = f"allocate({std_P.tolist()}, {total}, minimum={lower}, maximum={upper})"
+def _check_budgets(allocate: Allocator, cases: list[tuple[Columns, int, Any, Any]]) -> None:
+    for columns, total, lower, upper in cases:
+        given = tuple(column_P.copy() for column_P in columns)
+        budget_P = allocate(*given, total, minimum=lower, maximum=upper)
+        named = ", ".join(str(column_P.tolist()) for column_P in columns)
+        what = f"allocate({named}, {total}, minimum={lower}, maximum={upper})"
         _require(
             isinstance(budget_P, np.ndarray)
             and budget_P.dtype == np.int64
-            and budget_P.shape == std_P.shape,
-            f"{what} must give {std_P.shape} int64 budgets, got {budget_P!r}",
+            and budget_P.shape == columns[0].shape,
+            f"{what} must give {columns[0].shape} int64 budgets, got {budget_P!r}",
         )
         _require(
             int(budget_P.sum()) == total,
@@ -249,8 +277,10 @@ def _check_budgets(allocate: Allocator, num_prompts: int, minimum: int) -> None:
             bool((budget_P >= lower).all() and (upper is None or (budget_P <= upper).all())),
             f"{what} leaves its boxes: {budget_P.tolist()}",
         )
-        _require(np.array_equal(given_P, std_P), f"{what} must leave the scales as they are")
-        again_P = allocate(std_P.copy(), total, minimum=lower, maximum=upper)
+        _require(
+            all(map(np.array_equal, given, columns)), f"{what} must leave the scales as they are"
+        )
+        again_P = allocate(*(c.copy() for c in columns), total, minimum=lower, maximum=upper)
         _require(
             np.array_equal(budget_P, again_P),
             f"{what} must decide the same when asked again, got {budget_P.tolist()} "
@@ -258,17 +288,21 @@ def _check_budgets(allocate: Allocator, num_prompts: int, minimum: int) -> None:
         )
 
 
-def _check_order_of_prompts(allocate: Allocator, num_prompts: int, minimum: int) -> None:
+def _check_order_of_prompts(
+    allocate: Allocator, num_prompts: int, minimum: int, takes_posterior: bool
+) -> None:
     """With distinct scales; equal ones may be told apart by their places."""
     generator = np.random.default_rng(1)
     std_P = generator.permutation(np.linspace(0.1, 0.5, num_prompts))
+    columns = (1 + 9 * std_P, 2 - std_P) if takes_posterior else (std_P,)
     lower_P = minimum + generator.integers(0, 3, num_prompts)
     total = minimum * num_prompts + 6 * num_prompts
     for lower in (minimum, lower_P):
         order_P = generator.permutation(num_prompts)
         moved = lower if isinstance(lower, int) else lower[order_P]
-        budget_P = allocate(std_P, total, minimum=lower, maximum=None)
-        found_P = allocate(std_P[order_P], total, minimum=moved, maximum=None)
+        budget_P = allocate(*columns, total, minimum=lower, maximum=None)
+        of_order = (column_P[order_P] for column_P in columns)
+        found_P = allocate(*of_order, total, minimum=moved, maximum=None)
         # One rollout may stand between prompts: what does not divide may go by place.
         _require(
             bool((np.abs(found_P - budget_P[order_P]) <= 1).all()),
@@ -278,20 +312,26 @@ def _check_order_of_prompts(allocate: Allocator, num_prompts: int, minimum: int)
 
 
 def _check_refusals(
-    allocate: Allocator, num_prompts: int, minimum: int, reads_scales: bool
+    allocate: Allocator, num_prompts: int, minimum: int, reads_scales: bool, takes_posterior: bool
 ) -> None:
     even_P, least = np.ones(num_prompts), minimum * num_prompts
-    boxes: list[tuple[str, NDArray[np.float64], int, int | None]] = [
-        ("a total below the minima", even_P, least - 1, None),
-        ("a total above the maxima", even_P, least + num_prompts + 1, minimum + 1),
+    columns = (even_P, even_P) if takes_posterior else (even_P,)
+    boxes: list[tuple[str, Columns, int, int | None]] = [
+        ("a total below the minima", columns, least - 1, None),
+        ("a total above the maxima", columns, least + num_prompts + 1, minimum + 1),
     ]
-    scales: list[tuple[str, NDArray[np.float64], int, int | None]] = [
-        ("a scale that is NaN", np.where(even_P.cumsum() == 3, np.nan, 1.0), 2 * least + 9, None),
-        ("a scale that is infinite", np.where(even_P.cumsum() == 3, np.inf, 1.0), least + 9, None),
-        ("a negative scale", np.where(even_P.cumsum() == 3, -1.0, 1.0), least + 9, None),
+    name = "parameter" if takes_posterior else "scale"
+    bad_values = {"that is NaN": np.nan, "that is infinite": np.inf, "below 0": -1.0}
+    if takes_posterior:
+        bad_values["that is 0"] = 0.0
+    scales: list[tuple[str, Columns, int, int | None]] = [
+        (f"a {name} {what}", (*columns[:at], bad_P, *columns[at + 1 :]), 2 * least + 9, None)
+        for what, value in bad_values.items()
+        for bad_P in [np.where(even_P.cumsum() == 3, value, 1.0)]
+        for at in range(len(columns))
     ]
-    for what, std_P, total, upper in boxes + (scales if reads_scales else []):
-        _require_refused(partial(allocate, std_P, total, minimum=minimum, maximum=upper), what)
+    for what, given, total, upper in boxes + (scales if reads_scales else []):
+        _require_refused(partial(allocate, *given, total, minimum=minimum, maximum=upper), what)
 
 
 def _require(holds: bool, message: str) -> None:

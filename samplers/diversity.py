@@ -126,6 +126,9 @@ def greedy_diverse(
 
     Returns:
         (num_chosen,) int64 distinct places in the order taken; equal gains go to the earlier one.
+
+    Raises:
+        ValueError: if a distance is not finite, as those of embeddings around 1e200.
     """
     nearest_K = np.full(len(score_K), np.inf)
     free_K = np.ones(len(score_K), dtype=bool)
@@ -135,7 +138,14 @@ def greedy_diverse(
         place = int(np.argmax(np.where(free_K, gain_K, -np.inf)))
         chosen[at] = place
         free_K[place] = False
-        distance_K = np.linalg.norm(embedding_KC - embedding_KC[place], axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            distance_K = np.linalg.norm(embedding_KC - embedding_KC[place], axis=1)
+        if not np.isfinite(distance_K).all():
+            other = int(np.flatnonzero(~np.isfinite(distance_K))[0])
+            raise ValueError(
+                f"distances between embeddings must be finite, got {distance_K[other]} between "
+                f"places {place} and {other}; scale the embeddings down"
+            )
         np.minimum(nearest_K, distance_K, out=nearest_K)
         gain_K = score_K / 2 + gamma * nearest_K
     return chosen

@@ -17,6 +17,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from samplers.rows import row_list
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
@@ -381,9 +383,12 @@ def selection_metrics(
         Names under `select/`. What is not defined, as the mean length of no rows, is left out.
 
     Raises:
-        ValueError: if columns are not N long or not finite.
+        ValueError: if columns are not N long or not finite, or rows are no integers in [0, N).
     """
     reward_N, prompt_N = _checked(reward_N, prompt_N, "prompt_N")
+    rows_K = row_list("rows_K", rows_K)
+    if ((rows_K < 0) | (rows_K >= len(reward_N))).any():
+        raise ValueError(f"rows_K must be in [0, {len(reward_N)}), got {rows_K.tolist()}")
     advantage_N, length_N = _finite("advantage_N", advantage_N), _finite("length_N", length_N)
     if not len(reward_N) == len(advantage_N) == len(length_N):
         raise ValueError(
@@ -391,7 +396,7 @@ def selection_metrics(
             f"got {len(reward_N)}, {len(advantage_N)} and {len(length_N)}"
         )
     kept_N = np.zeros(len(reward_N), dtype=bool)
-    kept_N[np.asarray(rows_K, dtype=np.int64)] = True
+    kept_N[rows_K] = True
     num_prompts = len(np.unique(prompt_N))
     metrics = {
         "select/rows_in": float(len(reward_N)),

@@ -76,20 +76,26 @@ def knapsack_posterior(
     failed every time is not given up: it may yet pass.
 
     Args:
-        a_P, b_P: (P,) positive parameters of the posteriors.
+        a_P, b_P: (P,) parameters of the posteriors, in [1e-100, 1e30]: beyond, gains underflow.
         total, minimum, maximum: as in `knapsack`.
 
     Returns:
         (P,) int64 counts that sum to `total`, ties as in `neyman`.
 
     Raises:
-        ValueError: if `total` does not fit the boxes, or a parameter is not positive, or over 1e30.
+        ValueError: if `total` does not fit the boxes or is above 2**40, or a parameter is out of
+            range.
     """
     a_P, b_P = beta_parameters(a_P, b_P, least=0)
     most = max(a_P.max(initial=0), b_P.max(initial=0))
     if most > 1e30:  # the tenth power of their sum is taken
         raise ValueError(f"a_P and b_P must be at most 1e30, got {most}")
+    least = min(a_P.min(initial=1), b_P.min(initial=1))
+    if least < 1e-100:  # with the other at 1e30 the gains are then about its cube below, 1e-190
+        raise ValueError(f"a_P and b_P must be at least 1e-100, got {least}")
     lower_P, upper_P = boxes(len(one_per_prompt(a_P)), total, minimum, maximum, least=2)
+    if total > 2**40:  # beyond, the rounding of gains exceeds their differences
+        raise ValueError(f"total must be at most 2**40 here, got {total}")
     columns = (a_P, b_P, *_posterior_columns(a_P, b_P))
     return best_first(
         _knapsack_posterior_gain,
@@ -236,11 +242,11 @@ def _knapsack_posterior_gain(
     far_K = c_K + m_K
     log_K, near_K = _log_far(c_K, m_K), _rising(far_K)
     near_K /= far_K * (far_K + 1) * (far_K + 2)
-    passing_K = np.exp(_log_far(a_K, m_K) - log_K + passing_K) / _rising(a_K + m_K)
-    failing_K = np.exp(_log_far(b_K, m_K) - log_K + failing_K) / _rising(b_K + m_K)
+    # The two products of ten are divided before a small factor meets one of them and underflows.
+    passing_K = np.exp(_log_far(a_K, m_K) - log_K + passing_K) * (near_K / _rising(a_K + m_K))
+    failing_K = np.exp(_log_far(b_K, m_K) - log_K + failing_K) * (near_K / _rising(b_K + m_K))
     failing_K *= b_K + m_K
     passing_K += failing_K
-    passing_K *= near_K
     return passing_K
 
 

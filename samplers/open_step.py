@@ -4,7 +4,7 @@ Axes: D prompts of the data set, P prompts of the step, N rollouts of a round, K
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from samplers.proposal import group_reason
+from samplers.rows import row_list
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -77,11 +78,11 @@ class OpenStep:
     def answered(self, goes_on_P: NDArray[np.bool_], weight_P: FloatArray | None) -> None:
         """Take in a stopping rule's answer: a stopped prompt stays stopped, and keeps its weight.
 
-        A prompt that has gone on with a weight above 1 keeps that whatever later answers say.
+        A prompt that goes on has the largest of the weights it has gone on with so far.
         """
         assert self.active_P is not None
         if weight_P is not None:
-            highest_P = np.maximum(self.group_weight_P, weight_P)
+            highest_P = weight_P if self.weight_P is None else np.maximum(self.weight_P, weight_P)
             latest_P = np.where(goes_on_P, highest_P, weight_P)
             self.weight_P = np.where(self.active_P, latest_P, self.group_weight_P)
         self.active_P = self.active_P & goes_on_P & (self.left_P > 0)
@@ -127,6 +128,10 @@ class OpenStep:
             metrics[f"share_{reason}"] = reasons.count(reason) / len(reasons)
         return metrics
 
+    def copy(self) -> "OpenStep":
+        """The same, with arrays of its own."""
+        return OpenStep(**self.state_dict())
+
     def state_dict(self) -> dict[str, Any]:
         """Every field; arrays are copies."""
         return {name: copied(getattr(self, name)) for name in self.__slots__}
@@ -149,8 +154,8 @@ class Measured:
 
     def observe(self, index_K: ArrayLike, value_K: ArrayLike, keys: Sequence[str]) -> None:
         """Remember numbers, if they are finite, of the right sign and of distinct rows."""
-        index_K, value_K = np.asarray(index_K, dtype=np.int64), np.asarray(value_K, np.float64)
-        if index_K.ndim != 1 or index_K.shape != value_K.shape:
+        index_K, value_K = row_list("index_K", index_K), np.asarray(value_K, np.float64)
+        if index_K.shape != value_K.shape:
             raise ValueError(
                 f"index_K and {self._what} must be 1-d and equally long, "
                 f"got {index_K.shape} and {value_K.shape}"
@@ -195,6 +200,62 @@ def check_rows(index_K: IntArray, num_prompts: int) -> None:
         raise ValueError(f"rows must be distinct and in [0, {num_prompts}), got {index_K.tolist()}")
 
 
+def check_binary(success_N: FloatArray, prompt_N: IntArray, keys: Sequence[str]) -> None:
+    """Raise ValueError unless successes are 0 or 1; two halves are no pass to a stopping rule."""
+    binary_N = (success_N == 0) | (success_N == 1)
+    if not binary_N.all():
+        row = int(np.flatnonzero(~binary_N)[0])
+        raise ValueError(
+            f"a stopping rule counts passes, so rewards must be 0 or 1, got {success_N[row]} for "
+            f"prompt {keys[prompt_N[row]]} (row {row}); set success_above to what a success is"
+        )
+
+
+def check_counts(
+    scale: Callable[[FloatArray, FloatArray], FloatArray], pilot: int, name: str
+) -> None:
+    """Raise ValueError unless the scale takes pilots all of which failed, or passed."""
+    for successes, what in ((0.0, "success"), (float(pilot), "failure")):
+        try:
+            std = float(scale(np.array([successes]), np.array([pilot - successes]))[0])
+            problem = "" if 0 <= std < math.inf else f"it gives {std}"
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise ValueError(
+                f"estimate='pilot' needs a scale that takes counts, and {name} cannot take {pilot} "
+                f"pilots without a {what}: {problem}. Take one of the mean, as plug_in_std, "
+                f"accepted_std, gvm_plug_in or inverse_sqrt, or estimate='posterior'"
+            )
+
+
+def checked_answer(answer: Any, num_prompts: int) -> tuple[NDArray[np.bool_], FloatArray | None]:
+    """What a stopping rule says, if it is what it may say: who goes on, and with what weights."""
+    if isinstance(answer, tuple) and len(answer) != 2:
+        raise ValueError(
+            f"the stopping rule must give booleans, or booleans and weights, got {len(answer)} columns"
+        )
+    goes_on, weight = answer if isinstance(answer, tuple) else (answer, None)
+    goes_on_P = np.asarray(goes_on)
+    if goes_on_P.shape != (num_prompts,) or goes_on_P.dtype != bool:
+        raise ValueError(
+            f"the stopping rule must give {num_prompts} booleans, "
+            f"got shape {goes_on_P.shape} of {goes_on_P.dtype}"
+        )
+    if weight is None:
+        return goes_on_P, None
+    weight_P = np.array(weight, dtype=np.float64)
+    if weight_P.shape != (num_prompts,):
+        raise ValueError(
+            f"the stopping rule must give {num_prompts} weights, got shape {weight_P.shape}"
+        )
+    if not (np.isfinite(weight_P) & (weight_P >= 0)).all():
+        raise ValueError(
+            f"the stopping rule's weights must be finite and non-negative, got {weight_P.tolist()}"
+        )
+    return goes_on_P, weight_P
+
+
 def check_pilots(
     pilot: int,
     estimate: str,
@@ -220,3 +281,21 @@ def check_pilots(
 def copied(value: Any) -> Any:
     """A copy if it is an array, the value itself if it is plain."""
     return np.array(value) if isinstance(value, np.ndarray) else value
+
+
+def check_same_rule(last: dict[str, Any], stopping: object | None) -> None:
+    """Raise ValueError if the saved open step has a stopping rule and the planner none, or reversed."""
+    if (last["plan_P"] is None) == (stopping is None):
+        return
+    saved, here = ("without", f"stopping={stopping}") if stopping else ("under", "none")
+    raise ValueError(
+        f"step {last['step']} of the state is open and was planned {saved} a stopping rule, this "
+        f"planner has {here}: change the rule between steps"
+    )
+
+
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy that cannot be written to."""
+    array = array.copy()
+    array.setflags(write=False)
+    return array

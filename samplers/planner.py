@@ -14,12 +14,26 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from samplers.allocation import Allocator, Scale, posterior_std
+from samplers.allocation import Allocator, Scale, knapsack, posterior_std
 from samplers.keys import fingerprint, rollout_seeds, stable_hash, step_generator
-from samplers.open_step import Measured, OpenStep, check_keys, check_pilots, check_rows, copied
+from samplers.open_step import (
+    Measured,
+    OpenStep,
+    check_binary,
+    check_counts,
+    check_keys,
+    check_pilots,
+    check_rows,
+    check_same_rule,
+    checked_answer,
+    copied,
+    read_only,
+)
 from samplers.posterior import BetaPosterior
 from samplers.proposal import Decision, Proposal, admit, checked_rewards
+from samplers.rows import check_names, row_list
 from samplers.rules import Stopping
+from samplers.scales import is_multipliable
 from samplers.selection import Selector
 
 FloatArray = NDArray[np.float64]
@@ -54,15 +68,20 @@ class Planner:
         minimum, maximum: box of n_i, in rollouts; None for no maximum.
         pilot: pilots per prompt; 0 for none.
         estimate: what round 1 is allocated by: "posterior", which has seen the pilots by then, or
-            "pilot", the pilots' own successes and failures, as published for GVM. For the latter
-            take a scale that accepts counts; a prompt none of whose pilots was scored has scale 0.
+            "pilot", the pilots' own successes and failures, as published for GVM. The latter needs a
+            scale that accepts counts; a prompt none of whose pilots was scored has scale 0.
         pilots: "pool" counts pilots towards n_i (and a budget is at least the pilots); "discard"
-            makes n_i fresh rollouts. Both generate `rollouts_per_step`.
+            makes n_i fresh rollouts. Both generate `rollouts_per_step`. Pooled pilots with
+            estimate="pilot" make n_i depend on their own rewards, and weights of 1 / n_i then no
+            longer keep the objective: with pass rates .1 and .6, 10 rollouts of which 2 each are
+            pilots, `plug_in_std` and `leave_one_out`, the prompts' gradients weigh .682 and .888 in
+            expectation instead of 1. With the accepted mean of GVM's EM they may be pooled.
         stopping: the rule, for example one of `rules.py`; not together with pilots.
         wave: rollouts of one prompt between two questions to the rule.
         run_seed: of selection and rollouts.
         success_above: a reward above it is a success; None takes rewards in [0, 1] as (fractional)
-            successes and refuses others.
+            successes and refuses others; with a stopping rule, which counts passes, they must be 0
+            or 1.
         evidence: what a rollout counts as in the posterior, above 0 and at most 1: siblings that share
             the beginning of a denoising chain tell less than as many independent rollouts.
 
@@ -134,6 +153,11 @@ class Planner:
             raise ValueError("estimate='pilot' needs a scale that takes counts, got scale=None")
         even_P = np.ones(prompts_per_step)
         self._spend(*self._columns(even_P, even_P, step=0))
+        if scale is not None and estimate == "pilot":
+            name = getattr(scale, "__name__", repr(scale))
+            check_counts(lambda a_P, b_P: self._columns(a_P, b_P, step=0)[0], pilot, name)
+        # Multiples of pass rates are those of other prompts.
+        self._multiplies = scale is not None and is_multipliable(scale) and allocate is not knapsack
 
         self._step = 0
         self._round = 0
@@ -169,12 +193,13 @@ class Planner:
 
         Raises:
             ValueError: if the selector does not choose distinct rows as asked, the allocator does
-                not spend exactly the total, the total is not an integer, or the step is open with
-                another number of prompts.
+                not spend exactly the total, the total is not an integer, the step is open with
+                another number of prompts, or `exclude` is no list of integers.
         """
+        exclude_K = row_list("exclude", exclude)
         if not self.is_open:
             wanted = self.prompts_per_step if num_prompts is None else num_prompts
-            self._last = self._open_step(wanted, np.asarray(exclude))
+            self._last = self._open_step(wanted, exclude_K)
         assert self._last is not None
         if num_prompts not in (None, len(self._last.index_P)):
             raise ValueError(
@@ -189,8 +214,9 @@ class Planner:
         """Learn from every scored rollout of a round, before any is dropped, and close the round.
 
         Rows may come in any order: the same set of rewards teaches the same, bit for bit. Rollouts
-        that failed to be scored are left out by the caller; a prompt left with none is to the
-        posterior one that was not chosen, as nothing replaces what was known.
+        that failed to be scored are left out by the caller; a prompt left with none in all rounds of
+        the step is to the posterior one that was not chosen, as nothing replaces what was known. If
+        this raises, also out of a stopping rule, the planner is as it was and the round in flight.
 
         Args:
             proposal: the round in flight.
@@ -199,22 +225,29 @@ class Planner:
 
         Raises:
             ValueError: if the proposal is not the one in flight, a reward is not finite or, without
-                `success_above`, not in [0, 1], or a prompt has more rewards than rollouts.
+                `success_above`, not in [0, 1] (with a stopping rule: not 0 or 1), a prompt has more
+                rewards than rollouts, or the stopping rule answers something else than it may.
         """
         self._check_in_flight(proposal)
         threshold = self._success_above
+        if np.ndim(reward_N) != 1 or np.ndim(prompt_N) != 1:
+            raise ValueError(
+                f"reward_N and prompt_N must be 1-d and equally long, "
+                f"got {np.shape(reward_N)} and {np.shape(prompt_N)}"
+            )
         reward_N, prompt_N = checked_rewards(
             proposal, reward_N, prompt_N, keys=self.keys, in_unit_interval=threshold is None
         )
         success_N = reward_N if threshold is None else (reward_N > threshold).astype(np.float64)
         assert self._last is not None
-        trials_P, successes_P = self._last.take_in(proposal.budget_P, reward_N, success_N, prompt_N)
-        scored_K = np.flatnonzero(trials_P)
-        learn = self.posterior.observe if proposal.round == 0 else self.posterior.add
-        counts = successes_P[scored_K] * self._evidence, trials_P[scored_K] * self._evidence
-        learn(proposal.index_P[scored_K], *counts)
-        self._in_flight = None
-        ends = proposal.is_last or self._all_stopped(self._last)
+        if self._stopping is not None:
+            check_binary(success_N, prompt_N, [self.keys[index] for index in self._last.index_P])
+        # On a copy: a stopping rule that answers wrongly leaves everything as it was.
+        last = self._last.copy()
+        trials_P, successes_P = last.take_in(proposal.budget_P, reward_N, success_N, prompt_N)
+        ends = proposal.is_last or self._all_stopped(last)
+        self._learn(last, trials_P, successes_P, ends=ends)
+        self._last, self._in_flight = last, None
         self._step += int(ends)
         self._round = 0 if ends else proposal.round + 1
 
@@ -234,10 +267,10 @@ class Planner:
             norm_K: (K,) norms, finite and non-negative.
 
         Raises:
-            ValueError: if either is not as above, or there is no scale for norms to multiply.
+            ValueError: if either is not as above, or there is no scale for norms to multiply:
+                scale=None, or the pass rates that `knapsack` takes.
         """
-        if self._scale is None:
-            raise ValueError("gradient norms multiply a scale, and this planner has scale=None")
+        self._check_scale("gradient norms multiply a scale")
         self._norms.observe(index_K, norm_K, self.keys)
 
     def observe_lengths(self, index_K: ArrayLike, length_K: ArrayLike) -> None:
@@ -253,10 +286,9 @@ class Planner:
             length_K: (K,) expected tokens, or seconds, of one rollout, finite and positive.
 
         Raises:
-            ValueError: if either is not as above, or there is no scale to divide.
+            ValueError: if either is not as above, or there is no scale to divide, as for norms.
         """
-        if self._scale is None:
-            raise ValueError("lengths divide a scale, and this planner has scale=None")
+        self._check_scale("lengths divide a scale")
         self._lengths.observe(index_K, length_K, self.keys)
 
     def state_dict(self) -> dict[str, Any]:
@@ -290,8 +322,14 @@ class Planner:
         """Restore `state_dict()`: from here on the planner decides what the saved one would have.
 
         Raises:
-            ValueError: if the state was saved with another data set, or by a run of another seed.
+            ValueError: if the state was saved with another data set, by a run of another seed, by
+                another version, or in the middle of a step with a stopping rule and there is none
+                here, or the reverse.
         """
+        check_names(state, self.state_dict(), "a planner's state")
+        last, budget_P = state["last"], state["budget_P"]
+        if last is not None:
+            check_names(last, OpenStep.__slots__, "the last step of a planner's state")
         if state["fingerprint"] != fingerprint(self.keys):
             raise ValueError(
                 f"the checkpoint was made with another data set: its keys have fingerprint "
@@ -302,6 +340,8 @@ class Planner:
                 f"the checkpoint was made with run_seed={state['run_seed']}, "
                 f"this run has {self._run_seed}"
             )
+        if last is not None and int(last["step"]) == int(state["step"]):
+            check_same_rule(last, self._stopping)
         self.posterior.load_state_dict(state["posterior"])
         self.selector.load_state_dict(state["selector"])
         self._step = int(state["step"])
@@ -311,7 +351,6 @@ class Planner:
         for measured, name in ((self._norms, "norm_D"), (self._lengths, "length_D")):
             measured.used_D = np.array(state[name], dtype=np.float64)
             measured.measured_D = np.array(state[f"next_{name}"], dtype=np.float64)
-        last, budget_P = state["last"], state["budget_P"]
         self._last = None if last is None else OpenStep(**{n: copied(v) for n, v in last.items()})
         self._in_flight = None
         if budget_P is not None:
@@ -395,7 +434,7 @@ class Planner:
         keys = [self.keys[index] for index in last.index_P]
         order_P = np.argsort([stable_hash(self._run_seed, "ties", last.step, key) for key in keys])
         columns = self._scales(last, order_P)
-        if self._scale is not None:
+        if self._multiplies:
             index_P = last.index_P[order_P]
             length_P = self._lengths.of(index_P)
             columns = [columns[0] * self._norms.of(index_P) / np.sqrt(length_P)]
@@ -421,15 +460,28 @@ class Planner:
             left_P=last.left_P,
             chance_P=np.array(chances),
         )
-        goes_on_P, weight_P = answer if isinstance(answer, tuple) else (answer, None)
-        goes_on_P = np.asarray(goes_on_P)
-        if goes_on_P.shape != last.index_P.shape or goes_on_P.dtype != bool:
-            raise ValueError(
-                f"the stopping rule must give {len(last.index_P)} booleans, "
-                f"got shape {goes_on_P.shape} of {goes_on_P.dtype}"
-            )
-        last.answered(goes_on_P, weight_P)
+        last.answered(*checked_answer(answer, len(last.index_P)))
         return not last.active_P.any()
+
+    def _learn(
+        self, last: OpenStep, trials_P: IntArray, successes_P: FloatArray, *, ends: bool
+    ) -> None:
+        """Write a round's counts to the posterior; each of the step's prompts decays once in it.
+
+        That is as chosen in its first scored round, or as not chosen at the end of the step.
+        """
+        posterior, index_P = self.posterior, last.index_P
+        scored_P, unscored_P = trials_P > 0, last.trials_P == 0
+        counts = successes_P[scored_P] * self._evidence, trials_P[scored_P] * self._evidence
+        if self._round == 0:
+            waiting_K = index_P[unscored_P & (not ends)]
+            posterior.observe(index_P[scored_P], *counts, waiting_K=waiting_K)
+            return
+        first_P = scored_P & (last.trials_P == trials_P)
+        posterior.decay(index_P[first_P], posterior.decay_chosen)
+        posterior.add(index_P[scored_P], *counts)
+        if ends:
+            posterior.decay(index_P[unscored_P], posterior.decay_rest)
 
     def _scales(self, last: OpenStep, order_P: IntArray) -> list[FloatArray]:
         """What the allocator is given of the step's prompts, taken in `order_P`."""
@@ -453,6 +505,17 @@ class Planner:
             else {}
         )
         return [np.asarray(self._scale(a_P, b_P, **drawn))]
+
+    def _check_scale(self, what: str) -> None:
+        """Raise ValueError unless the scale may be multiplied."""
+        if self._scale is None:
+            raise ValueError(f"{what}, and this planner has scale=None")
+        if not self._multiplies:
+            name = getattr(self._scale, "__name__", repr(self._scale))
+            raise ValueError(
+                f"{what}, and this planner's allocator is given pass rates (scale={name}): "
+                f"take an allocator of scales, such as neyman"
+            )
 
     def _total(self, num_prompts: int) -> int:
         """What the allocator spends on a step of so many prompts."""
@@ -499,12 +562,12 @@ class Planner:
             step=self._step,
             round=self._round,
             is_last=self._is_last(last, budget_P),
-            index_P=_read_only(last.index_P),
-            budget_P=_read_only(budget_P),
-            draw_P=_read_only(last.draw_P),
-            first_slot_P=_read_only(last.drawn_P),
-            pass_rate_P=_read_only(last.pass_rate_P),
-            seed_N=_read_only(np.concatenate(seeds)),
+            index_P=read_only(last.index_P),
+            budget_P=read_only(budget_P),
+            draw_P=read_only(last.draw_P),
+            first_slot_P=read_only(last.drawn_P),
+            pass_rate_P=read_only(last.pass_rate_P),
+            seed_N=read_only(np.concatenate(seeds)),
         )
 
     def _is_last(self, last: OpenStep, budget_P: IntArray) -> bool:
@@ -529,9 +592,3 @@ class Planner:
                 f"the proposal of step {proposal.step}, round {proposal.round} is not in flight "
                 f"({waiting}): each proposal is observed once"
             )
-
-
-def _read_only(array: NDArray[Any]) -> NDArray[Any]:
-    array = array.copy()
-    array.setflags(write=False)
-    return array

@@ -1,12 +1,14 @@
 """One success posterior per prompt, read by selection, allocation and stopping alike.
 
-Axes: D prompts of the data set, P prompts of one call.
+Axes: D prompts of the data set, P prompts of one call, K rows.
 """
 
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from samplers.rows import check_names, integer_rows, row_list
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -57,22 +59,37 @@ class BetaPosterior:
         self.alpha_D = np.zeros(num_prompts)
         self.beta_D = np.zeros(num_prompts)
 
-    def observe(self, index_P: ArrayLike, successes_P: ArrayLike, trials_P: ArrayLike) -> None:
+    def observe(
+        self,
+        index_P: ArrayLike,
+        successes_P: ArrayLike,
+        trials_P: ArrayLike,
+        *,
+        waiting_K: ArrayLike = (),
+    ) -> None:
         """Take in one selection round: decay everything once, then add the counts.
 
         Args:
             index_P: (P,) distinct rows that were rolled out; none at all only decays.
             successes_P: (P,) successes, 0 <= successes <= trials; fractional rewards may be summed.
             trials_P: (P,) rollouts they were counted in.
+            waiting_K: (K,) other rows, of which more is to come before it is known whether they
+                count as chosen: they keep their counts, and `decay` is called later.
 
         Raises:
             ValueError: if a row is repeated or out of range, or counts are not as above.
         """
         index_P, successes_P, failures_P = self._counts(index_P, successes_P, trials_P)
+        waiting_K = self._rows("waiting_K", waiting_K)
+        if np.isin(waiting_K, index_P).any():
+            raise ValueError(
+                f"waiting_K must be other rows than index_P={index_P.tolist()}, "
+                f"got {waiting_K.tolist()}"
+            )
         for count_D in (self.alpha_D, self.beta_D):
-            chosen_P = count_D[index_P] * self.decay_chosen
+            chosen_P, kept_K = count_D[index_P] * self.decay_chosen, count_D[waiting_K]
             count_D *= self.decay_rest
-            count_D[index_P] = chosen_P
+            count_D[index_P], count_D[waiting_K] = chosen_P, kept_K
         self._add(index_P, successes_P, failures_P)
 
     def add(self, index_P: ArrayLike, successes_P: ArrayLike, trials_P: ArrayLike) -> None:
@@ -82,11 +99,27 @@ class BetaPosterior:
         """
         self._add(*self._counts(index_P, successes_P, trials_P))
 
+    def decay(self, index_K: ArrayLike, factor: float) -> None:
+        """Decay rows that `observe` had wait, by `decay_chosen` or `decay_rest`.
+
+        Args:
+            index_K: (K,) distinct rows.
+            factor: in [0, 1].
+
+        Raises:
+            ValueError: if a row is repeated or out of range, or the factor is outside [0, 1].
+        """
+        index_K = self._rows("index_K", index_K)
+        if not 0 <= factor <= 1:
+            raise ValueError(f"factor must be in [0, 1], got {factor}")
+        self.alpha_D[index_K] *= factor
+        self.beta_D[index_K] *= factor
+
     def parameters(self, index: ArrayLike | None = None) -> tuple[FloatArray, FloatArray]:
         """Both parameters of the Beta, a = alpha + 1 and b = beta + 1, of `index` or of all."""
         if index is None:
             return self.alpha_D + 1, self.beta_D + 1
-        rows = np.asarray(index, dtype=np.int64)
+        rows = integer_rows("index", index)
         # `take` is faster than indexing where a million rows are picked.
         a, b = np.take(self.alpha_D, rows), np.take(self.beta_D, rows)
         a += 1
@@ -122,9 +155,10 @@ class BetaPosterior:
         """Restore `state_dict()`, bit for bit.
 
         Raises:
-            ValueError: if the state is that of another number of prompts, or counts are negative
-                or not finite.
+            ValueError: if the state is that of another number of prompts or of something else, or
+                counts are negative or not finite.
         """
+        check_names(state, ("alpha_D", "beta_D"), "a posterior's state")
         loaded = {name: np.asarray(state[name], dtype=np.float64) for name in ("alpha_D", "beta_D")}
         for name, count_D in loaded.items():
             if count_D.shape != (self.num_prompts,):
@@ -146,7 +180,7 @@ class BetaPosterior:
         self, index_P: ArrayLike, successes_P: ArrayLike, trials_P: ArrayLike
     ) -> tuple[IntArray, FloatArray, FloatArray]:
         """Rows, successes and failures, checked."""
-        index_P = np.asarray(index_P, dtype=np.int64)
+        index_P = integer_rows("index_P", index_P)
         successes_P = np.asarray(successes_P, dtype=np.float64)
         trials_P = np.asarray(trials_P, dtype=np.float64)
         if index_P.ndim != 1 or not index_P.shape == successes_P.shape == trials_P.shape:
@@ -154,10 +188,7 @@ class BetaPosterior:
                 f"index_P, successes_P and trials_P must be 1-d and equally long, got shapes "
                 f"{index_P.shape}, {successes_P.shape} and {trials_P.shape}"
             )
-        if len(np.unique(index_P)) != len(index_P):
-            raise ValueError(f"index_P must be distinct, got {index_P.tolist()}")
-        if ((index_P < 0) | (index_P >= self.num_prompts)).any():
-            raise ValueError(f"index_P must be in [0, {self.num_prompts}), got {index_P.tolist()}")
+        index_P = self._rows("index_P", index_P)
         # Written so that NaN fails too.
         valid_P = (successes_P >= 0) & (successes_P <= trials_P) & (trials_P < np.inf)
         if not valid_P.all():
@@ -167,3 +198,11 @@ class BetaPosterior:
                 f"for prompt {index_P[at]}"
             )
         return index_P, successes_P, trials_P - successes_P
+
+    def _rows(self, name: str, index_K: ArrayLike) -> IntArray:
+        index_K = row_list(name, index_K)
+        if len(np.unique(index_K)) != len(index_K):
+            raise ValueError(f"{name} must be distinct, got {index_K.tolist()}")
+        if ((index_K < 0) | (index_K >= self.num_prompts)).any():
+            raise ValueError(f"{name} must be in [0, {self.num_prompts}), got {index_K.tolist()}")
+        return index_K

@@ -208,8 +208,8 @@ class Refill:
             What the test said; None if no rollout was scored, and the group has failed.
 
         Raises:
-            ValueError: if the group is not in flight, a count is negative, or a reward is not
-                finite.
+            ValueError: if the group is not in flight, a count is negative, a reward is not finite, or
+                `decide` gives something else than a `Decision` with a reason of its own.
         """
         step = self._opened()
         at = number - self._groups[0].number if self._groups else -1
@@ -223,12 +223,16 @@ class Refill:
                 f"failed_tokens={failed_tokens}"
             )
         reward_n = np.asarray(reward_n, dtype=np.float64)
-        decision = self._decide(reward_n) if reward_n.shape != (0,) else None
+        if reward_n.ndim != 1 or not np.isfinite(reward_n).all():
+            raise ValueError(
+                f"rewards of group {number} must be 1-d and finite, got {reward_n.tolist()}"
+            )
+        decision = _checked(self._decide(reward_n.copy())) if len(reward_n) else None
         if decision is None and tokens:
             raise ValueError(f"group {number} has {tokens} tokens in no scored rollout")
         group = replace(
             self._groups[at],
-            kept=None if decision is None else decision.kept,
+            kept=None if decision is None else bool(decision.kept),
             reason="failed" if decision is None else decision.reason,
             rollouts=len(reward_n),
             tokens=tokens,
@@ -398,6 +402,23 @@ class Refill:
             if had != sum(fates.values()):
                 # Not an assert statement: this check holds under `python -O` too.
                 raise AssertionError(f"step {self.step} had {had} {unit} and accounts for {fates}")
+
+
+def _checked(decision: Any) -> Decision:
+    """The decision of a user's own test, if it is one."""
+    kept, reason = getattr(decision, "kept", None), getattr(decision, "reason", None)
+    # A group without a reason is in flight, and "failed" is one without rewards.
+    if not isinstance(kept, bool | np.bool_) or not isinstance(reason, str):
+        raise ValueError(
+            f"decide must give a Decision with a boolean `kept` and a string `reason`, "
+            f"got {decision!r}"
+        )
+    if reason in ("", "failed"):
+        raise ValueError(
+            f"the reason decide gives must be neither empty nor 'failed', which is for groups "
+            f"without a scored rollout; got {reason!r}"
+        )
+    return decision
 
 
 def _nothing() -> dict[str, int]:

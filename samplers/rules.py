@@ -31,11 +31,12 @@ class Stopping(Protocol):
     ) -> BoolArray | tuple[BoolArray, FloatArray]:
         """(P,) bool, True for prompts that go on; may come with (P,) weights of the gradient.
 
-        It is asked about all prompts of the step; a prompt that has stopped stays so.
+        It is asked about all prompts of the step; a prompt that has stopped stays so. Weights are
+        finite and non-negative; a prompt that goes on has the largest it has gone on with.
 
         Args:
-            successes_P, trials_P: of all rounds of this step; rollouts that were not scored are not
-                among the trials.
+            successes_P, trials_P: whole numbers, of all rounds of this step; rollouts that were not
+                scored are not among the trials.
             a_P, b_P: parameters of the posterior of earlier steps.
             left_P: rollouts the plan still has, 0 at its end.
             chance_P: one uniform number in [0, 1) per group, a hash of its draw key and so the same

@@ -238,6 +238,31 @@ def test_a_refill_trains_on_mixed_groups_only():
     assert totals["rollouts_trained"] == 8 * 8 * totals["updates"]
 
 
+@pytest.mark.parametrize(
+    "arm", ["refill", "refill/uniform/early", "refill/em_gvm", "refill/em_gvm_both"]
+)
+def test_a_refill_sees_every_round_of_its_groups(arm, monkeypatch):
+    shares = []
+    end = trace.Refill.end
+
+    def counted(refill, **more):
+        filled = end(refill, **more)
+        shares.append(refill.metrics()["refill/rollouts_drawn"])
+        assert all(
+            group.kept == (0 < group.reward_sum < group.rollouts) for group in filled.accepted
+        )
+        return filled
+
+    monkeypatch.setattr(trace.Refill, "end", counted)
+    simulation = Simulation(Arm.parse(arm), "half_dead", "learning", 1, SMALL)
+    simulation.run()
+    totals = simulation.ledger.totals
+    assert sum(shares) == totals["rollouts_drawn"] == simulation.drawn
+    metrics = simulation.refill.metrics()
+    assert metrics["refill_total/rollouts_drawn"] == totals["rollouts_drawn"]
+    assert metrics["refill_total/tokens_drawn"] == totals["tokens_drawn"]
+
+
 def test_lots_undo_what_stopping_does_to_the_gradient():
     # 40,000 groups of p = .9, Beta(1, 1): 4 alike have P(mixed) = 4/9 and are condemned.
     size, p, generator = 40_000, 0.9, np.random.default_rng(0)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from samplers import allocation
 from samplers.allocation import leave_one_out, neyman, uniform
 
 ALLOCATORS = [uniform, neyman, leave_one_out]
@@ -304,3 +305,61 @@ def test_boxes_that_a_rule_cannot_use_are_refused():
         neyman([1.0], 1, minimum=-1)
     with pytest.raises(ValueError, match="minimum must be at least 2, got 1"):
         leave_one_out([1.0], 5, minimum=1)
+
+
+# -- totals and boxes at the ends of their range
+
+EVERY = [
+    allocation.uniform,
+    allocation.neyman,
+    allocation.leave_one_out,
+    allocation.dr_grpo,
+    allocation.knapsack,
+    lambda std_P, total, **box: allocation.knapsack_posterior(1 + std_P, 2 - std_P, total, **box),
+]
+
+
+@pytest.mark.parametrize("allocate", EVERY)
+@pytest.mark.parametrize(
+    ("total", "message"),
+    [
+        (10.5, "total must be an integer, got 10.5"),
+        (float("nan"), "total must be an integer, got nan"),
+        (12.0, "total must be an integer, got 12.0"),
+        ("12", "total must be an integer, got '12'"),
+        (None, "total must be an integer, got None"),
+        (2**53 + 1, "total must be at most 2.*, got 9007199254740993"),
+        (2**60, "total must be at most 2"),
+    ],
+)
+def test_totals_that_cannot_be_spent_exactly_are_refused(allocate, total, message):
+    with pytest.raises(ValueError, match=message):
+        allocate(np.array([0.2, 0.5]), total, minimum=3, maximum=10)
+    with pytest.raises(ValueError, match=message):
+        allocate(np.array([0.2, 0.5]), total, minimum=3, maximum=None)
+
+
+@pytest.mark.parametrize("allocate", EVERY)
+@pytest.mark.parametrize("total", [2**53, 2**53 - 1, 2**40, 2**40 - 7])
+def test_the_largest_totals_are_spent_exactly(allocate, total):
+    if allocate is EVERY[-1] and total > 2**40:
+        with pytest.raises(ValueError, match=f"total must be at most 2.*40 here, got {total}"):
+            allocate(np.array([0.2, 0.5, 0.3]), total, minimum=3, maximum=None)
+        return
+    budget_P = allocate(np.array([0.2, 0.5, 0.3]), total, minimum=3, maximum=None)
+    assert sum(budget_P.tolist()) == total
+
+
+@pytest.mark.parametrize("allocate", EVERY)
+@pytest.mark.parametrize("maximum", [2**62, 2**63 - 1, [2**62, 2**62, 2**63 - 1]])
+def test_a_maximum_beyond_the_total_binds_nothing(allocate, maximum):
+    std_P = np.array([0.2, 0.5, 0.3])
+    found_P = allocate(std_P, np.int64(50), minimum=3, maximum=maximum)
+    assert found_P.tolist() == allocate(std_P, 50, minimum=3, maximum=None).tolist()
+
+
+def test_boxes_beyond_64_bits_are_refused():
+    with pytest.raises(ValueError, match="maximum must fit into 64 bits with a sign, got 9223372"):
+        allocation.uniform([1.0], 4, maximum=2**63)
+    with pytest.raises(ValueError, match=f"it must be at least {3 * 2**62}"):
+        allocation.uniform([1.0] * 3, 4, minimum=2**62)

@@ -140,8 +140,8 @@ def test_what_is_guessed_of_the_posterior_gain_is_mostly_right():
 
 @pytest.mark.filterwarnings("error")
 def test_posteriors_from_the_smallest_to_the_largest_evidence_are_allocated_to():
-    a = np.repeat([5e-324, 1e-9, 1.0, 1e6, 1e30], 5)
-    b = np.tile([5e-324, 1e-9, 1.0, 1e6, 1e30], 5)
+    a = np.repeat([1e-100, 1e-9, 1.0, 1e6, 1e30], 5)
+    b = np.tile([1e-100, 1e-9, 1.0, 1e6, 1e30], 5)
     budget = knapsack_posterior(a, b, 400, maximum=64)
     assert budget.sum() == 400 and budget.min() >= 2
 
@@ -340,6 +340,8 @@ def test_pass_rates_and_parameters_that_cannot_be_are_refused():
         knapsack_posterior([1.0, 0.0], [1.0, 1.0], 8)
     with pytest.raises(ValueError, match=r"a_P and b_P must be at most 1e30, got 2e\+30"):
         knapsack_posterior([1.0, 1.0], [1.0, 2e30], 8)
+    with pytest.raises(ValueError, match="a_P and b_P must be at least 1e-100, got 5.6e-249"):
+        knapsack_posterior([9e16, 1.0], [5.6e-249, 1.0], 8)
 
 
 @given(

@@ -275,7 +275,7 @@ class AtRandom:
         (sorts_in_place, "must leave the scales as they are"),
         (by_place, "must follow their prompts when these are reordered"),
         (takes_nan, "a scale that is NaN must be refused"),
-        (takes_negative, "a negative scale must be refused"),
+        (takes_negative, "a scale below 0 must be refused"),
         (clamps, "a total below the minima must be refused"),
         (AtRandom(), "must decide the same when asked again"),
     ],
@@ -290,3 +290,48 @@ def test_there_must_be_something_to_test():
         check_sampler()
     with pytest.raises(ValueError, match="got num_prompts=3"):
         check_sampler(allocator=neyman, num_prompts=3)
+
+
+def of_wrong_budgets(change):
+    def allocate(a_P, b_P, total, **box):
+        return change(allocation.knapsack_posterior(a_P, b_P, total, **box))
+
+    return allocate
+
+
+def takes_zero(a_P, b_P, total, **box):
+    a_P, b_P = (np.where(column_P == 0, 1.0, column_P) for column_P in (a_P, b_P))
+    return allocation.knapsack_posterior(a_P, b_P, total, **box)
+
+
+def takes_a_negative_b(a_P, b_P, total, **box):
+    return allocation.knapsack_posterior(a_P, np.abs(b_P), total, **box)
+
+
+def sorts_b(a_P, b_P, total, **box):
+    budget_P = allocation.knapsack_posterior(a_P, b_P, total, **box)
+    b_P.sort()
+    return budget_P
+
+
+def test_an_allocator_of_the_posterior_passes():
+    check_sampler(allocator=allocation.knapsack_posterior, takes_posterior=True, minimum=2)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (of_wrong_budgets(lambda budget_P: budget_P * 1.0), "int64 budgets"),
+        (of_wrong_budgets(lambda budget_P: budget_P + 1), "must spend exactly"),
+        (
+            of_wrong_budgets(lambda budget_P: np.sort(budget_P)),
+            "leaves its boxes|must follow their",
+        ),
+        (sorts_b, "must leave the scales as they are"),
+        (takes_zero, "a parameter that is 0 must be refused"),
+        (takes_a_negative_b, "a parameter below 0 must be refused"),
+    ],
+)
+def test_a_broken_allocator_of_the_posterior_is_found_out(broken, message):
+    with pytest.raises(AssertionError, match=message):
+        check_sampler(allocator=broken, takes_posterior=True, minimum=2)

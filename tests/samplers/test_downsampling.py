@@ -718,3 +718,19 @@ def test_the_batch_says_what_is_wrong_too():
         max_variance_batch([1.0], keep=1.5)
     with pytest.raises(ValueError, match="1-d and equally long"):
         max_variance_batch(np.ones((2, 2)), keep=1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([-1], r"rows_K must be in \[0, 3\), got \[-1\]"),
+        ([3], r"rows_K must be in \[0, 3\), got \[3\]"),
+        ([0.9], "rows_K must be integers, got 0.9"),
+        ([True, False, True], "rows_K must be integers, got True of bool"),
+        (1, r"rows_K must be 1-d, got shape \(\)"),
+    ],
+)
+def test_metrics_are_of_rows(rows, message):
+    columns = {"reward_N": [1.0, 0, 1], "advantage_N": [1.0, -1, 0], "prompt_N": [0, 0, 1]}
+    with pytest.raises(ValueError, match=message):
+        selection_metrics(rows, **columns, length_N=[1, 2, 3])

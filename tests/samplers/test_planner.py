@@ -191,14 +191,14 @@ def test_a_prompt_without_a_scored_pilot_gets_its_minimum():
 
 def test_the_posterior_decays_once_a_step_and_counts_every_scored_rollout():
     planner = make(selector=Chosen([0, 1, 2, 3]), pilot=2)
-    planner.posterior.add([0, 9], [8, 8], [8, 8])
+    planner.posterior.add([0, 1, 9], [8, 6, 8], [8, 6, 8])
     pilots = planner.propose()
-    # Two of eight pilots were not scored, both of row 1: it is not one the pilots decayed.
+    # Two of eight pilots were not scored, both of row 1: it decays with its first scored round.
     planner.observe(pilots, [1, 1, 0, 0, 1, 0], [0, 0, 2, 2, 3, 3])
-    assert planner.posterior.alpha_D[[0, 1, 2, 3, 9]].tolist() == [0.5 * 8 + 2, 0, 0, 1, 7.92]
+    assert planner.posterior.alpha_D[[0, 1, 2, 3, 9]].tolist() == [0.5 * 8 + 2, 6, 0, 1, 7.92]
     rest = planner.propose()
     planner.observe(rest, np.ones(len(rest.seed_N)), rest.prompt_N)
-    expected = np.array([6, 0, 0, 1]) + rest.budget_P
+    expected = np.array([6, 0.5 * 6, 0, 1]) + rest.budget_P
     assert planner.posterior.alpha_D[:4].tolist() == expected.tolist()
     assert planner.posterior.beta_D[[0, 1, 2, 3, 9]].tolist() == [0, 0, 2, 1, 0]
 

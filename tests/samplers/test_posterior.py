@@ -192,3 +192,29 @@ def test_settings_and_states_that_cannot_be_are_refused():
         BetaPosterior(3).load_state_dict(BetaPosterior(2).state_dict())
     with pytest.raises(ValueError, match="beta_D must be finite and non-negative"):
         BetaPosterior(1).load_state_dict({"alpha_D": np.ones(1), "beta_D": -np.ones(1)})
+
+
+def test_rows_that_wait_keep_their_counts_until_they_are_decayed():
+    posterior = BetaPosterior(4, decay_chosen=0.5, decay_rest=0.75)
+    posterior.add([0, 1, 2, 3], [8, 8, 8, 8], [12, 12, 12, 12])
+    posterior.observe([0], [1], [1], waiting_K=[2, 1])
+    assert posterior.alpha_D.tolist() == [5, 8, 8, 6]
+    assert posterior.beta_D.tolist() == [2, 4, 4, 3]
+    posterior.decay([2], 0.5)
+    posterior.decay([], 0)
+    assert posterior.alpha_D.tolist() == [5, 8, 4, 6]
+    assert posterior.beta_D.tolist() == [2, 4, 2, 3]
+
+
+def test_what_cannot_wait_or_decay_is_refused():
+    posterior = BetaPosterior(4)
+    posterior.add([0], [8], [8])
+    with pytest.raises(ValueError, match=r"waiting_K must be other rows than index_P=\[0\], got"):
+        posterior.observe([0], [1], [1], waiting_K=[1, 0])
+    with pytest.raises(ValueError, match=r"waiting_K must be in \[0, 4\), got \[4\]"):
+        posterior.observe([0], [1], [1], waiting_K=[4])
+    with pytest.raises(ValueError, match=r"index_K must be distinct, got \[0, 0\]"):
+        posterior.decay([0, 0], 0.5)
+    with pytest.raises(ValueError, match=r"factor must be in \[0, 1\], got 1.5"):
+        posterior.decay([0], 1.5)
+    assert posterior.alpha_D.tolist() == [8, 0, 0, 0]

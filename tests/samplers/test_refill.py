@@ -1,5 +1,6 @@
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from samplers.allocation import uniform
 from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
-from samplers.proposal import admit
+from samplers.proposal import Decision, admit
 from samplers.refill import Refill, RefillError
 from samplers.selection import ThompsonSelector, UniformSelector
 
@@ -442,7 +443,7 @@ def test_calls_out_of_order_are_refused():
         refill.finish(7, [1], tokens=1)
     with pytest.raises(ValueError, match="counts must be non-negative, got tokens=-1"):
         refill.finish(number, [1], tokens=-1)
-    with pytest.raises(ValueError, match="finite and not empty"):
+    with pytest.raises(ValueError, match=r"rewards of group 0 must be 1-d and finite, got \[nan\]"):
         refill.finish(number, [float("nan")], tokens=1)
     with pytest.raises(ValueError, match="group 0 has 5 tokens in no scored rollout"):
         refill.finish(number, [], tokens=5)
@@ -470,3 +471,50 @@ def test_a_state_that_the_settings_forbid_is_refused():
     refill.end()
     with pytest.raises(ValueError, match="2 in the buffer, which max_drawn=3 and max_age=0"):
         Refill(1, max_drawn=3, at_cap="partial").load_state_dict(refill.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("decision", "message"),
+    [
+        (SimpleNamespace(kept=False, reason=""), "neither empty nor 'failed', .*; got ''"),
+        (
+            SimpleNamespace(kept=True, reason="failed"),
+            "neither empty nor 'failed', .*; got 'failed'",
+        ),
+        (SimpleNamespace(kept=None, reason="dull"), "decide must give a Decision with a boolean"),
+        (SimpleNamespace(kept=True, reason=None), "decide must give a Decision with a boolean"),
+        (None, "decide must give a Decision with a boolean `kept` .* got None"),
+        (True, "decide must give a Decision with a boolean `kept` .* got True"),
+    ],
+)
+def test_what_a_test_of_ones_own_says_is_checked(decision, message):
+    answers = [decision, Decision(True, "mixed")]
+    refill = Refill(1, max_drawn=1, at_cap="partial", decide=lambda reward_n: answers.pop(0))
+    refill.begin(0)
+    number = refill.dispatch("a", 0)
+    with pytest.raises(ValueError, match=message):
+        refill.finish(number, [1, 0], tokens=2)
+    # The group is still in flight, and a sound answer finishes it.
+    assert refill.metrics()["refill/rollouts_drawn"] == 0
+    refill.finish(number, [1, 0], tokens=2)
+    assert accepted(refill.end()) == [0]
+
+
+@pytest.mark.parametrize("reward_n", [[1, float("nan")], [float("inf")], [[1, 0]], 1.0])
+def test_rewards_are_checked_whatever_the_test_is(reward_n):
+    refill = Refill(
+        1, max_drawn=1, at_cap="partial", decide=lambda reward_n: Decision(True, "mixed")
+    )
+    refill.begin(0)
+    number = refill.dispatch("a", 0)
+    with pytest.raises(ValueError, match="rewards of group 0 must be 1-d and finite, got"):
+        refill.finish(number, reward_n, tokens=2)
+
+
+def test_a_reason_of_ones_own_is_counted():
+    decide = lambda reward_n: SimpleNamespace(kept=np.bool_(False), reason="dull")  # noqa: E731
+    refill = Refill(1, max_drawn=1, at_cap="partial", decide=decide)
+    refill.begin(0)
+    refill.finish(refill.dispatch("a", 0), [1, 0], tokens=2)
+    refill.end()
+    assert refill.metrics()["refill/rollouts_filtered_dull"] == 2

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given
@@ -267,3 +268,76 @@ def test_densities_and_settings_that_cannot_be_are_refused():
             scale([1.0], [1.0], beta=1.5)
         with pytest.raises(ValueError, match="alpha must be finite and non-negative, got -1"):
             scale([1.0], [1.0], alpha=-1)
+
+
+# -- counts without end
+
+
+def beta_ratio(a, b):
+    """B(a + 1/2, b + 1/2) / B(a, b) in 60 digits."""
+    with mpmath.workdps(60):
+        a, b = mpmath.mpf(a), mpmath.mpf(b)
+        steps = (mpmath.loggamma(x + 0.5) - mpmath.loggamma(x) for x in (a, b))
+        return float(mpmath.exp(sum(steps)) / (a + b))
+
+
+def test_the_mean_std_keeps_its_digits_however_many_the_counts():
+    counts = [1e-12, 0.5, 1.0, 19.99, 20.0, 20.01, 300.0, 1e6, 1e12, 1e15, 1e30]
+    a, b = np.array(list(itertools.product(counts, repeat=2))).T
+    expected = [beta_ratio(*pair) for pair in zip(a.tolist(), b.tolist(), strict=True)]
+    np.testing.assert_allclose(allocation.mean_std(a, b), expected, rtol=1e-13)
+    # It tends to sqrt(m (1 - m)) = 1/2 from below, by 1 / (4 a) of it.
+    std = allocation.mean_std([1e6, 1e12, 1e15], [1e6, 1e12, 1e15])
+    np.testing.assert_allclose(std, [0.5 * (1 - 0.25e-6), 0.5 * (1 - 0.25e-12), 0.5], rtol=2e-13)
+
+
+def near_the_mean(cost, a, b):
+    """E[cost] by the trapezoid rule on 200,001 points of log(p / (1 - p)) around the mean."""
+    logit, spread = math.log(a / b), math.sqrt(1 / a + 1 / b)
+    x = logit + spread * np.linspace(-60, 15, 200_001)
+    p, rest = 1 / (1 + np.exp(-x)), 1 / (1 + np.exp(x))
+    log_density = a * np.log(p / (a / (a + b))) + b * np.log(rest / (b / (a + b)))
+    density = np.exp(log_density - log_density.max())
+    return (density * cost(p)).sum() / density.sum()
+
+
+@pytest.mark.parametrize("scale", [allocation.gvm, allocation.log_std])
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (1.0, 1e3),
+        (1.02, 1e3),
+        (3.5, 2e3),
+        (60.0, 3e3),
+        (1.3, 1e6),
+        (2.0, 1e6),
+        (1e3, 1e6),
+        (5e5, 5e5),
+        (3e8, 1e9),
+        (1e6, 4.0),
+    ],
+)
+def test_tall_densities_are_integrated_where_they_stand(scale, a, b):
+    found = float(scale([a], [b])[0] ** 2)
+    # The density in log(p / (1 - p)) is p^a (1 - p)^b, smooth whatever a and b are.
+    assert found == pytest.approx(near_the_mean(COSTS[scale], a, b), rel=1e-8)
+
+
+@pytest.mark.parametrize("counts", [1e6, 1e9, 1e12, 1e15, 1e30])
+@pytest.mark.parametrize("mean", [0.02, 0.3, 0.5, 0.9])
+def test_with_evidence_without_end_the_scale_is_that_of_the_mean(mean, counts):
+    # By the delta method: cost(m) + cost''(m) m (1 - m) / (2 (a + b + 1)), and terms in 1 / counts^2.
+    for scale in (allocation.gvm, allocation.log_std):
+        cost, step = COSTS[scale], 1e-4
+        bend = (cost(mean + step) - 2 * cost(mean) + cost(mean - step)) / step**2
+        expected = cost(mean) + bend * mean * (1 - mean) / (2 * (counts + 1))
+        found = float(scale([mean * counts], [(1 - mean) * counts])[0] ** 2)
+        assert found == pytest.approx(expected, rel=max(1e-8, 1e7 / counts**2))
+
+
+@pytest.mark.parametrize("scale", [allocation.gvm, allocation.log_std])
+def test_the_scale_does_not_jump_where_the_nodes_change(scale):
+    for share in (0.001, 0.02, 0.4, 0.98):
+        counts = np.array([1000 * (1 - 1e-9), 1000 * (1 + 1e-9)])
+        below, above = scale(1 + share * (counts - 2), 1 + (1 - share) * (counts - 2))
+        assert above == pytest.approx(below, rel=1e-8)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from samplers import scores
 from samplers.difficulty_band import OnlineBandSelector, StaticBandSelector, mopps_band
-from samplers.diversity import DiverseSelector
+from samplers.diversity import DiverseSelector, greedy_diverse
 from samplers.keys import step_generator
 from samplers.posterior import BetaPosterior
 from samplers.selection import PosteriorMeanSelector, ThompsonSelector, UniformSelector, mopps
@@ -355,3 +355,15 @@ def test_remembering_everything_loses_calibration_when_pass_rates_drift():
         for decay in (0.8, 1.0)
     }
     assert error[1.0] > error[0.8] + 0.01
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_distances_that_overflow_are_refused(gamma):
+    embedding = np.array([[1e200, 0.0], [-1e200, 0.0], [0.0, 0.0]])
+    with pytest.raises(
+        ValueError, match="distances between embeddings must be finite, got inf bet"
+    ):
+        greedy_diverse(np.array([3.0, 2.0, 1.0]), embedding, 2, gamma=gamma)
+    # Where they do not, gamma = 0 is the plain order of scores.
+    order = greedy_diverse(np.array([3.0, 2.0, 1.0]), embedding / 1e100, 3, gamma=0.0)
+    assert order.tolist() == [0, 1, 2]
