@@ -130,14 +130,17 @@ def checked_rewards(
             f"prompt_N must be integer places in index_P, in [0, {num_prompts}), "
             f"got {np.unique(prompt_N).tolist()}"
         )
-    valid_N, required = np.isfinite(reward_N), "finite"
+    valid_N, bounded = np.isfinite(reward_N), False
     if in_unit_interval and valid_N.all():
-        valid_N = (reward_N >= 0) & (reward_N <= 1)
-        required = (
-            f"in [0, 1] unless success_above is set, the reward above which a rollout is a success; "
-            f"write for instance success_above: {np.median(reward_N):.3g}, the median of this round"
-        )
+        valid_N, bounded = (reward_N >= 0) & (reward_N <= 1), True
     if not valid_N.all():
+        required = "finite"
+        if bounded:
+            required = (
+                "in [0, 1] unless success_above is set, the reward above which a rollout is a "
+                f"success; write for instance success_above: {np.median(reward_N):.3g}, the median "
+                "of this round"
+            )
         row = int(np.flatnonzero(~valid_N)[0])
         key = keys[proposal.index_P[prompt_N[row]]]
         raise ValueError(
