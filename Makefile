@@ -36,6 +36,8 @@ run: setup
 # Tests use one thread each and no network: every model is built from its config.
 test check: export OMP_NUM_THREADS := 1
 test check: export HF_HUB_OFFLINE := 1
+# What DeepSpeed compiles is this environment's alone; a lock left by a killed build elsewhere does not matter.
+test check: export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 test: setup
 	$(BIN)/python -m pytest -n 2
 
