@@ -27,7 +27,7 @@ from rl.line import Line, Memory
 from rl.losses import clipped_surrogate
 from rl.methods import down_sampler_of
 from rl.prompt_history import PromptHistory
-from rl.reference import _require_fresh
+from rl.reference import require_fresh
 from rollouts.batch import DenoisingRollouts
 from rollouts.diffusers_engine import DiffusersEngine
 from rollouts.image_rewards import load_image_reward, score_images
@@ -475,7 +475,7 @@ def require_adapter(denoiser: torch.nn.Module) -> None:
                 "and is in no adapter: give a pipeline without adapters and a peft_config, or write "
                 "beta: 0"
             )
-    _require_fresh(denoiser)
+    require_fresh(denoiser)
 
 
 def load_image_rewards(rewards: Any, weights: list[float] | None) -> list[Any]:

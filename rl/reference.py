@@ -31,7 +31,7 @@ class Reference:
         self._accelerator = accelerator
         self._copy: torch.nn.Module | None = None
         if hasattr(policy, "disable_adapter"):
-            _require_fresh(policy)
+            require_fresh(policy)
             return
         # A model that was loaded under ZeRO-3 is in pieces already; one made in memory is whole.
         if not any(hasattr(weight, "ds_id") for weight in policy.parameters()):
@@ -63,7 +63,7 @@ class Reference:
             yield model
 
 
-def _require_fresh(policy: torch.nn.Module) -> None:
+def require_fresh(policy: torch.nn.Module) -> None:
     """Refuse adapters that were trained, or made to differ from the model: LoRA's B is not 0."""
     for name, weight in policy.named_parameters():
         if "lora_B" in name and bool(weight.detach().count_nonzero()):
