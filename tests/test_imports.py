@@ -50,8 +50,3 @@ def test_the_check_sees_an_import_inside_a_function(tmp_path):
     path = tmp_path / "module.py"
     path.write_text("def f():\n    from rl.step import collect\n    import torch.nn\n")
     assert imported(path) == {"rl", "torch"}
-
-
-@pytest.mark.parametrize(("file", "most"), [("rl/step.py", 150), ("rl/trainer.py", 300)])
-def test_the_map_stays_on_one_screen(file, most):
-    assert len((ROOT / file).read_text().splitlines()) <= most
