@@ -33,8 +33,13 @@ class Budget(TrainerCallback):
         self._spent, self.most, self.setting = spent, most, setting
 
     @property
+    def spent(self) -> float:
+        """Spent so far, by this run and those it was resumed from."""
+        return self._spent()
+
+    @property
     def is_spent(self) -> bool:
-        return self._spent() >= self.most
+        return self.spent >= self.most
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -51,7 +51,9 @@ class DenoisingTrainer(RolloutTrainer):
         if self.args.max_evaluations is not None:
             memory = self.line.memory
             most = self.args.max_evaluations
-            self.add_callback(Budget(lambda: memory.evaluations, most, setting="max_evaluations"))
+            budget = Budget(lambda: memory.evaluations, most, setting="max_evaluations")
+            self.add_callback(budget)
+            self.progress.count(budget, "evaluations")
         self._average: EMAModel | None = None
         if self.args.ema_decay:
             self._average = EMAModel(self._trained(), decay=self.args.ema_decay)

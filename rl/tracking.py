@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows while it runs: its folder, its progress line, its tables.
+"""What a run leaves behind: its folder, its log lines, its tables of completions.
 
 A run folder holds `run.json` (settings, data fingerprint), `metrics.jsonl` (every log line),
 `steps.jsonl` (every decision: prompts, draws, budgets, reward sums), `completions/*.parquet`, and the
@@ -12,15 +12,12 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -215,58 +212,6 @@ class RunFolder(TrainerCallback):
             _append(self.folder / METRICS, {"step": state.global_step, **logs})
 
 
-class ProgressLine(TrainerCallback):
-    """A live line in a terminal, else one line per log: what the run earns and what it costs."""
-
-    def __init__(self, args: Any) -> None:
-        self._console = Console(stderr=True)
-        self._live = self._console.is_terminal and not args.disable_tqdm
-        self._quiet = (
-            bool(args.disable_tqdm) and not sys.stderr.isatty() and args.log_level == "error"
-        )
-        self._progress: Progress | None = None
-        self._validation = ""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        if self._live:
-            self._progress = Progress(
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-                console=self._console,
-            )
-            self._task = self._progress.add_task("", total=state.max_steps)
-            self._progress.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or self._quiet or not logs:
-            return
-        if "eval_pass_rate" in logs:
-            self._validation = f"validation pass {logs['eval_pass_rate']:.1%}"
-            for name in ("greedy", "deterministic"):
-                if f"eval_{name}_accuracy" in logs:
-                    self._validation += f" {name} {logs[f'eval_{name}_accuracy']:.1%}"
-        if "reward" not in logs and "eval_pass_rate" not in logs:
-            return
-        line = " | ".join(part for part in (describe(logs), self._validation) if part)
-        if self._progress is not None:
-            self._progress.update(self._task, description=line)
-        else:
-            print(f"step {state.global_step}/{state.max_steps} {line}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Give the terminal back, however the run ended."""
-        if self._progress is not None:
-            self._progress.stop()
-
-
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Switch the progress bars of transformers and datasets off, and back as they were."""
@@ -292,35 +237,6 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         for _, switch_on in shown:
             switch_on()
-
-
-def describe(logs: dict[str, float]) -> str:
-    """One line of a log: reward before > after filtering, mixed groups, rollouts, tokens, seconds."""
-    if "reward" not in logs:
-        return ""
-    parts = [
-        f"reward {logs['reward']:.3f}",
-        f"> trained {logs['reward_trained']:.3f}" if "reward_trained" in logs else "> none trained",
-        f"| mixed {logs['groups/mixed_share']:.0%}",
-    ]
-    drawn, trained = (
-        logs.get("ledger_total/rollouts_drawn"),
-        logs.get("ledger_total/rollouts_trained"),
-    )
-    if drawn and trained is not None:
-        parts.append(f"| rollouts {drawn:.0f} ({trained / drawn:.0%} trained)")
-    tokens, used = logs.get("ledger_total/tokens_drawn"), logs.get("ledger_total/tokens_trained")
-    if tokens and used is not None:
-        unit = "denoising steps" if "denoiser_evaluations" in logs else "tokens"
-        parts.append(f"{unit} {tokens:,.0f} ({used / tokens:.0%})")
-    seconds = {
-        name.removeprefix("ledger_total/seconds_"): value
-        for name, value in logs.items()
-        if name.startswith("ledger_total/seconds_")
-    }
-    if seconds:
-        parts.append("| s " + " ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
-    return " ".join(parts)
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

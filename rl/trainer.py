@@ -28,6 +28,7 @@ from rl.evaluation import evaluate
 from rl.line import Batch
 from rl.measure import gradient_norms
 from rl.prepare import prepare
+from rl.progress import ProgressLine
 from rl.step import collect, mini_batches, update
 from rollouts.engine import Engine
 from rollouts.prompts import Prompt
@@ -113,13 +114,15 @@ class RolloutTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.run_folder = tracking.RunFolder(str(args.output_dir))
-        self.progress = tracking.ProgressLine(args)
+        self.progress = ProgressLine(args)
         self.add_callback(self.run_folder)
         self.add_callback(self.progress)
         empty, drawn = lambda: self._empty_steps, lambda: self.ledger.totals["tokens_drawn"]
         self.add_callback(Budget(empty, args.max_empty_steps, setting="max_empty_steps"))
         if (most := args.max_generated_tokens) is not None:
-            self.add_callback(Budget(drawn, most, setting="max_generated_tokens"))
+            budget = Budget(drawn, most, setting="max_generated_tokens")
+            self.add_callback(budget)
+            self.progress.count(budget, "tokens")
 
     def _policy(self) -> AbstractContextManager[PreTrainedModel]:
         kwargs: Any = self.args.activation_checkpointing_kwargs
