@@ -78,14 +78,7 @@ def prepare(
 
 def engine_of(task: ImageTask, config: DenoisingConfig) -> DiffusersEngine:
     """The engine of the task's pipeline."""
-    return DiffusersEngine(
-        task.pipeline,
-        encode=task.encode,
-        guidance_scale=config.guidance_scale,
-        height=config.height,
-        width=config.width,
-        batch_size=config.generation_batch_size,
-    )
+    return DiffusersEngine(task.pipeline, encode=task.encode, **config.engine_settings())
 
 
 def _embedded(recipe: RecipeArguments, config: DenoisingConfig) -> ImageTask:

@@ -359,13 +359,7 @@ def make_denoising_line(
         model.enable_gradient_checkpointing()  # type: ignore[operator]
         config.activation_checkpointing = False
     if engine is None:
-        engine = DiffusersEngine(
-            processor,
-            guidance_scale=config.guidance_scale,
-            height=config.height,
-            width=config.width,
-            batch_size=config.generation_batch_size,
-        )
+        engine = DiffusersEngine(processor, **config.engine_settings())
     rows = {prompt.key: row for row, prompt in enumerate(prompts)}
     history = None
     if config.baseline == "history":

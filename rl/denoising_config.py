@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rl.arguments import DECISIVE, RolloutConfig, setting
@@ -34,6 +35,7 @@ NOISE_WEIGHTS = ("none", "std")
 
 DENOISING_DECISIVE = (
     *("plan", "guidance_scale", "height", "width", "sibling_within_share", "baseline"),
+    *("shift", "shared_start_noise"),
     *("history_steps", "credit_scale", "branch_threshold", "ema_decay"),
 )
 """Settings of this kind that decide which rollouts are made and trained on, what their credits
@@ -76,6 +78,17 @@ class DenoisingConfig(RolloutConfig):
     )
     height: int | None = setting(None, "Pixels. Default: the pipeline's.")
     width: int | None = setting(None, "Pixels. Default: the pipeline's.")
+    shift: float | None = setting(
+        None,
+        "Shift of a flow model's noise levels, static, in the place of the scheduler's own (FLUX's is "
+        "dynamic). Default: the scheduler's.",
+    )
+    shared_start_noise: bool = setting(
+        False,
+        "All samples of a prompt start from one noise, drawn for the prompt and draw; validation does "
+        "not. With as many samples for every prompt, branch: {at: stochastic_start} of that many "
+        "children in plan has the same law and costs less.",
+    )
     baseline: str = setting(
         "prompt",
         "What a sample is compared with: prompt (mean of its samples), history (and of earlier steps), "
@@ -139,6 +152,7 @@ class DenoisingConfig(RolloutConfig):
         choice("length_weight", self.length_weight, ("row_mean", "row_sum"))
         check_numbers(self)
         self._check_kind()
+        self._check_shift()
         self._check_branches(budget_min)
         check_credit(self, plans)
 
@@ -200,6 +214,18 @@ class DenoisingConfig(RolloutConfig):
                 f"max_failed_share: 0, got {self.max_failed_share}"
             )
 
+    def _check_shift(self) -> None:
+        if self.shift is None:
+            return
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise ValueError(f"shift must be positive and finite, got {self.shift}")
+        assert isinstance(self.plan, dict)
+        if self.plan["rule"] == "ddim":
+            raise ValueError(
+                f"shift={self.shift} is of flow-matching models, and rule ddim in plan is of others: "
+                f"write no shift"
+            )
+
     def _check_branches(self, budget_min: int | None) -> None:
         leaves = self.leaves_per_branch
         for name in ("rollouts_per_prompt", "rollouts_per_step", "stopping_wave"):
@@ -233,11 +259,22 @@ class DenoisingConfig(RolloutConfig):
         """The denoising chain of training step `step`; after the last, that of the last."""
         assert isinstance(self.plan, dict)
         horizon = self.plan_horizon
-        return plan_at(self.plan, min(step, horizon - 1), num_train_steps=horizon)
+        plan = plan_at(self.plan, min(step, horizon - 1), num_train_steps=horizon)
+        return replace(plan, shared_start=self.shared_start_noise)
 
     def step_plans(self) -> list[StepPlan]:
         """The different chains of all training steps, in the order of their first."""
         return list(dict.fromkeys(map(self.step_plan, range(self.plan_horizon))))
+
+    def engine_settings(self) -> dict[str, Any]:
+        """Arguments of `DiffusersEngine` that the settings decide."""
+        return {
+            "guidance_scale": self.guidance_scale,
+            "height": self.height,
+            "width": self.width,
+            "batch_size": self.generation_batch_size,
+            "shift": self.shift,
+        }
 
     def decisive_settings(self) -> dict[str, Any]:
         """Settings that decide which rollouts are made; a resumed run must share them."""

@@ -27,6 +27,8 @@ class Request:
     prompts: list[Prompt]
     budget_P: np.ndarray
     seed_N: np.ndarray
+    start_seed_P: np.ndarray | None = None
+    """Seed of the noise that a prompt's samples share, where a diffusion plan says so."""
 
     @property
     def prompt_N(self) -> np.ndarray:
@@ -88,6 +90,9 @@ def _generate_and_score(
             return None
     # With every prompt, those of other ranks at budget 0, so that shares are of one list of prompts.
     budget_P = np.bincount(request.prompt_N[rows], minlength=len(request.prompts))
+    shared: dict[str, Any] = {}
+    if request.start_seed_P is not None:
+        shared = {"start_seeds_P": request.start_seed_P}
     with line.ledger.phase("rollout"), line.generating() as policy:
         line.load_weights(policy, version=version)
         rollouts = line.engine.generate(
@@ -96,6 +101,7 @@ def _generate_and_score(
             seeds_N=request.seed_N[rows],
             params=params,
             version=version,
+            **shared,
         )
     with line.ledger.phase("reward"):
         prompts = [request.prompts[p] for p in request.prompt_N[rows]]

@@ -16,6 +16,7 @@ from rl.roll_out import Request, Scored, roll_out
 from rollouts.batch import Rollouts, TokenRollouts, concatenate
 from rollouts.prompts import Prompt
 from rollouts.step_plan import StepPlan
+from samplers.keys import rollout_seeds
 from samplers.planner import Proposal
 from samplers.refill import Refill
 
@@ -68,8 +69,13 @@ def roll_out_wave(line: Line, *, version: int, **which: Any) -> Wave:
     while not proposals or planner.is_open:
         proposal = planner.propose(**which)
         prompts = [line.prompts[i] for i in proposal.index_P]
-        request = Request(prompts=prompts, budget_P=proposal.budget_P, seed_N=proposal.seed_N)
         params = line.params(version)
+        request = Request(
+            prompts=prompts,
+            budget_P=proposal.budget_P,
+            seed_N=proposal.seed_N,
+            start_seed_P=_start_seeds(line, prompts, proposal, params),
+        )
         scored = roll_out(line, request, params, version=version)
         if isinstance(params, StepPlan):
             roots = int(proposal.budget_P.sum()) // params.leaves_per_root
@@ -89,6 +95,19 @@ def roll_out_wave(line: Line, *, version: int, **which: Any) -> Wave:
         proposals=proposals,
         rounds=rounds,
         group_weight_P=planner.group_weight_P,
+    )
+
+
+def _start_seeds(
+    line: Line, prompts: list[Prompt], proposal: Proposal, params: Any
+) -> np.ndarray | None:
+    """(P,) seed of the first rollout of each draw, the same in all its rounds; None if not shared."""
+    if not (isinstance(params, StepPlan) and params.shared_start):
+        return None
+    pairs = zip(prompts, proposal.draw_P.tolist(), strict=True)
+    run_seed = line.config.seed
+    return np.concatenate(
+        [rollout_seeds(run_seed, prompt.key, draw, [0]) for prompt, draw in pairs]
     )
 
 

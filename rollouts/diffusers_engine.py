@@ -36,7 +36,13 @@ from rollouts.denoising_tree import (
 )
 from rollouts.pipeline_prompts import encode_with_pipeline
 from rollouts.prompts import Prompt
-from rollouts.recording_scheduler import Recording, draw, recording_scheduler, require_finite
+from rollouts.recording_scheduler import (
+    Recording,
+    draw,
+    recording_scheduler,
+    require_finite,
+    with_shift,
+)
 from rollouts.sde import gaussian_step, step_logprob
 from rollouts.step_plan import StepPlan
 
@@ -79,6 +85,8 @@ class DiffusersEngine:
         height: of the images, in pixels; None, with `width`, takes the pipeline's default.
         width: likewise.
         batch_size: rows of one call of the pipeline (a guidance pair is one row).
+        shift: of a flow-matching scheduler, in the place of its own shift, static or dynamic. The
+            pipeline gets a scheduler that has it, so that it is saved with it.
         pipeline_kwargs: further arguments of every call, such as `true_cfg_scale`.
 
     Raises:
@@ -96,6 +104,7 @@ class DiffusersEngine:
         height: int | None = None,
         width: int | None = None,
         batch_size: int = 16,
+        shift: float | None = None,
         pipeline_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if batch_size < 1:
@@ -114,6 +123,8 @@ class DiffusersEngine:
             raise ValueError(f"pipeline_kwargs must not contain {taken}: the engine sets them")
         self._arguments |= further
         self._encode = encode or functools.partial(encode_with_pipeline, pipeline)
+        if shift is not None:
+            pipeline.scheduler = with_shift(pipeline.scheduler, shift)
         self._check_pipeline()
         self._check_size(height, width)
         if guidance_scale is not None and not self._reads_guidance():
@@ -154,10 +165,13 @@ class DiffusersEngine:
         seeds_N: Any,
         params: StepPlan,
         version: int = 0,
+        start_seeds_P: Any = None,
     ) -> DenoisingRollouts:
         """`budget_P[p]` finished samples of prompt p, in trees as the plan says.
 
-        A root and an edge that several samples share take the seed of the first of these.
+        A root and an edge that several samples share take the seed of the first of these. Under
+        `params.shared_start` every root of prompt p takes `start_seeds_P[p]` instead, so that its
+        samples start from one noise in every round and process that is given this seed.
 
         Args:
             prompts: P prompts.
@@ -165,6 +179,7 @@ class DiffusersEngine:
             seeds_N: (N,) integers, ordered by prompt; different for the samples of one prompt.
             params: where noise is drawn and where the trees split.
             version: optimizer steps the policy has taken.
+            start_seeds_P: (P,) integers, with `params.shared_start` and only then.
 
         Returns:
             Rows ordered by prompt, root, and down the tree. The mask is True where noise was drawn
@@ -177,6 +192,16 @@ class DiffusersEngine:
         """
         plan = params
         prompt_N, seed_N = requested_trees(prompts, budget_P, seeds_N, plan)
+        start_N = seed_N
+        if (start_seeds_P is not None) != plan.shared_start or (
+            plan.shared_start and len(start_seeds_P) != len(prompts)
+        ):
+            raise ValueError(
+                f"start_seeds_P must be one seed for each of {len(prompts)} prompts where the plan has "
+                f"shared_start, else None; got {start_seeds_P} with shared_start={plan.shared_start}"
+            )
+        if plan.shared_start:
+            start_N = torch.as_tensor(start_seeds_P).cpu().long()[prompt_N]
         self._check_dropout()
         conditions = self._conditions(prompts)
         leaves = plan.leaves_per_root
@@ -198,6 +223,7 @@ class DiffusersEngine:
                     {name: value[prompt_N[leaf_U]] for name, value in conditions.items()},
                     latents=latents[first][state_U] if first else None,
                     seeds=seed_N[leaf_U].tolist(),
+                    start_seeds=start_N[leaf_U].tolist(),
                     capture=plan.children_of(first) > 1,
                 )
                 self.evaluations += len(state_U) * (last - first)
@@ -407,9 +433,10 @@ class DiffusersEngine:
         latents: Tensor | None,
         *,
         seeds: Sequence[int] = (),
+        start_seeds: Sequence[int] = (),
         capture: bool,
     ) -> Recording:
-        """Some steps of some rows; the seeds are those of the rows, which start from them at step 0."""
+        """Some steps of some rows: `seeds` of their edges, `start_seeds` of their noise at step 0."""
         pending = 0
 
         def count(module: Any, args: Any, kwargs: Any) -> None:
@@ -434,7 +461,7 @@ class DiffusersEngine:
         )
         arguments: dict[str, Any] = {"output_type": "latent"}
         if latents is None:
-            arguments["generator"] = [seeded_generator(seed, "root", 0) for seed in seeds]
+            arguments["generator"] = [seeded_generator(seed, "root", 0) for seed in start_seeds]
         handle = self.denoiser.register_forward_pre_hook(count, with_kwargs=True)
         try:
             x = self._call(recording, conditions, latents, arguments)

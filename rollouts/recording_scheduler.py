@@ -11,6 +11,7 @@ Axes: N rows of the pipeline call, T denoising steps.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -337,4 +338,28 @@ def recording_scheduler(scheduler: Any) -> LogProbDDIMScheduler | LogProbFlowMat
         f"steps of {type(scheduler).__name__} are not first-order Gaussian actions; give the pipeline "
         f"a DDIMScheduler (variance-preserving models) or a FlowMatchEulerDiscreteScheduler (flow "
         f"models), for instance DDIMScheduler.from_config(pipeline.scheduler.config)"
+    )
+
+
+def with_shift(scheduler: Any, shift: float) -> Any:
+    """A flow-matching scheduler with the settings of this one, but for its shift.
+
+        sigma  <-  shift sigma / (1 + (shift - 1) sigma)
+
+    Above 1 more steps are spent at high noise. The shift is static: a dynamic one, which grows with
+    the size of the image, is turned off. (Esser et al., 2024, arXiv:2403.03206, eq. 23; DanceGRPO and
+    MixGRPO sample FLUX with shift 3 for its dynamic one, released code.)
+
+    Raises:
+        ValueError: if the scheduler is of another class or the shift is not positive and finite.
+    """
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            f"shift={shift} is a setting of FlowMatchEulerDiscreteScheduler, and the pipeline has a "
+            f"{type(scheduler).__name__}: write no shift"
+        )
+    if isinstance(shift, bool) or not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"shift must be positive and finite, got {shift}")
+    return type(scheduler).from_config(
+        scheduler.config, shift=float(shift), use_dynamic_shifting=False
     )

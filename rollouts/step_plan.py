@@ -52,6 +52,9 @@ class StepPlan:
     """(edge, children) with increasing edges; 1 child is no split."""
     trained: tuple[int, ...] = ()
     """Increasing edges the loss is over, some of the stochastic ones."""
+    shared_start: bool = False
+    """Whether all samples of a prompt start from one noise. Where their number is fixed, a split at
+    the first edge that draws noise has the same law and evaluates the shared edges once."""
 
     def __post_init__(self) -> None:
         store = object.__setattr__  # a frozen dataclass has no other way to store what is converted
@@ -70,6 +73,13 @@ class StepPlan:
         store(self, "trained", self._edges("trained", self.trained))
         self._check_noise("splits", [edge for edge, children in self.splits])
         self._check_noise("trained", self.trained)
+        if not isinstance(self.shared_start, bool):
+            raise ValueError(f"shared_start must be True or False, got {self.shared_start!r}")
+        if self.shared_start and (not self.stochastic or self.level == 0):
+            raise ValueError(
+                "with shared_start all samples of a prompt would be one image: it needs stochastic "
+                f"edges and level above 0, got stochastic={self.stochastic} and level={self.level}"
+            )
 
     @property
     def leaves_per_root(self) -> int:

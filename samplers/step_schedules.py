@@ -90,17 +90,20 @@ def sliding_window(
         start = min(stride * floor(step / every), stop - 1)
         edges   start .. min(start + size, stop) - 1
 
-    (MixGRPO, arXiv:2507.21802; defaults of its released script, which has stop = num_steps - 2.)
-    As in the release the window shrinks when it reaches the end and then stays on the last edge;
-    with `wrap` it begins again at edge 0 instead. A window of size 1 with stride 1, every 1 and
-    `wrap` visits one edge after the other (TempFlow-GRPO, arXiv:2508.04324).
+    (MixGRPO, arXiv:2507.21802; size, stride and every of its released script, which has stop =
+    num_steps - 2 and rolls back: with `wrap` the window begins again at edge 0 after it started at
+    the last edge, stop - 1.) Near the end the window shrinks, as in the release; there one more turn
+    of `every` steps has an empty window before it rolls back, and without rolling back all that
+    follow do, which is left out here: without `wrap` the window stays on the last edge. A window of
+    size 1 with stride 1, every 1 and `wrap` visits one edge after the other (TempFlow-GRPO,
+    arXiv:2508.04324).
 
     Args:
         step: training step, from 0.
         num_steps: edges of the chain.
         size, stride, every: at least 1; `size` at most `stop`.
         stop: edges from here on are never in the window; None: num_steps.
-        wrap: whether to begin again.
+        wrap: whether to begin again at edge 0, MixGRPO's roll-back.
 
     Raises:
         ValueError: if a number is out of range.

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from rl.arguments import RolloutConfig
+from rl.denoising import validations_of
 from rl.denoising_config import BASELINES, CREDITS, LANGUAGE_ONLY, DenoisingConfig
 from rl.denoising_validation import WITHIN_BRANCH
 from rl.methods import PRESETS
@@ -379,6 +380,8 @@ def test_what_decides_rollouts_or_credits_must_be_shared_by_a_resumed_run():
         {"credit_scale": "none"},
         {"branch_threshold": 0.5},
         {"ema_decay": 0.9},
+        {"shared_start_noise": True},
+        {"shift": 3.0, "plan": tiny.CHAIN | {"rule": "flow_sde"}},
         {"seed": 5},
         {"rollouts_per_prompt": 3},
     ]
@@ -411,3 +414,19 @@ def test_a_schedule_over_the_run_is_written_down(tmp_path):
     )
     assert told.plan["trained"]["stages"] == 3
     assert "stages" not in trained
+
+
+def test_a_shift_is_positive_and_of_flow_models():
+    flow = tiny.CHAIN | {"rule": "flow_sde", "level": 0.7}
+    assert config(plan=flow, shift=3.0).engine_settings()["shift"] == 3.0
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"shift must be positive and finite, got {wrong}"):
+            config(plan=flow, shift=wrong)
+    with pytest.raises(ValueError, match=r"shift=3\.0 is of flow-matching models, and rule ddim"):
+        config(shift=3.0)
+
+
+def test_shared_start_noise_is_of_training_and_not_of_validation():
+    made = config(plan=tiny.CHAIN, shared_start_noise=True)
+    assert all(plan.shared_start for plan in made.step_plans())
+    assert not any(plan.shared_start for _, plan in validations_of(made).values())

@@ -10,6 +10,7 @@ from PIL import Image
 
 from rl.pictures import diversity
 from rl.trainer import NoSignalError
+from rl.waves import roll_out_wave
 from rollouts.image_rewards import brightness
 from tests import tiny_denoising as tiny
 from tests.tiny import lines, parameters, step_logs
@@ -82,6 +83,37 @@ def test_rewards_that_are_all_equal_are_no_signal(tmp_path):
     assert equal(parameters(made), start())
     assert step_logs(tmp_path)[0]["branches/informative_share"] == 0
     assert step_logs(tmp_path)[0]["groups/all_pass_share"] == 1
+
+
+def never(image_NHWC, prompts, metadata):
+    return np.zeros(len(image_NHWC))
+
+
+def test_a_prompts_samples_share_their_start_in_every_round_and_not_with_another_draw(tmp_path):
+    made = tiny.trainer(
+        tmp_path,
+        plan=tiny.CHAIN,
+        shared_start_noise=True,
+        prompts_per_step=3,
+        stopping="positive",
+        stopping_wave=2,
+        reward=never,
+    )
+    starts = []
+    made.line.ledger.begin(0)
+    for version in range(2):
+        wave = roll_out_wave(made.line, version=version)
+        assert len(wave.rounds) == 3  # of two samples each, as none was positive
+        key_P = [prompt.key for prompt in wave.prompts]
+        for scored in wave.rounds:
+            r = scored.rollouts
+            x_N = r.tree.latent_M[r.node_NS[:, 0]]
+            starts += [
+                (version, key_P[p], x) for p, x in zip(r.prompt_N.tolist(), x_N, strict=True)
+            ]
+    for version, key, x in starts:
+        for other, name, y in starts:
+            assert torch.equal(x, y) == ((version, key) == (other, name))
 
 
 def test_waves_of_a_stopping_rule_are_whole_branches(tmp_path):

@@ -214,6 +214,89 @@ def test_noise_differs_between_seeds_steps_and_purposes():
     assert torch.equal(pair, torch.cat([draws[0], draws[2]]))
 
 
+def test_samples_of_a_prompt_that_share_their_start_differ_by_their_edges_alone():
+    prompts, silent_first = image_prompts(2), plan(stochastic=(1, 3), shared_start=True)
+    ours = engine(batch_size=1)
+    shared = ours.generate(
+        prompts, [3, 2], seeds_N=range(10, 15), params=silent_first, start_seeds_P=[10, 50]
+    )
+    x_NS = shared.tree.latent_M[shared.node_NS]
+    for rows in ([0, 1, 2], [3, 4]):
+        for row in rows[1:]:
+            assert torch.equal(x_NS[row, :2], x_NS[rows[0], :2])  # the first edge has no noise
+            assert not torch.equal(x_NS[row, 2], x_NS[rows[0], 2])
+    assert not torch.equal(x_NS[0, 0], x_NS[3, 0])
+    # The sample whose own seed is the start's is the one it would be alone, and a later round that
+    # is given the same start goes on from it.
+    alone = ours.generate(
+        prompts, [1, 0], seeds_N=[10], params=replace(silent_first, shared_start=False)
+    )
+    assert torch.equal(x_NS[0], alone.tree.latent_M[alone.node_NS[0]])
+    later = ours.generate(prompts[:1], [1], seeds_N=[12], params=silent_first, start_seeds_P=[10])
+    assert torch.equal(x_NS[2], later.tree.latent_M[later.node_NS[0]])
+
+
+def test_a_shared_start_is_the_law_of_a_split_at_the_first_noise():
+    # One root that splits where noise begins: the same states for the first sample, and the same
+    # Gaussian for the others, for fewer evaluations.
+    ours = engine(batch_size=1)
+    shared = ours.generate(
+        image_prompts(1),
+        [3],
+        seeds_N=[5, 6, 7],
+        params=plan(stochastic=(2, 3), shared_start=True),
+        start_seeds_P=[5],
+    )
+    evaluated = ours.evaluations
+    split = ours.generate(
+        image_prompts(1), [3], seeds_N=[5, 6, 7], params=plan(stochastic=(2, 3), splits=((2, 3),))
+    )
+    x_NS, y_NS = (r.tree.latent_M[r.node_NS] for r in (shared, split))
+    torch.testing.assert_close(x_NS, y_NS, rtol=1e-4, atol=1e-4)
+    assert (evaluated, ours.evaluations - evaluated) == (15, 9)  # 3 * 5; 3 + 3 * 2
+
+
+def test_a_start_is_given_where_it_is_shared_and_nowhere_else():
+    ours, request = engine(), dict(seeds_N=[0, 1])
+    for params, starts in (
+        (plan(), [1]),
+        (plan(shared_start=True), None),
+        (plan(shared_start=True), [1, 2]),
+    ):
+        with pytest.raises(
+            ValueError, match="start_seeds_P must be one seed for each of 1 prompts"
+        ):
+            ours.generate(image_prompts(1), [2], params=params, start_seeds_P=starts, **request)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen"])
+def test_a_shift_is_that_of_a_scheduler_made_with_it(name):
+    pipeline, other = tiny_pipeline(name), tiny_pipeline(name)
+    other.scheduler = type(other.scheduler).from_config(
+        other.scheduler.config, shift=2.0, use_dynamic_shifting=False
+    )
+    ours, theirs = (
+        engine(name, pipeline=p, **s) for p, s in ((pipeline, dict(shift=2.0)), (other, {}))
+    )
+    one = dict(seeds_N=[3], params=plan(name))
+    shifted = ours.generate(image_prompts(1), [1], **one)
+    assert torch.equal(
+        shifted.tree.latent_M, theirs.generate(image_prompts(1), [1], **one).tree.latent_M
+    )
+    assert pipeline.scheduler.config.shift == 2.0  # saved with the pipeline
+    plain = engine(name).generate(image_prompts(1), [1], **one)
+    assert not torch.equal(shifted.tree.levels, plain.tree.levels)
+    if name == "flux":  # it gives sigmas 1, .8, .6, .4, .2: the shift by hand, at sigma = .8
+        assert shifted.tree.levels[1, 1].item() == pytest.approx(2 * 0.8 / (1 + 0.8))
+
+
+def test_a_shift_of_other_schedulers_is_refused():
+    with pytest.raises(ValueError, match=r"shift=3\.0 is a setting of FlowMatch.*has a DDIMSched"):
+        engine(shift=3.0)
+    with pytest.raises(ValueError, match=r"shift must be positive and finite, got 0\.0"):
+        engine("sd3", shift=0.0)
+
+
 # --- replay -----------------------------------------------------------------------------------
 
 

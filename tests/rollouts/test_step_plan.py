@@ -99,6 +99,9 @@ def test_level_0_is_a_deterministic_chain():
         ({"splits": ((4, True),)}, "children of splits must be integers, got True"),
         ({"splits": ((4, 2),), "level": 0}, r"splits need noise, got level=0 .* at \(4,\)"),
         ({"trained": (4,), "level": 0}, r"trained need noise, got level=0 .* at \(4,\)"),
+        ({"shared_start": 1}, "shared_start must be True or False, got 1"),
+        ({"shared_start": True, "level": 0}, "shared_start .* would be one image.* level=0"),
+        ({"shared_start": True, "stochastic": ()}, r"shared_start .* got stochastic=\(\)"),
     ],
 )
 def test_a_plan_says_what_is_wrong(changes, message):
