@@ -194,32 +194,6 @@ def record_of(line: Line, batch: Batch, *, step: int) -> dict[str, Any]:
     }
 
 
-def completions_of(batch: Batch, *, rows: int, step: int) -> list[dict[str, Any]]:
-    """The first `rows` rollouts of a step as a table: prompt, completion, rewards, length."""
-    table: list[dict[str, Any]] = []
-    rounds = [(wave.prompts, scored) for wave in batch.waves for scored in wave.rounds]
-    for prompts, scored in rounds:
-        rollouts = scored.rollouts
-        assert isinstance(rollouts, TokenRollouts)
-        for i in range(min(rows - len(table), len(rollouts))):
-            prompt = prompts[int(rollouts.prompt_N[i])]
-            table.append(
-                {
-                    "step": step,
-                    "prompt_key": prompt.key,
-                    "prompt": prompt.prompt
-                    if isinstance(prompt.prompt, str)
-                    else str(prompt.prompt),
-                    "completion": scored.shown_N[i],
-                    "reward": float(scored.reward_N[i]),
-                    **{f"reward/{n}": v[i] for n, v in scored.reward_by_function.items()},
-                    "tokens": int(rollouts.length_N[i]),
-                    "truncated": bool(rollouts.truncated_N[i]),
-                }
-            )
-    return table
-
-
 def mean_metrics(rows: list[dict[str, float]]) -> dict[str, float]:
     """Mean of each metric over the steps of one log line; absent values are left out."""
     names = {name: None for row in rows for name in row}

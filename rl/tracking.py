@@ -184,28 +184,14 @@ class RunFolder(TrainerCallback):
         """Add a step's decisions to `steps.jsonl`."""
         _append(self.folder / STEPS, record)
 
-    def write_completions(self, table: list[dict[str, Any]], *, step: int, report_to: Any) -> None:
-        """Write a table of completions as parquet, and to the trackers that show tables."""
+    def write_completions(self, table: list[dict[str, Any]], *, step: int) -> None:
+        """Write a table of completions as parquet."""
         from datasets import Dataset
 
-        if not table:
-            return
         target = self.folder / "completions" / f"step-{step:06d}.parquet"
         target.parent.mkdir(exist_ok=True)
         with no_progress_bars():
             Dataset.from_list(table).to_parquet(str(target))
-        columns: list[Any] = list(table[0])
-        rows = [[row[c] for c in columns] for row in table]
-        if "wandb" in report_to:
-            import wandb
-
-            if wandb.run is not None:
-                wandb.log({"completions": wandb.Table(columns=columns, data=rows)}, commit=False)
-        if "trackio" in report_to:
-            import pandas
-            import trackio
-
-            trackio.log({"completions": trackio.Table(dataframe=pandas.DataFrame(table))})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from rl import checkpoint, failing, metrics, tracking
+from rl import checkpoint, completions, failing, metrics, tracking
 from rl.arguments import RolloutConfig
 from rl.assemble import LANGUAGE, PolicyKind, column_of
 from rl.budget import Budget, NoSignalError, no_signal, no_step_if_spent, num_steps
@@ -178,8 +178,11 @@ class RolloutTrainer(Trainer):
     def show(self, batch: Batch, *, step: int) -> None:
         """Write some of a step's rollouts to the run folder, where the settings ask for it."""
         if self.args.completions_every and step % self.args.completions_every == 0:
-            table = metrics.completions_of(batch, rows=self.args.completions_rows, step=step)
-            self.run_folder.write_completions(table, step=step, report_to=self.args.report_to)
+            table = completions.table_of(batch, rows=self.args.completions_rows, step=step)
+            if table:
+                self.run_folder.write_completions(table, step=step)
+                trackers, callbacks = self.args.report_to, self.callback_handler.callbacks
+                completions.track(table, step=step, report_to=trackers, callbacks=callbacks)
 
     # -- logging and validation
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import datasets
-import pandas
 import pytest
 from transformers.utils import logging
 
@@ -43,31 +42,6 @@ def test_a_run_folder(tmp_path):
             assert len(step[column]) == 6
         assert sum(step["posterior_histogram"]) == 24
         assert step["failures"] == []
-
-
-def test_a_table_of_completions(tmp_path):
-    made = tiny.run(
-        tmp_path,
-        reward=[tiny.small_digit, tiny.first_digit],
-        reward_weights=[0.5, 0.5],
-        max_steps=4,
-        completions_every=2,
-        completions_rows=5,
-    )
-    files = sorted((tmp_path / "completions").iterdir())
-    assert [path.name for path in files] == ["step-000002.parquet", "step-000004.parquet"]
-    table = pandas.read_parquet(files[0])
-    assert len(table) == 5 and set(table["step"]) == {2}
-    prompts = {prompt.key: prompt for prompt in made.line.prompts}
-    for row in table.to_dict("records"):
-        prompt = prompts[row["prompt_key"]]
-        assert row["prompt"] == prompt.prompt
-        text = row["completion"].replace(" ", "")
-        small, first = float(text[:1] in tuple("0123")), float(text[:1] == prompt.columns["answer"])
-        assert (row["reward/small_digit"], row["reward/first_digit"]) == (small, first)
-        assert row["reward"] == (small + first) / 2
-        assert row["truncated"] == (row["tokens"] == 5 and row["truncated"])
-        assert 1 <= row["tokens"] <= 5
 
 
 def test_log_lines_are_means_over_their_steps(tmp_path):
@@ -153,13 +127,17 @@ def test_tensorboard(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    tiny.run(tmp_path / "run", report_to="tensorboard", reward=tiny.small_digit)
+    settings = {"reward": tiny.small_digit, "completions_every": 1, "logging_steps": 2}
+    tiny.run(tmp_path / "run", report_to="tensorboard", max_steps=4, **settings)
     (file,) = (tmp_path / "board").rglob("events.out.*")
     events = EventAccumulator(str(file))
     events.Reload()
-    expected = [row["reward"] for row in tiny.step_logs(tmp_path / "run")]
+    expected = {row["step"]: row["reward"] for row in tiny.step_logs(tmp_path / "run")}
     found = {scalar.step: scalar.value for scalar in events.Scalars("train/reward")}
-    assert found == pytest.approx(dict(enumerate(expected, start=1)))
+    assert found == pytest.approx(expected)
+    tables = events.Tensors("completions/text_summary")
+    assert [table.step for table in tables] == [1, 2, 3, 4]
+    assert b"| completion |" in tables[0].tensor_proto.string_val[0]
     assert "train/ledger_total/tokens_trained" in events.Tags()["scalars"]
 
 
@@ -167,7 +145,8 @@ TRACKED = """
 import sys
 sys.path.insert(0, {root!r})
 from tests import tiny
-tiny.run({folder!r}, report_to={tracker!r}, reward=tiny.small_digit, completions_every=1, max_steps=2)
+tiny.run({folder!r}, report_to={tracker!r}, reward=tiny.small_digit, completions_every=1, max_steps=2,
+         logging_steps=2)
 """
 
 
