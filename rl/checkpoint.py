@@ -38,6 +38,7 @@ logger = logging.get_logger(__name__)
 MANIFEST = "manifest.json"
 STAGING = ".staging"
 _ARRAYS, _PLAIN, _AT = "apportion_state.safetensors", "apportion_state.json", "__array__"
+_NAME = re.compile(r"checkpoint-[0-9]+")
 
 
 class TornCheckpointError(ValueError):
@@ -143,47 +144,97 @@ def seal(folder: str | Path) -> None:
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     for path in files:
-        _sync(path)
+        sync(path)
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         descriptions = list(pool.map(_describe, files))
     manifest = {str(p.relative_to(folder)): d for p, d in zip(files, descriptions, strict=True)}
-    (folder / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1))
-    _sync(folder / MANIFEST)
+    text = json.dumps({"name": folder.name, "files": manifest}, indent=1)
+    (folder / MANIFEST).write_text(text)
+    sync(folder / MANIFEST)
     for path in {p.parent for p in files} | {folder}:
-        _sync(path)
+        sync(path)
 
 
 def verify(folder: str | Path) -> None:
     """Check `folder` against its manifest.
 
     Raises:
-        TornCheckpointError: naming the first file that is missing, short or changed.
+        TornCheckpointError: naming the first file that is missing, short, changed or unreadable, or
+            what is wrong with the manifest.
     """
     folder = Path(folder)
+    for name, expected in _manifest(folder).items():
+        path = folder / name
+        try:
+            if not path.is_file():
+                raise TornCheckpointError(f"{path} is missing")
+            if path.stat().st_size != expected["bytes"]:
+                raise TornCheckpointError(
+                    f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}"
+                )
+            if _describe(path) != expected:
+                raise TornCheckpointError(f"{path} does not have the checksum of its manifest")
+        except OSError as error:
+            raise TornCheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each file that a checkpoint should hold.
+
+    Raises:
+        TornCheckpointError: if the manifest is missing, or is anything but what `seal` writes.
+    """
+    path = folder / MANIFEST
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        manifest = read_object(path)
     except FileNotFoundError:
         raise TornCheckpointError(
             f"{folder} has no {MANIFEST}: it was not written to the end"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise TornCheckpointError(f"{folder / MANIFEST} is damaged: {error}") from None
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise TornCheckpointError(f"{path} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise TornCheckpointError(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {expected['bytes']}"
-            )
-        if _describe(path) != expected:
-            raise TornCheckpointError(f"{path} does not have the checksum of its manifest")
+    except (OSError, ValueError) as error:
+        raise TornCheckpointError(f"{path} is damaged: {error}") from None
+    files, name = manifest.get("files"), manifest.get("name", folder.name)
+    if not isinstance(files, dict) or not files:
+        raise TornCheckpointError(f"{path} is damaged: files is {start_of(files)}")
+    for file, expected in files.items():
+        keys = set(expected) if isinstance(expected, dict) else None
+        if keys != {"bytes", "blake2b"}:
+            raise TornCheckpointError(f"{path} is damaged: {file} is {start_of(expected)}")
+        if not file or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise TornCheckpointError(f"{path} is damaged: it names {file!r}, outside its folder")
+    if missing := {_ARRAYS, _PLAIN} - files.keys():
+        raise TornCheckpointError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+    if name != folder.name and _NAME.fullmatch(folder.name):
+        raise TornCheckpointError(f"{folder} was made as {start_of(name)}: it was renamed")
+    return files
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no UTF-8, no JSON, or JSON of another kind; the message says which.
+    """
+    try:
+        value = json.loads(path.read_bytes().decode())
+    except RecursionError:
+        raise ValueError("JSON nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{start_of(value)} instead of an object")
+    return value
+
+
+def start_of(value: Any) -> str:
+    """The beginning of a value as text, for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def stage(run_folder: str | Path, name: str) -> Path:
     """An empty folder to write the checkpoint `name` into; `commit` makes it appear in the run."""
     staging = Path(run_folder) / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
+    remove(staging)
     (staging / name).mkdir(parents=True)
     return staging
 
@@ -197,13 +248,14 @@ def commit(run_folder: str | Path, name: str) -> Path:
     run_folder = Path(run_folder)
     staging, final = run_folder / STAGING, run_folder / name
     for path in run_folder.glob("*.jsonl"):
-        _sync(path)
+        if path.is_file():
+            sync(path)
     seal(staging / name)
-    if final.exists():  # of a run that went on from an earlier step
+    if os.path.lexists(final):  # of a run that went on from an earlier step, or no folder at all
         os.replace(final, staging / "replaced")
     os.replace(staging / name, final)
-    _sync(run_folder)
-    shutil.rmtree(staging, ignore_errors=True)
+    sync(run_folder)
+    remove(staging)
     return final
 
 
@@ -224,7 +276,7 @@ def writing(run_folder: str | Path, name: str, ranks: Ranks) -> Iterator[Path]:
                 commit(run_folder, name)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap OSError
         if ranks.is_main:
-            shutil.rmtree(Path(run_folder) / STAGING, ignore_errors=True)
+            remove(Path(run_folder) / STAGING)
         raise OSError(
             f"{name} could not be written to {run_folder}: {error}; earlier checkpoints are whole: "
             "free space and write resume_from_checkpoint: true"
@@ -240,7 +292,7 @@ def set_aside(run_folder: str | Path, *, after: int) -> None:
     for path in checkpoints(run_folder):
         if _step_of(path) > after:
             aside = path.with_name(f"superseded-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             os.replace(path, aside)
             logger.warning(f"{path.name} is not of this run any more, renamed to {aside.name}")
 
@@ -259,11 +311,7 @@ def checkpoints(run_folder: str | Path) -> list[Path]:
     run_folder = Path(run_folder)
     if not run_folder.is_dir():
         return []
-    found = [
-        path
-        for path in run_folder.iterdir()
-        if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)
-    ]
+    found = [path for path in run_folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=_step_of, reverse=True)
 
 
@@ -275,7 +323,10 @@ def latest_whole(run_folder: str | Path, *, up_to: str | Path | None = None) -> 
     Raises:
         TornCheckpointError: if there are checkpoints and none of them is whole.
     """
-    found = checkpoints(run_folder)
+    found, run_folder = checkpoints(run_folder), Path(run_folder)
+    for path in sorted(run_folder.iterdir()) if run_folder.is_dir() else ():
+        if _NAME.fullmatch(path.name) and path not in found:
+            logger.warning(f"{path} is no folder and not used")
     if up_to is not None:
         found = [path for path in found if _step_of(path) <= _step_of(Path(up_to))]
     for path in found:
@@ -297,7 +348,16 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
-def _sync(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the file or folder on disk before this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

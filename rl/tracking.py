@@ -28,6 +28,8 @@ from rollouts.prompts import Prompt, PromptReport, data_fingerprint
 logger = logging.get_logger(__name__)
 
 METRICS, STEPS, RUN = "metrics.jsonl", "steps.jsonl", "run.json"
+FOLDERS = ("completions", "images")
+"""Folders that a run may make in its own."""
 
 
 class RunExistsError(ValueError):
@@ -158,6 +160,7 @@ class RunFolder(TrainerCallback):
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        _make_way(self.folder / ".lock")
         with open(self.folder / ".lock", "a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,11 +175,13 @@ class RunFolder(TrainerCallback):
             lock.flush()
             for name in (METRICS, STEPS):
                 _cut(self.folder / name, from_step)
+            for name in FOLDERS:
+                _make_way(self.folder / name, for_folder=True)
             checkpoint.set_aside(self.folder, after=from_step)
             if resumed is not None:
-                path = resumed.parent / RUN
-                old = json.loads(path.read_text()) if path.exists() else {}
+                old = read_about(resumed.parent)
                 about["changes"] = changes(old, about["settings"], step=from_step)
+            _make_way(self.folder / RUN)
             _replace(self.folder / RUN, json.dumps(about, indent=1, default=str))
             yield
 
@@ -230,23 +235,81 @@ def _append(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def read_about(folder: Path) -> dict[str, Any]:
+    """What `run.json` of a run folder says; nothing, with a warning, where it is not whole."""
+    try:
+        about = checkpoint.read_object(folder / RUN)
+        if not isinstance(about.get("settings"), dict):
+            raise ValueError(f"settings is {checkpoint.start_of(about.get('settings'))}")
+        if not _are_changes(about.get("changes", [])):
+            raise ValueError(f"changes is {checkpoint.start_of(about['changes'])}")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning(f"{folder / RUN} is damaged and not used: {error}")
+        return {}
+    return about
+
+
+def _are_changes(value: Any) -> bool:
+    """Whether that is what `changed_settings.changes` gives."""
+    return isinstance(value, list) and all(
+        isinstance(change, dict)
+        and type(change.get("step")) is int
+        and isinstance(change.get("settings"), dict)
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in change["settings"].values())
+        for change in value
+    )
+
+
 def _cut(path: Path, from_step: int) -> None:
-    """Keep the lines up to `from_step`; a line torn by a kill goes too."""
+    """Keep the lines up to `from_step`; one torn by a kill, or damaged since, goes too, and is told."""
+    _make_way(path)
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if from_step and row["step"] <= from_step:
-            kept.append(line)
-    _replace(path, "".join(line + "\n" for line in kept))
+    kept, damaged = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        step = _step_of(line)
+        if step is not None and from_step and step <= from_step:
+            kept.append(line + b"\n")
+        elif step is None and line:
+            damaged.append(str(number))
+    if damaged and from_step:
+        logger.warning(f"{path}: left out what is no whole line, in line {', '.join(damaged[:9])}")
+    _replace(path, b"".join(kept))
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of a log, or None if that is not what it is."""
+    try:
+        step = json.loads(line.decode())["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+def _make_way(path: Path, *, for_folder: bool = False) -> None:
+    """Rename what cannot be the file, or the folder, that a run has under that name; it is told."""
+    if for_folder:
+        usable = path.is_dir() or not os.path.lexists(path)
+    elif path.is_file():
+        usable = os.access(path, os.R_OK | os.W_OK)
+    else:
+        usable = not os.path.lexists(path)
+    if usable:
+        return
+    aside = path.with_name(f"{path.name}.damaged")
+    checkpoint.remove(aside)
+    os.replace(path, aside)
+    what = "folder" if for_folder else "file that can be read and written"
+    logger.warning(f"{path} is no {what}, renamed to {aside.name}")
+
+
+def _replace(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, whatever happens to the machine."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    checkpoint.remove(temporary)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    checkpoint.sync(temporary)
     os.replace(temporary, path)
+    checkpoint.sync(path.parent)
