@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from rl.generation_kwargs import apply_generation_kwargs
 from rl.methods import (
     ADVANTAGES,
     ALLOCATORS,
@@ -25,7 +26,7 @@ from rl.methods import (
     allocator_of,
     loss_of,
 )
-from rl.validation import choice, nearest, validate
+from rl.validation import as_mapping, choice, nearest, validate
 from samplers.allocation import align_total
 
 __all__ = [
@@ -60,10 +61,12 @@ DECISIVE = (
         "top_p",
         "top_k",
         "min_p",
+        "repetition_penalty",
         "max_completion_length",
         "stop",
     ),
-    *("max_prompt_length", "overlong_prompts", "reward_weights"),
+    *("max_prompt_length", "overlong_prompts", "duplicates", "chat_template_kwargs"),
+    "reward_weights",
 )
 """Settings that decide which rollouts are made; a resumed run must share them."""
 
@@ -252,11 +255,31 @@ class RolloutConfig(TrainingArguments):
     id_column: str | None = setting(
         None, "Column that identifies a prompt. Default: a content hash."
     )
+    duplicates: str = setting(
+        "error",
+        "Rows that repeat prompt and reference answer are an error, or all are: drop (one stays), keep "
+        "(each is a prompt of its own).",
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = setting(
+        None,
+        "Arguments of the chat template, such as {enable_thinking: false}; on the command line as JSON. "
+        "A column of this name in the data wins.",
+    )
     max_completion_length: int = setting(256, "Most tokens of a completion.")
     temperature: float = setting(1.0, "Sampling temperature of training rollouts.")
     top_p: float = setting(1.0, "Nucleus sampling: smallest set of at least this probability.")
     top_k: int = setting(0, "Sample from the k likeliest tokens; 0: all.")
     min_p: float = setting(0.0, "Drop tokens below this share of the likeliest one's probability.")
+    repetition_penalty: float = setting(
+        1.0,
+        "Divides positive logits of tokens seen before and multiplies negative ones. Like top_k it "
+        "decides what is drawn; log-probabilities and the update are those of the policy without it.",
+    )
+    generation_kwargs: dict[str, Any] | str | None = setting(
+        None,
+        "TRL's: keys of transformers or vLLM become the settings of their meaning (max_new_tokens: "
+        "max_completion_length, ...) or are refused.",
+    )
     stop: list[str] | None = setting(None, "A completion ends when it contains one of these.")
     adaptive_temperature_tau: float = setting(
         0.0,
@@ -408,6 +431,9 @@ class RolloutConfig(TrainingArguments):
         if self.bf16 is None:
             gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             self.bf16 = gpu and not self.use_cpu and not self.fp16
+        for name in ("chat_template_kwargs", "generation_kwargs"):
+            setattr(self, name, as_mapping(name, getattr(self, name)))
+        apply_generation_kwargs(self)
         choice("trainer", self.trainer, PRESETS)
         preset = dict(PRESETS[self.trainer])
         loss = self.loss if self.loss is not None else preset["loss"]

@@ -38,7 +38,7 @@ from rl.reference import Reference
 from rl.scorer import Scorer
 from rl.waves import GroupBuffer
 from rollouts.batch import TokenRollouts
-from rollouts.engine import Engine, SamplingParams
+from rollouts.engine import Engine, SamplingParams, num_positions
 from rollouts.prompts import Prompt, PromptReport, ensure_pad_token, make_prompts
 from rollouts.reward_functions import load_reward
 from rollouts.rewards import RewardFunction, RewardResult, check_columns, score
@@ -148,6 +148,7 @@ def make_line(
         top_p=config.top_p,
         top_k=config.top_k,
         min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
         stop=tuple(config.stop or ()),
     )
     micro_batches = micro_batches_of(config)
@@ -292,9 +293,11 @@ def load_policy(
 
 
 def prompt_maker(
-    config: RolloutConfig, tokenizer: PreTrainedTokenizerBase
+    config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, model: Any
 ) -> Callable[[Any], tuple[list[Prompt], PromptReport]]:
     """`make(rows) -> (prompts, report)`: `make_prompts` with the lengths and keys of `config`."""
+    limits = [num_positions(model)]
+    limits += [config.vllm_max_model_length] if config.engine == "vllm" else []
 
     def make(rows: Any) -> tuple[list[Prompt], PromptReport]:
         if rows is None:
@@ -305,6 +308,10 @@ def prompt_maker(
             max_prompt_length=config.max_prompt_length,
             overlong=config.overlong_prompts,  # type: ignore[arg-type]
             id_column=config.id_column,
+            chat_template_kwargs=config.chat_template_kwargs,  # type: ignore[arg-type]
+            duplicates=config.duplicates,  # type: ignore[arg-type]
+            num_positions=min((n for n in limits if n is not None), default=None),
+            max_completion_length=config.max_completion_length,
         )
 
     return make

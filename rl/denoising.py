@@ -488,10 +488,11 @@ def load_image_rewards(rewards: Any, weights: list[float] | None) -> list[Any]:
 
 
 def image_prompt_maker(
-    config: DenoisingConfig, _: Any
+    config: DenoisingConfig, *_: Any
 ) -> Callable[[Any], tuple[list[Prompt], PromptReport]]:
     """`make(rows) -> (prompts, report)` of rows with a text in column `prompt`."""
-    return partial(plain_prompts, id_column=config.id_column)
+    how: Any = config.duplicates
+    return partial(plain_prompts, id_column=config.id_column, duplicates=how)
 
 
 def _may_overlap(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:

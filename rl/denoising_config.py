@@ -45,7 +45,8 @@ LANGUAGE_ONLY = (
     *("refill", "mask_truncated_completions", "reward_kl", "adaptive_temperature_tau"),
     *("micro_batch_tokens", "fused_logprobs", "pilot_rollouts", "stop", "engine", "old_logprobs"),
     *("gvm_gradient_norm", "temperature", "top_p", "top_k", "min_p", "completions_every"),
-    *("max_prompt_length", "max_completion_length"),
+    *("max_prompt_length", "max_completion_length", "repetition_penalty", "generation_kwargs"),
+    "chat_template_kwargs",
 )
 """Settings of `RolloutConfig` that have no meaning here and must stay as they are."""
 

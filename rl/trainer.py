@@ -78,7 +78,7 @@ class RolloutTrainer(Trainer):
         set_seed(args.seed)  # adapters are drawn by it
         policy, processing_class = kind.load(model, processing_class, peft_config)
         rewards = kind.load_rewards(reward_funcs, args.reward_weights)
-        self._make_prompts = kind.prompt_maker(args, processing_class)
+        self._make_prompts = kind.prompt_maker(args, processing_class, policy)
         prompts, self.prompt_report = self._make_prompts(train_dataset)
         self.eval_prompts: list[Prompt] = (
             self._make_prompts(eval_dataset)[0] if eval_dataset is not None else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -75,6 +77,28 @@ def choice(name: str, value: Any, known: Any) -> None:
         )
 
 
+def as_mapping(name: str, value: Any) -> dict[str, Any] | None:
+    """The mapping that a setting holds, also as JSON from the command line; None if it is empty.
+
+    Raises:
+        ValueError: if it is neither, or holds what JSON does not express.
+    """
+    read = value
+    try:
+        if isinstance(value, str):
+            read = json.loads(value)
+        if isinstance(read, Mapping):
+            return json.loads(json.dumps(dict(read))) or None  # as a checkpoint gives it back
+    except (TypeError, ValueError, RecursionError):
+        read = value
+    if read is None:
+        return None
+    raise ValueError(
+        f"{name} must be a mapping of names to plain values, on the command line as JSON such as "
+        f"'{{\"name\": false}}', got {value!r}"
+    )
+
+
 def _numbers(config: RolloutConfig) -> None:
     """Refuse 2.5 where a whole number is wanted, and text or nothing where a number is."""
     for name, hint in _own_hints(type(config)).items():
@@ -127,8 +151,9 @@ def _engine(config: RolloutConfig) -> None:
         raise ValueError(
             f"adaptive_temperature_tau={config.adaptive_temperature_tau} needs engine: transformers"
         )
-    filters = {"top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
-    if filters != {"top_k": 0, "top_p": 1, "min_p": 0} and config.old_logprobs != "trainer":
+    off = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+    filters = {name: getattr(config, name) for name in off}
+    if filters != off and config.old_logprobs != "trainer":
         raise ValueError(
             f"vLLM's log-probabilities come after {filters}: turn these off, or write "
             "old_logprobs: trainer"
@@ -148,6 +173,7 @@ def validate(config: RolloutConfig) -> None:
         raise ValueError("pilot_estimate 'pilot' needs pilot_rollouts of at least 1, got 0")
     choice("pilot_use", config.pilot_use, ("pool", "discard"))
     choice("overlong_prompts", config.overlong_prompts, ("error", "truncate", "drop"))
+    choice("duplicates", config.duplicates, ("error", "drop", "keep"))
     choice("old_logprobs", config.old_logprobs, ("engine", "trainer"))
     choice("importance_correction", config.importance_correction, IMPORTANCE_CORRECTIONS)
     _engine(config)
@@ -204,6 +230,8 @@ def validate(config: RolloutConfig) -> None:
     ):
         if (getattr(config, name) or 0) > 1:
             raise ValueError(f"{name} must be at most 1, got {getattr(config, name)}")
+    if not config.repetition_penalty > 0:
+        raise ValueError(f"repetition_penalty must be positive, got {config.repetition_penalty}")
     if not config.top_p > 0:
         raise ValueError(f"top_p must be positive, got {config.top_p}")
     if not 0 < config.log_floor <= 1:

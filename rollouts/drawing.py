@@ -43,29 +43,38 @@ def _shift_right(value_N: Tensor, bits: int) -> Tensor:
     return (value_N >> bits) & (2 ** (64 - bits) - 1)
 
 
-def draw(logits_NV: Tensor, uniform_N: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+def draw(
+    logits_NV: Tensor, uniform_N: Tensor, params: SamplingParams, seen_NV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One token per row, by inverse CDF, and its log-probability.
 
         token = min { v : sum_{w <= v} q_w > u * sum_w q_w },   q = p where kept, else 0
         p = softmax(logits / T),   T = temperature, or T_t of `adaptive_temperature`
 
-    The CDF is summed in float64. A token of probability 0 is never drawn. The log-probability is
-    log p, in float32, before anything is filtered out. Temperature 0 takes the largest logit and
-    reports log p at temperature 1.
+    The CDF is summed in float64. A token of probability 0 is never drawn. With `seen_NV`, (N, V) bool,
+    q is of the logits after `repetition_penalty`. The log-probability is log p, in float32, before
+    anything is penalised or filtered out. Temperature 0 takes the largest (penalised) logit and reports
+    log p at temperature 1.
 
     Returns:
         (N,) int64 tokens and (N,) float32 log-probabilities. Where logits are NaN, so is the
         log-probability, and the token means nothing.
     """
     score_NV = at_temperature(logits_NV, params)
+    factor: Tensor | float = 1.0
     if params.adaptive_temperature is not None and params.temperature > 0:
-        score_NV = score_NV / params.adaptive_temperature.factor(score_NV)
+        factor = params.adaptive_temperature.factor(score_NV)
+        score_NV = score_NV / factor
     logprob_NV = score_NV.log_softmax(dim=-1)
-    best_N = score_NV.argmax(dim=-1)
+    drawn_NV = logprob_NV
+    if seen_NV is not None:
+        drawn_NV = penalised(logits_NV.float(), seen_NV, params.repetition_penalty)
+        drawn_NV = (at_temperature(drawn_NV, params) / factor).log_softmax(dim=-1)
+    best_N = drawn_NV.argmax(dim=-1)
     if params.temperature == 0:
         token_N = best_N
     else:
-        weight_NV = truncate(logprob_NV, params).double().exp()
+        weight_NV = truncate(drawn_NV, params).double().exp()
         cdf_NV = weight_NV.cumsum(dim=-1)
         # u is at most 1 - 2^-53, and so u * total is below the total, rounded too.
         target_N = uniform_N * cdf_NV[:, -1]
@@ -76,6 +85,12 @@ def draw(logits_NV: Tensor, uniform_N: Tensor, params: SamplingParams) -> tuple[
         weight_N = weight_NV.gather(1, token_N[:, None]).squeeze(1)
         token_N = token_N.where(weight_N > 0, best_N)
     return token_N, logprob_NV.gather(1, token_N[:, None]).squeeze(1)
+
+
+def penalised(logits_NV: Tensor, seen_NV: Tensor, penalty: float) -> Tensor:
+    """Logits of what was seen, over the penalty where positive and times it where negative."""
+    worse_NV = torch.where(logits_NV > 0, logits_NV / penalty, logits_NV * penalty)
+    return torch.where(seen_NV, worse_NV, logits_NV)
 
 
 def at_temperature(logits_NV: Tensor, params: SamplingParams) -> Tensor:

@@ -51,6 +51,11 @@ class SamplingParams:
     adaptive_temperature: AdaptiveTemperature | None = None
     """The temperature of each token follows its entropy, around `temperature`. Greedy decoding is not
     changed by it. None: every token is drawn at `temperature`."""
+    repetition_penalty: float = 1.0
+    """Divide positive logits of tokens that the prompt or the completion has already by this, and
+    multiply negative ones by it, before the temperature (Keskar et al., 2019, arXiv:1909.05858; as
+    transformers' RepetitionPenaltyLogitsProcessor). 1 changes nothing. Like a filter it decides what is
+    drawn; `logprob_NT` and entropies are those of the policy itself, without it."""
     record_entropy: bool = False
     """Fill in `entropy_NT`: entropies at `temperature` over the whole vocabulary, before any filter
     and before `adaptive_temperature`; at temperature 1 under greedy decoding."""
@@ -68,6 +73,10 @@ class SamplingParams:
             raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be between 0 and 1, got {self.min_p}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(
+                f"repetition_penalty must be finite and positive, got {self.repetition_penalty}"
+            )
         adaptive = self.adaptive_temperature
         if adaptive is not None and not isinstance(adaptive, AdaptiveTemperature):
             raise ValueError(
@@ -124,6 +133,22 @@ def end_of_sequence_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
         configured = [configured]
     own = tokenizer.eos_token_id
     return tuple(sorted({int(i) for i in configured} | ({own} if own is not None else set())))
+
+
+def num_positions(model: Any) -> int | None:
+    """Most tokens that a sequence may have for `model`, prompt and completion together; None: any.
+
+    A model says so in its config: `max_position_embeddings`, or `max_seq_len` (MPT). Models with
+    rotary positions could run on beyond it, into what they were never trained on.
+    """
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "max_seq_len"):
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
 
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -403,6 +428,7 @@ def _check_first_tokens(many: TokenRollouts, params: SamplingParams, tolerance: 
         f"{float(probability.sum()):.4g}, above 1",
     )
     filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    filtered = filtered or params.repetition_penalty != 1
     if len(tokens) == 1 and not filtered:
         # How surprising that all draws agree, if each were a draw of its own.
         chance = math.exp((num_draws - 1) * float(mean[0]))

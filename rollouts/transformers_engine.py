@@ -30,7 +30,7 @@ from transformers.cache_utils import (
 from rollouts.adaptive_temperature import entropy
 from rollouts.batch import TokenRollouts
 from rollouts.drawing import at_temperature, draw, mix64, uniform
-from rollouts.engine import SamplingParams, end_of_sequence_ids, requested_rows
+from rollouts.engine import SamplingParams, end_of_sequence_ids, num_positions, requested_rows
 from rollouts.prompts import Prompt
 
 COMPACT_BELOW = 0.875
@@ -158,8 +158,7 @@ class TransformersEngine:
         )
 
     def _check_lengths(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-        text_config = self.model.config.get_text_config(decoder=True)
-        limit = getattr(text_config, "max_position_embeddings", None)
+        limit = num_positions(self.model)
         if limit is None:
             return
         for prompt in prompts:
@@ -188,10 +187,11 @@ class TransformersEngine:
         entropy_RT = torch.zeros(shape, device=device) if params.record_entropy else None
         length_R = torch.zeros(shape[0], dtype=torch.int64, device=device)
 
+        seen_KV = _seen(prompt_R, forward.logits_KV) if params.repetition_penalty != 1 else None
         row_K = torch.arange(shape[0], device=device)
         running_K = torch.ones(shape[0], dtype=torch.bool, device=device)
         for t in range(params.max_completion_length):
-            token_K, logprob_K = draw(forward.logits_KV, uniform(key_K, t), params)
+            token_K, logprob_K = draw(forward.logits_KV, uniform(key_K, t), params, seen_KV)
             # Finished rollouts that have not left yet keep their padding.
             token_K = token_K.where(running_K, self.tokenizer.pad_token_id)
             token_RT[row_K, t] = token_K
@@ -212,6 +212,9 @@ class TransformersEngine:
                 forward.keep(kept_K)
                 row_K, key_K, token_K = row_K[kept_K], key_K[kept_K], token_K[kept_K]
                 running_K = running_K[kept_K]
+                seen_KV = None if seen_KV is None else seen_KV[kept_K]
+            if seen_KV is not None:
+                seen_KV.scatter_(1, token_K[:, None], True)
             forward.append(token_K)
 
         truncated_R = torch.zeros(shape[0], dtype=torch.bool, device=device)
@@ -225,6 +228,14 @@ class TransformersEngine:
         columns = [token_RT, logprob_RT, length_R, truncated_R]
         columns += [] if entropy_RT is None else [entropy_RT]
         return tuple(column.cpu() for column in columns)
+
+
+def _seen(prompt_R: Sequence[Prompt], logits_RV: Tensor) -> Tensor:
+    """(R, V) bool: the tokens of each rollout's prompt, for the repetition penalty."""
+    seen_RV = torch.zeros_like(logits_RV, dtype=torch.bool)
+    for row, prompt in enumerate(prompt_R):
+        seen_RV[row, torch.tensor(prompt.token_ids, device=seen_RV.device)] = True
+    return seen_RV
 
 
 class _StopStrings:

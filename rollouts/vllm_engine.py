@@ -46,9 +46,9 @@ class VLLMEngine:
     a small kernel per rollout and token that unseeded ones would share.
 
     `logprob_NT` is what vLLM calls processed log-probabilities: at the sampling temperature, and
-    *after* top_k, top_p and min_p, which renormalise. With such a filter they are not what a trainer
-    recomputes, so filters are refused unless `filtered_logprobs` says that the trainer computes its
-    own. Greedy decoding reports those at temperature 1.
+    *after* the repetition penalty, top_k, top_p and min_p, which renormalise. With one of them they
+    are not what a trainer recomputes, so they are refused unless `filtered_logprobs` says that the
+    trainer computes its own. Greedy decoding reports those at temperature 1.
 
     Every process generates its own share. In server mode each talks to the one server and the main
     process hands the weights on; colocated, each has a vLLM of its own on its GPU. Prefixes in vLLM's
@@ -163,7 +163,7 @@ class VLLMEngine:
             "top_p": params.top_p,
             "top_k": params.top_k,
             "min_p": params.min_p,
-            "repetition_penalty": 1.0,
+            "repetition_penalty": params.repetition_penalty,
             "max_tokens": params.max_completion_length,
             "logprobs": 0,
         }
@@ -188,11 +188,13 @@ class VLLMEngine:
                 f"vLLM raises temperature={params.temperature} to {COLDEST}; write 0, or {COLDEST} "
                 "or more"
             )
-        if not self.filtered_logprobs and (params.top_k or params.top_p < 1 or params.min_p):
+        filtered = params.top_k or params.top_p < 1 or params.min_p
+        if not self.filtered_logprobs and (filtered or params.repetition_penalty != 1):
             raise ValueError(
-                f"vLLM's log-probabilities come after top_k={params.top_k}, top_p={params.top_p} and "
-                f"min_p={params.min_p}, so the trainer's ratio would start away from 1; turn the "
-                "filters off, or let the trainer compute its own (old_logprobs: trainer)"
+                f"vLLM's log-probabilities come after top_k={params.top_k}, top_p={params.top_p}, "
+                f"min_p={params.min_p} and repetition_penalty={params.repetition_penalty}, so the "
+                "trainer's ratio would start away from 1; turn the filters off, or let the trainer "
+                "compute its own (old_logprobs: trainer)"
             )
 
     def _from_server(

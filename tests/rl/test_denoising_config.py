@@ -34,6 +34,9 @@ LANGUAGE_VALUES = {
     "completions_every": 1,
     "max_prompt_length": 77,
     "max_completion_length": 20,
+    "repetition_penalty": 1.2,
+    "generation_kwargs": {"do_sample": True},
+    "chat_template_kwargs": {"enable_thinking": False},
 }
 
 

@@ -4,9 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 from scipy import stats
-from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from rollouts.drawing import draw, mix64, truncate, uniform
+from rollouts.drawing import draw, mix64, penalised, truncate, uniform
 from rollouts.engine import SamplingParams
 
 PLAIN = SamplingParams(max_completion_length=16)
@@ -141,3 +146,39 @@ def test_filtered_tokens_are_never_drawn():
     params = replace(PLAIN, top_k=5)
     token_N, _ = draw(logits_NV, u_N, params)
     assert set(token_N.tolist()) == set(logits_NV[0].topk(5).indices.tolist())
+
+
+# Repetition penalty
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    generator = torch.Generator().manual_seed(0)
+    logits_NV = torch.randn(5, 12, generator=generator)
+    ids_NT = torch.randint(12, (5, 7), generator=generator)
+    seen_NV = torch.zeros(5, 12, dtype=torch.bool).scatter_(1, ids_NT, True)
+    for penalty in (0.5, 1.0, 1.7):
+        expected_NV = RepetitionPenaltyLogitsProcessor(penalty)(ids_NT, logits_NV)
+        torch.testing.assert_close(penalised(logits_NV, seen_NV, penalty), expected_NV)
+
+
+def test_a_penalised_draw_reports_the_log_probability_of_the_policy():
+    # Logits log 4, log 2, log 1, the first seen: log 4 / 2 = log 2, so q = 2/5, 2/5, 1/5 and p = 4/7 ...
+    logits_NV = torch.tensor([4.0, 2.0, 1.0]).log().expand(4, 3)
+    seen_NV = torch.tensor([[True, False, False]]).expand(4, 3)
+    params = replace(PLAIN, repetition_penalty=2.0)
+    u_N = torch.tensor([0.0, 0.399, 0.401, 0.801], dtype=torch.float64)
+    token_N, logprob_N = draw(logits_NV, u_N, params, seen_NV)
+    assert token_N.tolist() == [0, 0, 1, 2]
+    torch.testing.assert_close(logprob_N.exp(), torch.tensor([4.0, 2.0, 1.0])[token_N] / 7)
+
+
+def test_greedy_drawing_takes_the_largest_penalised_logit():
+    params = replace(PLAIN, repetition_penalty=3.0, temperature=0.0)
+    logits_NV, seen_NV = torch.tensor([[2.0, 1.0]]), torch.tensor([[True, False]])
+    assert draw(logits_NV, torch.zeros(1).double(), params, seen_NV)[0].tolist() == [1]
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1.0, math.inf, math.nan])
+def test_a_repetition_penalty_is_finite_and_positive(penalty):
+    with pytest.raises(ValueError, match="repetition_penalty must be finite and positive"):
+        SamplingParams(max_completion_length=1, repetition_penalty=penalty)

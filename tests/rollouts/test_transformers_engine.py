@@ -132,6 +132,33 @@ def test_temperature_zero_is_greedy_and_reports_temperature_one(engine):
         )
 
 
+def test_the_repetition_penalty_is_that_of_generate_and_no_part_of_the_log_probabilities(tokenizer):
+    model = with_frequent_ends(tiny_model("qwen3"))
+    engine = TransformersEngine(model, tokenizer, max_batch_rows=4)
+    params = replace(PLAIN, temperature=0.0, repetition_penalty=1.6)
+    prompts = tiny_prompts(3, 8, 5)
+    rollouts = engine.generate(prompts, [2, 2, 2], seeds_N=seeds(6), params=params)
+    plain = engine.generate(
+        prompts, [2, 2, 2], seeds_N=seeds(6), params=replace(PLAIN, temperature=0.0)
+    )
+    assert completions(rollouts) != completions(plain)  # the penalty decides something here
+    for row, tokens in enumerate(completions(rollouts)):
+        ids = torch.tensor(rollouts.prompt_ids[rollouts.prompt_N[row]])[None]
+        model.generation_config.pad_token_id = PAD
+        made = model.generate(
+            ids, do_sample=False, max_new_tokens=LIMIT, repetition_penalty=1.6, bos_token_id=None
+        )
+        assert made[0, ids.shape[1] :].tolist() == tokens
+        torch.testing.assert_close(
+            rollouts.logprob_NT[row][rollouts.mask_NT[row]],
+            teacher_forced(model, rollouts, row),
+            atol=1e-5,
+            rtol=0,
+        )
+    sampled = replace(PLAIN, repetition_penalty=1.3)
+    check_engine(engine, prompts, sampled)
+
+
 def test_first_tokens_follow_the_softmax(engine):
     # Chi-square over all tokens expected at least 5 times; the threshold is its 1 - 1e-6 quantile,
     # so a correct engine fails for one choice of seeds in a million.
