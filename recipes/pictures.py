@@ -12,11 +12,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recipes.image_pictures import denoising_figure
-from recipes.run_folder import Groups, rollouts_until, smooth, values_of, window_of
+from recipes.run_folder import (
+    Groups,
+    curve_of,
+    rollouts_until,
+    sets_of,
+    smooth,
+    tokens_until,
+    values_of,
+    window_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from recipes.run_folder import Run
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 """Okabe and Ito's colours, told apart by colour-blind readers too."""
@@ -35,13 +46,15 @@ STYLE: Any = {
 }
 CAPTIONS = {
     "learning": "Held-out pass rate and greedy (of images deterministic) accuracy, and training reward "
-    "before and after groups without signal leave; left against steps, right against what they cost. "
-    "Bands: one standard error of a run's pass rate, or the range over seeds.",
+    "before and after groups without signal leave; against steps, rollouts and tokens (of images "
+    "denoising steps) generated. Bands: one standard error of a run's pass rate, "
+    "or the range over seeds.",
     "budgets": "Rollouts each prompt gets. Left: over the run. Right: against the pass rate believed "
     "before the step, in the last quarter of the run. Bands: 10–90 % of the prompts.",
     "posterior": "Believed pass rates of all training prompts; the line is their mean.",
     "groups": "Groups with a signal (mixed rewards) and without: rewards equal and positive (all pass), "
     "or equal and not positive (all fail).",
+    "details": "Means over the rollouts of a log line; bands: range over seeds.",
     "denoising": "Of diffusion models: rewards and the variety of samples against what generation cost.",
 }
 
@@ -51,7 +64,14 @@ def draw(groups: Groups, page: Path) -> dict[str, Path]:
     import matplotlib
 
     pictures = {}
-    plots = (learning_figure, budgets_figure, posterior_figure, groups_figure, denoising_figure)
+    plots = (
+        learning_figure,
+        budgets_figure,
+        posterior_figure,
+        groups_figure,
+        details_figure,
+        denoising_figure,
+    )
     for name, plot in zip(CAPTIONS, plots, strict=True):
         path = page.with_name(f"{page.stem}-{name}.png")
         path.unlink(missing_ok=True)  # of an earlier report
@@ -85,51 +105,59 @@ def _finish(figure: Figure, groups: Groups, axes: Iterable[Axes], crowded: bool 
 
 
 def learning_figure(groups: Groups) -> Figure | None:
-    """Validation and reward (rows) against steps and rollouts generated (columns)."""
+    """Validation sets and reward (rows) against steps, rollouts and tokens generated (columns)."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import EngFormatter, PercentFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-    rows = [row for runs in groups.values() for run in runs for row in run.validation]
-    images = any("eval_deterministic_accuracy" in row for row in rows)
+    every = [run for runs in groups.values() for run in runs]
+    rows = [row for run in every for row in run.validation]
+    images = any(name.endswith("deterministic_accuracy") for row in rows for name in row)
     greedy = "deterministic" if images else "greedy"
-    panels = {
-        "validation": {
-            "eval_pass_rate": "pass rate",
-            f"eval_{greedy}_accuracy": f"{greedy} accuracy",
-        },
-        "log": {"reward": "before filtering", "reward_trained": "after filtering"},
-    }
-    found: dict[str, dict[tuple[str, str], Any]] = {
-        source: {
+    panels: dict[tuple[str, str], dict[str, str]] = {}
+    for data_set in sets_of(every):
+        start = f"eval_{data_set}_" if data_set else "eval_"
+        names = {
+            f"{start}pass_rate": "pass rate",
+            f"{start}{greedy}_accuracy": f"{greedy} accuracy",
+        }
+        panels["validation", data_set] = names
+    panels["log", ""] = {"reward": "before filtering", "reward_trained": "after filtering"}
+    found = {
+        panel: {
             (label, name): values
             for label, runs in groups.items()
             for name in names
-            if (values := values_of(runs, source, name)) is not None
+            if (values := _curve(runs, panel[0], name)) is not None
         }
-        for source, names in panels.items()
+        for panel, names in panels.items()
     }
-    found = {source: curves for source, curves in found.items() if curves}
+    found = {panel: curves for panel, curves in found.items() if curves}
     if not found:
         return None
+    unit = "denoising steps" if images else "tokens"
+    # Against tokens only where every run logged them, so that no curve is missing in a panel.
+    costs = {"step": lambda run, step_S: step_S, "rollouts generated": rollouts_until}
+    if all(tokens_until(run, np.zeros(1)) is not None for run in every):
+        costs[f"{unit} generated"] = tokens_until
     figure = Figure(figsize=(10.5, 0.5 + 3.1 * len(found)), layout="constrained")
-    axes = figure.subplots(len(found), 2, squeeze=False, sharex="col", sharey="row")
-    for (left, right), (source, curves) in zip(axes, found.items(), strict=True):
-        names = panels[source]
+    axes = figure.subplots(len(found), len(costs), squeeze=False, sharex="col", sharey="row")
+    for line, ((source, data_set), curves) in zip(axes, found.items(), strict=True):
+        names = panels[source, data_set]
         dash: dict[str, Any] = dict(zip(names, ("-", (0, (4, 1.5))), strict=True))
         shade = dict(zip(names, PALETTE if len(groups) == 1 else ["#555555"] * 2, strict=False))
-        longest = max(len(step_S) for step_S, _ in curves.values())
+        longest = max(step_RS.shape[1] for step_RS, _ in curves.values())
         window = window_of(longest) if source == "log" else 1
-        for (label, name), (step_S, value_RS) in curves.items():
+        for (label, name), (step_RS, value_RS) in curves.items():
             runs = groups[label]
             colour = shade[name] if len(groups) == 1 else _colours(groups)[label]
             mean_S = smooth(value_RS.mean(0), window)
             low_S, high_S = smooth(value_RS.min(0), window), smooth(value_RS.max(0), window)
             error = values_of(runs, source, f"{name}_se")
-            if len(runs) == 1 and error is not None and len(error[0]) == len(step_S):
+            if len(runs) == 1 and error is not None and len(error[0]) == len(mean_S):
                 low_S, high_S = mean_S - error[1][0], mean_S + error[1][0]
-            cost_S = np.mean([rollouts_until(run, step_S) for run in runs], axis=0)
-            for ax, x_S in ((left, step_S), (right, cost_S)):
+            for ax, cost_of in zip(line, costs.values(), strict=True):
+                x_S = np.mean([cost_of(r, s) for r, s in zip(runs, step_RS, strict=True)], axis=0)
                 if window > 1 and len(groups) == len(runs) == 1:
                     ax.plot(x_S, value_RS[0], color=colour, alpha=0.25, linewidth=0.8)
                 ax.fill_between(x_S, low_S, high_S, color=colour, alpha=0.15, linewidth=0)
@@ -139,15 +167,83 @@ def learning_figure(groups: Groups) -> Figure | None:
             Line2D([], [], color=shade[name], linestyle=dash[name], label=text)
             for name, text in names.items()
         ]
-        right.legend(handles=lines, loc="center left", bbox_to_anchor=(1.01, 0.5))
-        left.set_ylabel("reward, mean over rollouts")
-        left.set_title("training" + (f", mean of {window} log lines" if window > 1 else ""))
+        line[-1].legend(handles=lines, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        line[0].set_ylabel("reward, mean over rollouts")
+        line[0].set_title("training" + (f", mean of {window} log lines" if window > 1 else ""))
         if source == "validation":
-            left.set(title="validation", ylabel="validation prompts solved")
-            left.yaxis.set_major_formatter(PercentFormatter(1))
-    axes[-1, 1].set_xlabel("rollouts generated")
-    axes[-1, 1].xaxis.set_major_formatter(EngFormatter(sep=""))
-    return _finish(figure, groups, axes[-1, :1])
+            title = "validation" + (f": {data_set}" if data_set else "")
+            line[0].set(title=title, ylabel="validation prompts solved")
+            line[0].yaxis.set_major_formatter(PercentFormatter(1))
+    for ax, what in zip(axes[-1, 1:], list(costs)[1:], strict=True):
+        ax.set_xlabel(what)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+    return _finish(figure, groups, axes[-1, :1], crowded=True)
+
+
+def _curve(runs: list[Run], source: str, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps and values (R, S): validation on to each run's last, training as far as all runs go."""
+    if source == "validation":
+        return curve_of(runs, source, name)
+    found = values_of(runs, source, name)
+    return None if found is None else (np.tile(found[0], (len(runs), 1)), found[1])
+
+
+DETAILS = {
+    "kl": "KL to the reference, nats per token",
+    "kl_old": "KL of the update, nats per token",
+    "entropy": "entropy, nats per token",
+    "mismatch": "mismatch to the engine, nats",
+    "completions/mean_length": "length, tokens",
+    "completions/clipped_ratio": "share cut off at max_completion_length",
+    "clip_ratio/high": "share clipped above",
+    "clip_ratio/low": "share clipped below",
+    "grad_norm": "norm of the gradient",
+    "learning_rate": "learning rate",
+    "loss": "loss",
+}
+"""Training metrics that have a panel of their own, where they were logged."""
+
+
+def details_figure(groups: Groups) -> Figure | None:
+    """Each reward by itself, KL, entropy, length, truncation, clipping and the like, against steps."""
+    from matplotlib.figure import Figure
+
+    every = [run for runs in groups.values() for run in runs]
+    logged = dict.fromkeys(name for run in every for row in run.log for name in row)
+    panels = {
+        name: f"reward: {name.removeprefix('rewards/').removesuffix('/mean')}"
+        for name in logged
+        if name.startswith("rewards/") and name.endswith("/mean")
+    }
+    panels |= {name: title for name, title in DETAILS.items() if name in logged}
+    found = {
+        name: {
+            label: values
+            for label, runs in groups.items()
+            if (values := values_of(runs, "log", name)) is not None
+        }
+        for name in panels
+    }
+    found = {name: curves for name, curves in found.items() if curves}
+    if not set(found) - {"loss", "learning_rate"}:
+        return None
+    columns = min(4, len(found))
+    lines = -(-len(found) // columns)
+    figure = Figure(figsize=(10.5, 0.5 + 2.0 * lines), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for ax in axes[len(found) :]:
+        ax.set_visible(False)
+    for ax, (name, curves) in zip(axes, found.items(), strict=False):
+        ax.set_title(panels[name], fontsize=8)
+        for label, (step_S, value_RS) in curves.items():
+            window = window_of(len(step_S))
+            colour = _colours(groups)[label]
+            low_S, high_S = smooth(value_RS.min(0), window), smooth(value_RS.max(0), window)
+            ax.fill_between(step_S, low_S, high_S, color=colour, alpha=0.15, linewidth=0)
+            marker = "o" if len(step_S) == 1 else None
+            ax.plot(step_S, smooth(value_RS.mean(0), window), color=colour, marker=marker)
+    return _finish(figure, groups, axes[: len(found)], crowded=True)
 
 
 def budgets_figure(groups: Groups) -> Figure | None:

@@ -29,9 +29,14 @@ from recipes.run_folder import (
     Run,
     change,
     grouped,
+    mean_over_tokens,
     named,
+    paired,
     read_run,
     rollouts_until,
+    seeds_apart,
+    sets_of,
+    tokens_until,
 )
 
 if TYPE_CHECKING:
@@ -63,8 +68,9 @@ def report(
         output: the page. Default: `report.html` in the run folder; for several runs, `comparison.html`
             beside the first. Pictures lie beside the page and begin with its name.
         console: where tables and notes are printed. Default: standard output.
-        group_seeds: show runs whose names differ only by a trailing seed (`gvm-seed1`, `gvm-s2`) as
-            their mean, with a band from least to greatest; the mean has its own row in the tables.
+        group_seeds: show runs whose settings differ only by the seed as their mean, with a band from
+            least to greatest; the mean has its own row in the tables. The first experiment named is
+            the one that others are compared with, paired by seed.
 
     Returns:
         The path of the page.
@@ -84,18 +90,23 @@ def report(
     page.parent.mkdir(parents=True, exist_ok=True)
     groups = grouped(runs, group_seeds=group_seeds)
     tables, pictures = tables_of(runs, groups), {}
-    notes = [note for run in runs for note in run.notes]
+    notes = [note for run in runs for note in run.notes] + seeds_apart(groups)
     for label, members in groups.items():
         ends = sorted(run.last_step for run in members)
         if ends[0] < ends[-1]:
-            notes.append(f"{label}: runs end at steps {ends[0]} to {ends[-1]}; curves at {ends[0]}")
+            notes.append(
+                f"{label}: runs end at steps {ends[0]} to {ends[-1]}; curves go to {ends[0]}, and of "
+                "validation on to each run's last"
+            )
     try:
         pictures = draw(groups, page)
     except ModuleNotFoundError as error:
         notes.append(f"no pictures: {error}; pip install 'apportion[recipes]'")
-    page.write_text(page_of(runs, tables, pictures, notes), encoding="utf-8")
-    for title, rows, caption in tables:
-        shown = table.Table(
+    headlines = headlines_of(groups)
+    page.write_text(page_of(runs, tables, pictures, headlines, notes), encoding="utf-8")
+
+    def shown(title: str, rows: list[dict[str, str]], caption: str) -> table.Table:
+        made = table.Table(
             title=title,
             caption=escape(caption),
             box=box.SIMPLE_HEAD,
@@ -103,14 +114,57 @@ def report(
             caption_justify="left",
         )
         for i, column in enumerate(rows[0]):
-            shown.add_column(column, justify="right" if i else "left", no_wrap=not i)
+            made.add_column(escape(column), justify="right" if i else "left", no_wrap=not i)
         for row in rows:
-            shown.add_row(*map(escape, row.values()))
-        console.print(shown)
+            made.add_row(*map(escape, row.values()))
+        return made
+
+    for headline in headlines:
+        console.print(f"[bold]{escape(headline)}[/]", soft_wrap=True)
+    for title, rows, caption in tables:
+        unlimited = console.options.update(max_width=10_000)
+        if console.measure(shown("", rows, ""), options=unlimited).maximum > console.width:
+            rows = _turned(rows)
+        console.print(shown(title, rows, caption))
     for note in notes:
         console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
     console.print(f"report: {escape(str(page))}", soft_wrap=True)
     return page
+
+
+def _turned(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A wide table on its side: a row for each column, a column for each run."""
+    first = next(iter(rows[0]))
+    return [
+        {first: name} | {row[first]: row[name].replace("\n", " ") for row in rows}
+        for name in rows[0]
+        if name != first
+    ]
+
+
+def headlines_of(groups: Groups) -> list[str]:
+    """One sentence per curve: where validation went, and what that cost."""
+    sentences = []
+    for label, runs in groups.items():
+        parts = []
+        for name in sets_of(runs):
+            key = f"eval_{name}_pass_rate" if name else "eval_pass_rate"
+            ends = _first_to_last(runs, "validation", key, "{:.1%}")
+            of_set = f"validation pass rate{f' on {name}' if name else ''} {ends[0]}"
+            parts.append(of_set + (f" ({ends[1]})" if ends[1] else ""))
+        if not parts:
+            ends = _first_to_last(runs, "log", "reward", "{:.3f}")
+            parts = [] if ends[0] == "–" else [f"reward {ends[0]}, no validation"]
+        steps = np.mean([run.last_step for run in runs])
+        drawn = np.mean([rollouts_until(run, np.array([1e18]))[0] for run in runs])
+        cost = f"{steps:,.0f} steps, {drawn:,.0f} rollouts"
+        known = [tokens_until(run, np.array([1e18])) for run in runs]
+        if all(token_S is not None for token_S in known):
+            images = any("denoiser_evaluations" in row for run in runs for row in run.log)
+            unit = "denoising steps" if images else "tokens"
+            cost += f", {np.mean([float(t[0]) for t in known if t is not None]):,.0f} {unit}"
+        sentences.append(f"{label}: {'; '.join([*parts, f'after {cost}'])}")
+    return sentences
 
 
 def tables_of(runs: list[Run], groups: Groups) -> list[Table]:
@@ -148,9 +202,12 @@ def tables_of(runs: list[Run], groups: Groups) -> list[Table]:
         row = {p.removeprefix(f"{TOTAL}seconds_"): number(values) for p, values in spent.items()}
         seconds.append({"run": label, **row, "sum": number(sums)})
         row = {"run": label, "reward": _first_to_last(members, "log", "reward", "{:.3f}")[0]}
-        for name in ("pass rate", f"{greedy} accuracy"):
-            key = f"eval_{name.replace(' ', '_')}"
-            row[name] = "\n".join(_first_to_last(members, "validation", key, "{:.1%}"))
+        for data_set in sets_of(runs) or [""]:
+            start = f"eval_{data_set}_" if data_set else "eval_"
+            for name in ("pass rate", f"{greedy} accuracy"):
+                key = start + name.replace(" ", "_")
+                title = f"{data_set} {name}".strip()
+                row[title] = "\n".join(_first_to_last(members, "validation", key, "{:.1%}"))
         mixed = _first_to_last(members, "log", "groups/mixed_share", "{:.0%}")[0]
         learning.append(row | {"mixed groups": mixed})
     caption = (
@@ -159,7 +216,56 @@ def tables_of(runs: list[Run], groups: Groups) -> list[Table]:
         "means over the first and last tenth of the log lines."
     )
     tables = [("Cost", cost, ""), ("Seconds by phase", seconds, "")][: 2 if phases else 1]
-    return [*tables, ("Learning, first → last", learning, caption)]
+    tables.append(("Learning, first → last", learning, caption))
+    if differences := _differences(runs, groups):
+        tables.append(("Differences, paired by seed", differences, DIFFERENCES))
+    return tables
+
+
+def _differences(runs: list[Run], groups: Groups) -> list[dict[str, str]]:
+    """Validation pass rates of each experiment minus those of the first, in hundredths."""
+    (first, baseline), *others = groups.items() if groups else [("", [])]
+    rows = []
+    for label, members in others:
+        row = {"run": f"{label} − {first}"}
+        for name in sets_of(runs):
+            key = f"eval_{name}_pass_rate" if name else "eval_pass_rate"
+            found = {
+                "end": paired(baseline, members, lambda a, b, k=key: (_end(a, k), _end(b, k))),
+                "mean of the curve": paired(
+                    baseline, members, lambda a, b, k=key: _over_equal_tokens(a, b, k)
+                ),
+            }
+            for what, value in found.items():
+                cell = "–"
+                if value is not None:
+                    mean, error, pairs = value
+                    spread = "" if math.isnan(error) else f" ± {100 * error:.1f}"
+                    cell = f"{100 * mean:+.1f}{spread} points, {pairs} seed{'s' * (pairs > 1)}"
+                row[f"{name} {what}".strip()] = cell
+        if any(cell != "–" for column, cell in row.items() if column != "run"):
+            rows.append(row)
+    return rows
+
+
+DIFFERENCES = (
+    "Validation pass rate minus that of the first run's experiment with the same seed: mean ± standard "
+    "error over seeds. End: each run's last validation. Mean of the curve: over the tokens that both "
+    "generated."
+)
+
+
+def _end(run: Run, name: str) -> float | None:
+    values = [row[name] for row in run.validation if row.get(name) is not None]
+    return float(values[-1]) if values else None
+
+
+def _over_equal_tokens(a: Run, b: Run, name: str) -> tuple[float | None, float | None]:
+    ends = [tokens_until(run, np.array([1e18])) for run in (a, b)]
+    if ends[0] is None or ends[1] is None:
+        return None, None
+    until = min(float(ends[0][0]), float(ends[1][0]))
+    return mean_over_tokens(a, name, until), mean_over_tokens(b, name, until)
 
 
 def _first_to_last(members: list[Run], source: str, name: str, form: str) -> tuple[str, str]:
@@ -181,11 +287,21 @@ def _first_to_last(members: list[Run], source: str, name: str, form: str) -> tup
 
 
 def page_of(
-    runs: list[Run], tables: list[Table], pictures: dict[str, Path], notes: list[str]
+    runs: list[Run],
+    tables: list[Table],
+    pictures: dict[str, Path],
+    headlines: list[str],
+    notes: list[str],
 ) -> str:
-    """The page as HTML: no scripts, nothing loaded, all text escaped."""
+    """The page as HTML: no scripts, nothing loaded, all text escaped. Headlines first, notes last."""
     title = html.escape(f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared")
-    parts = [f"<h1>{title}</h1>", *(f'<p class="note">{html.escape(note)}</p>' for note in notes)]
+    parts = [
+        f"<h1>{title}</h1>",
+        *(f"<p><strong>{html.escape(text)}</strong></p>" for text in headlines),
+    ]
+    if notes:
+        word = "note" if len(notes) == 1 else "notes"
+        parts.append(f'<p class="small"><a href="#notes">{len(notes)} {word}</a> at the end.</p>')
     for name, rows, caption in tables:
         parts += [f"<h2>{name}</h2>", _html(rows), f'<p class="small">{caption}</p>']
     for name, path in pictures.items():
@@ -215,6 +331,9 @@ def page_of(
         if run.completions:
             rows = [{k: _text(v) for k, v in row.items()} for row in run.completions]
             parts.append(f"<h2>Completions of {html.escape(run.name)}</h2>{_html(rows, 'text')}")
+    if notes:
+        parts.append('<h2 id="notes">Notes</h2>')
+        parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
     body = "\n".join(parts)
     return f'<!doctype html><html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
@@ -247,7 +366,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--group-seeds",
         action="store_true",
-        help="show runs that differ by a trailing seed (gvm-seed1, gvm-seed2) as mean and range",
+        help="show runs whose settings differ by the seed alone as mean and range, and compare "
+        "experiments with the first, paired by seed",
     )
     given = parser.parse_args(arguments)
     try:

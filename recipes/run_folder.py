@@ -19,6 +19,13 @@ import numpy as np
 
 Row = dict[str, Any]
 TOTAL = "ledger_total/"
+SET = re.compile(r"eval_(?:(.+)_)?pass_rate")
+"""Pass rate of a validation set: of the only one, or of the one named."""
+SAME = (
+    *("seed", "data_seed", "output_dir", "logging_dir", "run_name", "resume_from_checkpoint"),
+    *("if_run_exists", "report_to", "disable_tqdm", "logging_steps", "local_rank"),
+)
+"""Settings in which the seeds of one experiment may differ."""
 SEED = re.compile(r"(.+?)[-_.](?:seed|s)[-_=]?\d+", re.IGNORECASE)
 
 
@@ -32,7 +39,7 @@ class Run:
     log: list[Row] = field(default_factory=list)  # training lines of metrics.jsonl
     validation: list[Row] = field(default_factory=list)  # validation lines of metrics.jsonl
     steps: list[Row] = field(default_factory=list)  # steps.jsonl
-    completions: list[Row] = field(default_factory=list)  # the newest table
+    completions: list[Row] = field(default_factory=list)  # the first, a middle and the newest table
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -53,16 +60,9 @@ def read_run(folder: Path, name: str) -> Run:
     run.about = _about(run)
     lines = _lines(run, "metrics.jsonl", _wrong_metric)
     run.log = _by_step(row for row in lines if "loss" in row)
-    run.validation = _by_step(row for row in lines if "eval_pass_rate" in row)
+    run.validation = _by_step(row for row in lines if any(map(SET.fullmatch, row)))
     run.steps = _by_step(_lines(run, "steps.jsonl", _wrong_decision))
-    for path in sorted(folder.glob("completions/*.parquet"), reverse=True):
-        from pyarrow import ArrowInvalid, parquet
-
-        try:
-            run.completions = parquet.read_table(path).to_pylist()
-            break
-        except (ArrowInvalid, OSError) as error:
-            run.note(f"{path.name} cannot be read: {error}")
+    run.completions = _completions(run)
     last, logged = run.last_step, run.log[-1]["step"] if run.log else 0
     planned = run.about["settings"].get("max_steps")
     planned = planned if _is_number(planned) else last
@@ -81,6 +81,26 @@ def read_run(folder: Path, name: str) -> Run:
     elif last and run.validation[0]["step"] > 0:
         run.note(f"first validated at step {run.validation[0]['step']}: differences start there")
     return run
+
+
+def _completions(run: Run) -> list[Row]:
+    """Rows of the first, a middle and the newest table of completions that can be read."""
+    from pyarrow import ArrowInvalid, parquet
+
+    paths, tables = sorted(run.folder.glob("completions/*.parquet")), []
+    last = len(paths) - 1
+    for place in sorted({0, last // 2, last}) if paths else []:
+        # Of a table that cannot be read, the nearest older one stands in.
+        for path in reversed(paths[: place + 1]):
+            try:
+                rows = parquet.read_table(path).to_pylist()
+            except (ArrowInvalid, OSError) as error:
+                run.note(f"{path.name} cannot be read: {error}")
+                continue
+            if rows not in tables:
+                tables.append(rows)
+            break
+    return [row for rows in tables for row in rows]
 
 
 def _about(run: Run) -> Row:
@@ -149,8 +169,17 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _by_step(rows: Iterable[Row]) -> list[Row]:
-    """Sorted by step; of two lines of one step, the later."""
-    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+    """Sorted by step; lines of one step become one, in which the later has the last word."""
+    by_step: dict[int, Row] = {}
+    for row in rows:
+        by_step[row["step"]] = by_step.get(row["step"], {}) | row
+    return [row for _, row in sorted(by_step.items())]
+
+
+def sets_of(runs: Iterable[Run]) -> list[str]:
+    """Names of the validation sets of the runs, in order of appearance; "" is the only set of a run."""
+    found = (SET.fullmatch(name) for run in runs for row in run.validation for name in row)
+    return list(dict.fromkeys(match[1] or "" for match in found if match))
 
 
 def named(folders: Sequence[str | Path]) -> list[tuple[Path, str]]:
@@ -173,15 +202,80 @@ def named(folders: Sequence[str | Path]) -> list[tuple[Path, str]]:
 
 
 def grouped(runs: list[Run], *, group_seeds: bool) -> Groups:
-    """The runs that have something to draw, under the label of their curve."""
+    """The runs that have something to draw, under the label of their curve.
+
+    Runs are seeds of one experiment if `run.json` gives them the same settings but for the seed (and
+    paths and logging) and different seeds. A run without settings is grouped by its name, up to a
+    trailing seed (`gvm-seed1`, `gvm-s2`).
+    """
     groups: Groups = {}
+    seeds: dict[str, set] = {}
     for run in (run for run in runs if run.log or run.steps or run.validation):
-        match = SEED.fullmatch(run.name) if group_seeds else None
-        groups.setdefault(match[1] if match else run.name, []).append(run)
-    return {
-        f"{label} (mean of {len(members)})" if len(members) > 1 else members[0].name: members
-        for label, members in groups.items()
-    }
+        kind, seed = _experiment(run)
+        if not group_seeds or seed in seeds.get(kind, ()):
+            kind = f"{kind} {run.name}"
+        groups.setdefault(kind, []).append(run)
+        seeds.setdefault(kind, set()).add(seed)
+    labelled: Groups = {}
+    for members in groups.values():
+        label = members[0].name
+        if len(members) > 1:
+            label = f"{_common([run.name for run in members])} (mean of {len(members)})"
+            if label in labelled:
+                label = f"{members[0].name} and {len(members) - 1} more seeds"
+        labelled[label] = members
+    return labelled
+
+
+def seeds_apart(groups: Groups) -> list[str]:
+    """Notes on runs that are shown alone although they look like seeds of one experiment."""
+    alone = [members[0] for members in groups.values() if len(members) == 1]
+    by_kind: dict[str, list[Run]] = {}
+    by_name: dict[str, list[Run]] = {}
+    for run in alone:
+        by_kind.setdefault(_experiment(run)[0], []).append(run)
+        if match := SEED.fullmatch(run.name):
+            by_name.setdefault(match[1], []).append(run)
+    notes = [
+        f"{', '.join(run.name for run in runs)} differ by their seed alone; --group-seeds shows their "
+        "mean"
+        for kind, runs in by_kind.items()
+        if len(runs) > 1 and len({_experiment(run)[1] for run in runs}) == len(runs)
+    ]
+    for name, runs in by_name.items():
+        kinds = [run.about.get("settings", {}) for run in runs]
+        differ = sorted(
+            setting
+            for setting in set().union(*kinds) - set(SAME)
+            if len({repr(of.get(setting)) for of in kinds}) > 1
+        )
+        if len(runs) > 1 and differ:
+            notes.append(
+                f"{name}: its runs are no seeds of one experiment, they differ in {', '.join(differ)}"
+            )
+    return notes
+
+
+def _experiment(run: Run) -> tuple[str, Any]:
+    """What the seeds of an experiment share, as text, and the run's own seed."""
+    settings = run.about.get("settings") or {}
+    if "seed" in settings:
+        kind = {name: value for name, value in settings.items() if name not in SAME}
+        return json.dumps(kind, sort_keys=True, default=str), settings["seed"]
+    match = SEED.fullmatch(run.name)
+    return (match[1] if match else run.name), run.name
+
+
+def _common(names: list[str]) -> str:
+    """What names begin with alike, without a seed that is cut in two."""
+    match = SEED.fullmatch(names[0])
+    if match and all(name.startswith(match[1]) for name in names):
+        return match[1]
+    start = names[0]
+    while not all(name.startswith(start) for name in names):
+        start = start[:-1]
+    start = re.sub(r"[-_./]*(?:seed|s)?[-_./=]*$", "", start, flags=re.IGNORECASE)
+    return start or names[0]
 
 
 def values_of(runs: list[Run], source: str, name: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -197,6 +291,76 @@ def values_of(runs: list[Run], source: str, name: str) -> tuple[np.ndarray, np.n
     if not steps:
         return None
     return np.array(steps), np.array([[values[s] for s in steps] for values in found], dtype=float)
+
+
+def curve_of(runs: list[Run], source: str, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps (R, S) at which `name` is known, and its values (R, S); None without any.
+
+    The steps are those that all runs have, and at the end each run's own last one: runs that end by a
+    budget end at different steps, and where they arrived is what counts.
+    """
+    common = values_of(runs, source, name)
+    if common is None:
+        return None
+    step_RS, value_RS = np.tile(common[0], (len(runs), 1)), common[1]
+    ends = [
+        next(r for r in reversed(getattr(run, source)) if r.get(name) is not None) for run in runs
+    ]
+    last_R = np.array([row["step"] for row in ends])
+    if (last_R != step_RS[:, -1]).any():
+        step_RS = np.column_stack([step_RS, last_R])
+        value_RS = np.column_stack([value_RS, [row[name] for row in ends]])
+    return step_RS, value_RS
+
+
+def tokens_until(run: Run, step_S: np.ndarray) -> np.ndarray | None:
+    """Tokens (denoising steps) generated up to and including each step, by the log; None if unknown."""
+    name = f"{TOTAL}tokens_drawn"
+    drawn = [(0, 0.0), *((row["step"], row[name]) for row in run.log if row.get(name) is not None)]
+    return np.interp(step_S, *np.array(drawn, dtype=float).T) if len(drawn) > 1 else None
+
+
+def mean_over_tokens(run: Run, name: str, until: float) -> float | None:
+    """Mean of a validation curve over the first `until` generated tokens; None if it is not known.
+
+    The curve is linear between validations and constant before the first and after the last.
+    """
+    rows = [row for row in run.validation if row.get(name) is not None]
+    token_S = tokens_until(run, np.array([row["step"] for row in rows]))
+    if not rows or token_S is None or until <= 0:
+        return None
+    value_S = np.array([row[name] for row in rows], dtype=float)
+    inside = token_S[(token_S > 0) & (token_S < until)]
+    at = np.concatenate([[0.0], inside, [until]])
+    return float(np.trapezoid(np.interp(at, token_S, value_S), at) / until)
+
+
+def paired(
+    baseline: list[Run],
+    runs: list[Run],
+    values: Callable[[Run, Run], tuple[float | None, float | None]],
+) -> tuple[float, float, int] | None:
+    """Mean difference to the baseline's run of the same seed, its standard error, number of pairs.
+
+    Args:
+        baseline: runs of the arm compared with.
+        runs: runs of another arm.
+        values: (the baseline's value, the other's) of a pair; None where one is not known.
+
+    Returns:
+        None without a pair; with one pair the standard error is NaN.
+    """
+    of_seed = {_experiment(run)[1]: run for run in baseline}
+    pairs = [values(of_seed[seed], run) for run in runs if (seed := _experiment(run)[1]) in of_seed]
+    difference = [b - a for a, b in pairs if a is not None and b is not None]
+    if not difference:
+        return None
+    error = (
+        float(np.std(difference, ddof=1)) / len(difference) ** 0.5
+        if len(difference) > 1
+        else math.nan
+    )
+    return float(np.mean(difference)), error, len(difference)
 
 
 def rollouts_until(run: Run, step_S: np.ndarray) -> np.ndarray:
@@ -236,7 +400,7 @@ def change(run: Run, source: str, name: str) -> tuple[float, float, float] | Non
     if source == "log":
         value_S, tenth = [float(row[name]) for row in rows], max(1, len(rows) // 10)
         return float(np.mean(value_S[:tenth])), float(np.mean(value_S[-tenth:])), math.nan
-    if name == "eval_greedy_accuracy":
+    if name.endswith("greedy_accuracy"):
         prompts = run.about.get("validation_prompts")
         freedom = prompts - 1 if _is_number(prompts) else 0
         variances = [r[name] * (1 - r[name]) / freedom if freedom > 0 else math.nan for r in ends]

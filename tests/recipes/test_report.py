@@ -9,17 +9,22 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from recipes import pictures
+from recipes import pictures, run_folder
 from recipes import report as module
 from recipes.report import report
 from recipes.run_folder import (
     Run,
     change,
+    curve_of,
     grouped,
+    mean_over_tokens,
     named,
+    paired,
     read_run,
     rollouts_until,
+    seeds_apart,
     smooth,
+    tokens_until,
     values_of,
 )
 from tests import tiny
@@ -167,6 +172,8 @@ def test_the_table_says_what_was_spent_and_learned(run, of_run):
 
 def test_a_standard_narrow_terminal_shows_every_number_whole(run, words):
     printed = reported(run, width=80)[2]
+    cost = printed.split("Seconds by phase")[0]
+    assert re.search(r"tokens generated +691,200 *\n", cost)  # a wide table lies on its side
     assert "…" not in printed
     assert all(number in printed for number in ("11,520", "691,200", "345,600", " gvm "))
 
@@ -229,10 +236,187 @@ def test_curves_of_seeds_end_where_the_first_of_them_ends(tmp_path):
         (["qwen-7", "qwen-14"], ["qwen-7", "qwen-14"]),  # sizes, not seeds
     ],
 )
-def test_only_trailing_seeds_are_grouped(run, names, labels):
+def test_runs_without_settings_are_grouped_by_trailing_seeds(run, names, labels):
     runs = [read_run(run, name) for name in names]
+    for each in runs:
+        each.about = {"settings": {}}
     assert list(grouped(runs, group_seeds=True)) == labels
     assert list(grouped(runs, group_seeds=False)) == names
+
+
+def run_of(folder, name, log=({"step": 1, "loss": 0.1},), validation=(), **settings):
+    return Run(
+        folder=folder,
+        name=name,
+        about={"settings": settings},
+        log=list(log),
+        validation=list(validation),
+    )
+
+
+def test_seeds_are_grouped_by_their_settings_whatever_their_names(tmp_path):
+    runs = [
+        run_of(tmp_path, "monday", seed=1, output_dir="a", learning_rate=1e-4),
+        run_of(tmp_path, "month-end", seed=2, output_dir="b", learning_rate=1e-4),
+        run_of(tmp_path, "x-seed1", seed=1, learning_rate=2e-4),
+        run_of(tmp_path, "x-seed2", seed=2, learning_rate=3e-4),
+        run_of(tmp_path, "again", seed=1, learning_rate=1e-4),
+    ]
+    groups = grouped(runs, group_seeds=True)
+    assert list(groups) == ["mon (mean of 2)", "x-seed1", "x-seed2", "again"]
+    assert seeds_apart(groups) == [
+        "x: its runs are no seeds of one experiment, they differ in learning_rate"
+    ]
+    alone = grouped(runs[:2], group_seeds=False)
+    assert list(alone) == ["monday", "month-end"]
+    assert seeds_apart(alone) == [
+        "monday, month-end differ by their seed alone; --group-seeds shows their mean"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [
+        (["gvm-seed1", "gvm-seed22"], "gvm"),
+        (["a/1", "a/2"], "a"),
+        (["run-s1", "run-s2"], "run"),
+        (["1", "2"], "1"),
+    ],
+)
+def test_the_label_of_a_group_is_what_its_names_share(names, label):
+    assert run_folder._common(names) == label
+
+
+def validation_of(*pairs):
+    return [{"step": step, "eval_pass_rate": rate} for step, rate in pairs]
+
+
+def tokens_of(*pairs):
+    return [{"step": s, "loss": 0.0, "ledger_total/tokens_drawn": n} for s, n in pairs]
+
+
+def test_curves_of_validation_go_on_to_each_runs_last(tmp_path):
+    runs = [
+        run_of(tmp_path, "a", validation=validation_of((0, 0.1), (10, 0.2), (17, 0.5))),
+        run_of(tmp_path, "b", validation=validation_of((0, 0.3), (10, 0.4), (13, 0.7))),
+    ]
+    step_RS, value_RS = curve_of(runs, "validation", "eval_pass_rate")
+    assert step_RS.tolist() == [[0, 10, 17], [0, 10, 13]]
+    assert value_RS.tolist() == [[0.1, 0.2, 0.5], [0.3, 0.4, 0.7]]
+    step_RS, _ = curve_of(runs[:1], "validation", "eval_pass_rate")
+    assert step_RS.tolist() == [[0, 10, 17]]
+    assert curve_of(runs, "validation", "eval_hard_pass_rate") is None
+
+
+def test_the_mean_of_a_curve_over_tokens_by_hand(tmp_path):
+    # Tokens 0, 100, 300 at steps 0, 1, 3; pass rates .2, .4, .8: up to 200 tokens the curve rises to
+    # .4 at 100 and to .6 at 200, so its mean is (100 * .3 + 100 * .5) / 200 = .4.
+    run = run_of(
+        tmp_path,
+        "a",
+        log=tokens_of((1, 100), (3, 300)),
+        validation=validation_of((0, 0.2), (1, 0.4), (3, 0.8)),
+    )
+    assert tokens_until(run, np.array([0, 1, 2, 9])).tolist() == [0, 100, 200, 300]
+    assert mean_over_tokens(run, "eval_pass_rate", 200) == pytest.approx(0.4)
+    assert mean_over_tokens(run, "eval_pass_rate", 0) is None
+    assert mean_over_tokens(run, "eval_hard_pass_rate", 200) is None
+    assert mean_over_tokens(run_of(tmp_path, "b"), "eval_pass_rate", 200) is None
+
+
+def test_paired_differences_by_hand(tmp_path):
+    old = [run_of(tmp_path, f"old{seed}", seed=seed, at=seed / 10) for seed in (1, 2, 3)]
+    new = [
+        run_of(tmp_path, f"new{seed}", seed=seed, at=rate) for seed, rate in ((2, 0.5), (1, 0.2))
+    ]
+
+    def values(a, b):
+        return a.about["settings"]["at"], b.about["settings"]["at"]
+
+    # Seeds 1 and 2: .1 and .3; mean .2, standard deviation .1 sqrt 2, error .1.
+    assert paired(old, new, values) == pytest.approx((0.2, 0.1, 2))
+    mean, error, pairs = paired(old, new[:1], values)
+    assert (mean, pairs) == (pytest.approx(0.3), 1) and math.isnan(error)
+    assert paired(old, [run_of(tmp_path, "other", seed=9, at=1.0)], values) is None
+
+
+def test_experiments_are_compared_with_the_first_paired_by_seed(tmp_path, words):
+    folders = [
+        fake_run(tmp_path / f"{name}{seed}", steps=20, seed=seed, speed=speed, adaptive=name == "b")
+        for name, speed in (("a", 0.5), ("b", 2.0))
+        for seed in (1, 2, 3)
+    ]
+    printed = reported(*folders, group_seeds=True)[2]
+    table = printed.split("Differences, paired by seed")[1]
+    assert re.search(r"b \(mean of 3\) − a \(mean of 3\) +\+[\d.]+ ± [\d.]+ points, 3 seeds", table)
+
+
+def test_the_headline_says_what_was_learned_and_spent(tmp_path, words):
+    folder = fake_run(tmp_path / "gvm", steps=20)
+    _, text, printed = reported(folder)
+    first = printed.splitlines()[0]
+    assert re.fullmatch(
+        r"gvm: validation pass rate [\d.]+% → [\d.]+% \(\+[\d.]+ ± 4\.2 points\); after 20 steps, "
+        r"3,840 rollouts, 230,400 tokens",
+        first,
+    )
+    assert first in text and text.index(first) < text.index("<h2>")
+
+
+def test_notes_stand_at_the_end_and_their_number_at_the_start(tmp_path, words):
+    folder = fake_run(tmp_path / "gvm", steps=20, planned=30)
+    _, text, _ = reported(folder)
+    assert text.index("<h2>Cost</h2>") < text.index("still running, or stopped")
+    assert text.index('<a href="#notes">1 note</a>') < text.index("<h2>Cost</h2>")
+
+
+def test_several_validation_sets_are_shown_by_name(tmp_path):
+    validation = [
+        {"step": step, f"eval_{name}_pass_rate": rate, f"eval_{name}_greedy_accuracy": rate}
+        for step in (0, 9)
+        for name, rate in (("easy", 0.9), ("hard", 0.1 + step / 100))
+    ]
+    folder = fake_run(tmp_path / "run", steps=9, validate_every=100)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [row for row in lines if "eval_pass_rate" not in row] + validation
+    write_lines(folder / "metrics.jsonl", kept)
+    run = read_run(folder, "run")
+    assert len(run.validation) == 2 and run_folder.sets_of([run]) == ["easy", "hard"]
+    _, _, printed = reported(folder, width=200)
+    assert "pass rate on easy 90.0% → 90.0%" in printed.splitlines()[0]
+    assert "hard pass rate" in printed and "10.0% → 19.0%" in printed
+    titles = [axes.get_title() for axes in pictures.learning_figure({"run": [run]}).axes]
+    assert "validation: easy" in titles and "validation: hard" in titles
+
+
+def test_details_have_a_panel_for_each_reward_and_metric(tmp_path):
+    log = [
+        {"step": s, "loss": 0.1, "kl": 0.01 * s, "rewards/right/mean": 0.5, "grad_norm": 1.0}
+        for s in (1, 2)
+    ]
+    titles = [
+        axes.get_title()
+        for axes in pictures.details_figure({"a": [run_of(tmp_path, "a", log=log)]}).axes
+    ]
+    assert titles == [
+        "reward: right",
+        "KL to the reference, nats per token",
+        "norm of the gradient",
+        "loss",
+    ]
+    assert pictures.details_figure({"a": [run_of(tmp_path, "a")]}) is None
+
+
+def test_completions_of_the_first_a_middle_and_the_last_table_are_shown(tmp_path, words):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = fake_run(tmp_path / "run", steps=4)
+    (folder / "completions").mkdir()
+    for step in range(1, 6):
+        table = pyarrow.Table.from_pylist([{"step": step, "completion": f"text {step}"}])
+        pyarrow.parquet.write_table(table, folder / "completions" / f"step-{step:06d}.parquet")
+    assert [row["step"] for row in read_run(folder, "run").completions] == [1, 3, 5]
 
 
 def test_several_runs_are_compared_on_one_page(tmp_path):
@@ -321,7 +505,7 @@ def test_completions_are_escaped_and_the_newest_whole_table_is_used(tmp_path, wo
     (folder / "completions" / "step-000004.parquet").write_bytes(b"PAR1torn")
     _, text, printed = reported(folder)
     assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; [bold]" in text
-    assert "<script" not in text and "<td>old</td>" not in text
+    assert "<script" not in text and "<td>old</td>" in text  # the first table, beside the newest
     assert "step-000004.parquet cannot be read" in printed
 
 
