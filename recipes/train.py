@@ -4,7 +4,8 @@
     accelerate launch recipes/train.py --config recipes/math/gvm_raft.yaml \
         --model_name_or_path PATH_OR_HUB_ID --dataset_name prompts.jsonl --rewards math_verify
 
-Every setting is a key of the YAML file or an argument; arguments win. `--help` lists them all.
+Every setting is a key of the YAML file or an argument; arguments win. `--help` lists them all, and
+`--policy diffusion --help` those of a diffusion run.
 """
 
 from __future__ import annotations
@@ -133,6 +134,8 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
         from rl.denoising_config import DenoisingConfig
 
         settings = DenoisingConfig
+    elif {"--help", "-h"} & set(sys.argv[1:] if arguments is None else arguments):
+        print("settings of a diffusion run: recipes/train.py --policy diffusion --help\n")
     recipe, config, model_config = parse((RecipeArguments, settings, ModelConfig), arguments)
     if recipe.policy not in ("language", "diffusion"):
         raise ConfigError(f"policy must be language or diffusion, got {recipe.policy!r}")

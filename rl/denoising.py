@@ -7,6 +7,7 @@ rollouts (finished samples), T denoising steps, S = T + 1 states, U distinct sta
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -21,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from rl import denoising_weights, prompt_history
 from rl.advantages import centred, grpo, leave_one_out
 from rl.assemble import PolicyKind, make_planner, without_dropout
+from rl.denoising_adapters import choose_trained, denoiser_of
 from rl.denoising_config import CREDITS, DenoisingConfig
 from rl.distributed import Ranks
 from rl.line import Line, Memory
@@ -360,6 +362,7 @@ def make_denoising_line(
         config.activation_checkpointing = False
     if engine is None:
         engine = DiffusersEngine(processor, **config.engine_settings())
+    record_used(config, engine)
     rows = {prompt.key: row for row, prompt in enumerate(prompts)}
     history = None
     if config.baseline == "history":
@@ -401,32 +404,47 @@ def make_denoising_line(
     )
 
 
+def record_used(config: DenoisingConfig, engine: Any) -> None:
+    """Write into the settings what the engine is run with; a setting that it overrules is told.
+
+    An engine of the caller's own has its own guidance and size; the settings are what `run.json`
+    shows and what a resumed run is compared with.
+    """
+    for name, used in getattr(engine, "used", {}).items():
+        said = getattr(config, name)
+        if used == said:
+            continue
+        if said is not None:
+            what = f"{name}: {said} of the settings"
+            why = (
+                "is not read by this model"
+                if used is None
+                else f"is not that of the engine that was given, which has {used}"
+            )
+            warnings.warn(f"{what} {why}; {used} is used and recorded", stacklevel=2)
+        setattr(config, name, used)
+
+
 def load_denoiser(model: Any, processor: Any, peft_config: Any = None) -> tuple[Any, Any]:
     """The denoiser of a pipeline, and the pipeline, loaded in float32 if it is a folder or hub id.
 
-    With `peft_config` (a LoraConfig) an adapter is added, which alone trains; other components never
-    do. Dropout is off.
+    With `peft_config` (a LoraConfig) an adapter is added, which alone trains; without it one that is
+    loaded (`load_lora_weights`, `add_adapter`, a PeftModel) does, and else all weights of the
+    denoiser; other components never do. Dropout is off.
 
     Raises:
-        ValueError: if there is no denoiser, or weights in half precision would train.
+        ValueError: if there is no denoiser, an adapter that is loaded cannot train as it is, or
+            weights in half precision would train.
     """
     from diffusers import DiffusionPipeline
-    from diffusers.training_utils import cast_training_params
 
     pipeline = (
         DiffusionPipeline.from_pretrained(model, use_safetensors=True)
         if isinstance(model, str)
         else model
     )
-    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    if denoiser is None:
-        raise ValueError(f"{type(pipeline).__name__} has neither a unet nor a transformer to train")
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(component is denoiser and peft_config is None)
-    if peft_config is not None:
-        denoiser.add_adapter(peft_config)
-        cast_training_params(denoiser)  # to float32, whatever the frozen weights are in
+    _, denoiser = denoiser_of(pipeline)
+    choose_trained(pipeline, denoiser, peft_config)
     _require_precision(denoiser)
     without_dropout(denoiser)
     return denoiser, pipeline
@@ -472,8 +490,19 @@ def require_adapter(denoiser: torch.nn.Module) -> None:
     require_fresh(denoiser)
 
 
-def load_image_rewards(rewards: Any, weights: list[float] | None) -> list[Any]:
-    """The image rewards behind names, paths and callables."""
+def load_image_rewards(
+    rewards: Any, weights: list[float] | None, *, device: str | torch.device = "cpu"
+) -> list[Any]:
+    """The image rewards behind names, paths and callables.
+
+    Args:
+        rewards: one or several.
+        weights: one per reward, or None.
+        device: where the models of rewards that are named are loaded, such as clip_score.
+
+    Raises:
+        ValueError: if there is none, a name is unknown, or `weights` has another length.
+    """
     from rollouts.model_rewards import MODEL_REWARDS
 
     rewards = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
@@ -483,7 +512,8 @@ def load_image_rewards(rewards: Any, weights: list[float] | None) -> list[Any]:
         raise ValueError(
             f"reward_weights has {len(weights)} entries for {len(rewards)} image rewards"
         )
-    load = partial(load_image_reward, more=MODEL_REWARDS)
+    on_device = {name: partial(load, device=str(device)) for name, load in MODEL_REWARDS.items()}
+    load = partial(load_image_reward, more=on_device)
     return [load(reward) if isinstance(reward, str) else reward for reward in rewards]
 
 

@@ -90,6 +90,9 @@ class DenoisingConfig(RolloutConfig):
         "not. With as many samples for every prompt, branch: {at: stochastic_start} of that many "
         "children in plan has the same law and costs less.",
     )
+    reward_device: str | None = setting(
+        None, "Where the models of rewards by name run, such as cpu or cuda:1. Default: the run's."
+    )
     baseline: str = setting(
         "prompt",
         "What a sample is compared with: prompt (mean of its samples), history (and of earlier steps), "

@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 from rl import tracking
 from rl.budget import Budget
 from rl.changed_settings import refuse_decisive
-from rl.denoising import DENOISING
+from rl.denoising import DENOISING, load_image_rewards
+from rl.denoising_adapters import save_lora
 from rl.denoising_config import DenoisingConfig
 from rl.evaluation import evaluate
 from rl.line import Batch
@@ -45,8 +46,18 @@ class DenoisingTrainer(RolloutTrainer):
     args: DenoisingConfig  # type: ignore[assignment]
     kind = DENOISING
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: DenoisingConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        device = args.reward_device or args.device
+        reward_funcs = load_image_rewards(reward_funcs, args.reward_weights, device=device)
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
         self.pipeline = self.line.engine.pipeline  # type: ignore[attr-defined]
         if self.args.max_evaluations is not None:
             memory = self.line.memory
@@ -123,7 +134,9 @@ class DenoisingTrainer(RolloutTrainer):
         """The pipeline, as diffusers saves it; inside a checkpoint the denoiser's weights alone.
 
         A trained adapter is added to the weights, so that the pipeline is loaded as any other, and
-        written apart, in the folder `lora`.
+        written apart, in the folder `lora`, for the pipeline it was trained on:
+
+            pipeline.load_lora_weights("final/lora", weight_name="pytorch_lora_weights.safetensors")
         """
         if _internal_call:
             super().save_model(output_dir, _internal_call)
@@ -135,7 +148,7 @@ class DenoisingTrainer(RolloutTrainer):
                 with adapter_added(denoiser):
                     self.pipeline.save_pretrained(folder)
                 if getattr(denoiser, "peft_config", None):
-                    denoiser.save_lora_adapter(Path(folder) / "lora")
+                    save_lora(self.pipeline, denoiser, Path(folder) / "lora")
 
     def decisive_settings(self) -> dict[str, Any]:
         """Those of `args`, and those of adapters, without which their weights cannot be read."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from rollouts.step_plan import StepPlan
 
 if TYPE_CHECKING:
@@ -38,6 +40,12 @@ def check_numbers(config: DenoisingConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    try:
+        torch.device(config.reward_device or "cpu")
+    except RuntimeError:
+        raise ValueError(
+            f"reward_device must be a device such as cpu or cuda:1, got {config.reward_device!r}"
+        ) from None
     if config.ema_decay and config.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end brings back weights that train, while ema_decay validates and "

@@ -37,6 +37,7 @@ def evaluate(
         pass_rate         mean over prompts of the share of sampled completions that do
         reward            mean reward of the sampled completions
         pass_rate_se      standard error of pass_rate over prompts
+        rollouts          how many were made, of all validations, those that failed included
 
     Args:
         prompts: the held-out prompts.
@@ -51,6 +52,7 @@ def evaluate(
     threshold = 0.5 if success_above is None else success_above
     training, line = line.ledger, replace(line, ledger=Ledger())  # nothing here is drawn to train
     metrics: dict[str, float] = {}
+    made = 0
     for name, (budget, params) in line.validations.items():
         request = Request(
             prompts=prompts,
@@ -60,6 +62,7 @@ def evaluate(
             ),
         )
         scored = roll_out(line, request, params, version=version)
+        made += len(request.seed_N)
         rollouts = scored.rollouts
         if not len(rollouts):  # no reward could be had, which max_failed_share allows
             continue
@@ -77,8 +80,8 @@ def evaluate(
             "pass_rate_se": float(share_P.std() / max(len(share_P) - 1, 1) ** 0.5),
             "reward": float(scored.reward_N.mean()),
             "mean_length": float(rollouts.length_N.double().mean()),
-            "rollouts": float(len(rollouts) + len(prompts)),
         }
+    metrics["rollouts"] = float(made)
     line.rest()
     training.seconds("validation", time.perf_counter() - started)
     return metrics

@@ -14,6 +14,7 @@ import torch
 from rl import hapo, step_weights
 from rl.importance import correction
 from rl.recompute import ENTROPY, OLD, REFERENCE, recompute
+from rl.waves import size
 
 if TYPE_CHECKING:
     from rl.line import Batch, Line
@@ -82,7 +83,7 @@ def _account(line: Line, rollouts: Rollouts, trains_K: torch.Tensor) -> None:
     """Rows that train, and of their tokens those that do; a row all of whose tokens left is filtered."""
     assert rollouts.weight_NT is not None
     trained = int((rollouts.weight_NT != 0).sum())
-    num_rows, num_tokens = len(rollouts), int(rollouts.length_N.sum())
+    num_rows, num_tokens = size(rollouts)
     num_trained = int(trains_K.sum())
     line.ledger.account("trained", num_trained, trained)
     line.ledger.account(

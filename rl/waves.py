@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rl.roll_out import Request, Scored, roll_out
-from rollouts.batch import Rollouts, TokenRollouts, concatenate
+from rollouts.batch import DenoisingRollouts, Rollouts, TokenRollouts, concatenate
 from rollouts.prompts import Prompt
 from rollouts.step_plan import StepPlan
 from samplers.keys import rollout_seeds
@@ -51,7 +51,12 @@ class Groups:
 
 
 def size(rollouts: Rollouts) -> tuple[int, int]:
-    """Rollouts and tokens, as the ledger counts them."""
+    """Rollouts and tokens, as the ledger counts them; of a diffusion model all denoising steps.
+
+    A step without noise is no decision, and has been evaluated all the same.
+    """
+    if isinstance(rollouts, DenoisingRollouts):
+        return len(rollouts), rollouts.mask_NT.numel()
     return len(rollouts), int(rollouts.length_N.sum())
 
 

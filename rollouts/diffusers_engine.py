@@ -150,6 +150,20 @@ class DiffusersEngine:
                 return getattr(self.pipeline, name)
         raise ValueError(f"{type(self.pipeline).__name__} has neither a unet nor a transformer")
 
+    @property
+    def used(self) -> dict[str, Any]:
+        """Guidance, height and width of every call, by argument; None where the pipeline decides.
+
+        A guidance that the model does not read is None too; one that was not given is the pipeline's
+        own default.
+        """
+        found = {name: self._arguments.get(name) for name in ("height", "width")}
+        default = inspect.signature(type(self.pipeline).__call__).parameters.get("guidance_scale")
+        guidance = None
+        if default is not None and self._reads_guidance():
+            guidance = self._arguments.get("guidance_scale", default.default)
+        return {"guidance_scale": guidance, **found}
+
     def load_weights(self, model: Any) -> None:
         """Take the weights of `model`; nothing to do where it is the pipeline's own denoiser."""
         model = getattr(model, "module", model)

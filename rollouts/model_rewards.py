@@ -316,12 +316,13 @@ class HumanPreference:
         return _finite(torch.cat(cosines), type(self).__name__)
 
 
-MODEL_REWARDS: dict[str, Callable[[], ImageReward]] = {
+MODEL_REWARDS: dict[str, Callable[..., ImageReward]] = {
     "clip_score": ClipScore.load,
     "pick_score": PickScore.load,
     "image_reward": ImageRewardScore.load,
 }
-"""Names of rewards that are read from the hub, for `load_image_reward(spec, more=MODEL_REWARDS)`.
+"""Names of rewards that are read from the hub, for `load_image_reward(spec, more=MODEL_REWARDS)`;
+each takes `device=`, which is the CPU unless told otherwise.
 `Aesthetic` and `HumanPreference` need a file: load them in a reward file of one's own."""
 
 

@@ -47,7 +47,9 @@ def probe(arguments: list[str] | None = None) -> list[BranchPoint]:
         (ProbeArguments, RecipeArguments, DenoisingConfig, ModelConfig), arguments
     )
     task = prepare(recipe, config, model_config)
-    reward, *others = load_image_rewards(task.rewards, None)
+    reward, *others = load_image_rewards(
+        task.rewards, None, device=config.reward_device or config.device
+    )
     if others:
         raise ConfigError(f"probe one reward at a time, got {1 + len(others)}: write rewards")
     prompts, _ = plain_prompts(task.rows, id_column=config.id_column)

@@ -133,3 +133,13 @@ def test_what_is_missing_is_named(arguments, missing, message):
     at = arguments.index(missing)
     with pytest.raises(ConfigError, match=message):
         main(arguments[:at] + arguments[at + 2 :])
+
+
+def test_help_says_how_to_see_the_settings_of_a_diffusion_run(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--policy diffusion --help" in shown and "--plan" not in shown
+    with pytest.raises(SystemExit):
+        main(["--policy", "diffusion", "--help"])
+    assert "--plan" in capsys.readouterr().out

@@ -342,13 +342,18 @@ def test_a_reference_policy_is_the_model_with_its_adapters_off():
         require_adapter(adapted(moved=0.5)[1])
 
 
-def test_a_pipeline_that_brings_an_adapter_has_no_reference(tmp_path):
-    """Without peft_config its base weights train as well, which are the reference."""
+def test_a_pipeline_that_brings_an_adapter_has_a_reference_while_it_is_fresh(tmp_path):
+    """It trains alone; once it was trained, the model without it is not where the run begins."""
     around = tiny.pipeline()
     around.unet.add_adapter(LoraConfig(**(LORA | {"lora_dropout": 0.0})))
+    assert tiny.trainer(tmp_path, pipeline=around, beta=0.1).args.beta == 0.1
+    around.unet.conv_in.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="but conv_in.weight trains and is in no adapter: give a"):
+        require_adapter(around.unet)
+    with torch.no_grad():
+        next(w for n, w in around.unet.named_parameters() if "lora_B" in n).add_(1.0)
+    with pytest.raises(ValueError, match="lora_B.* is not 0: the adapters change it already"):
         tiny.trainer(tmp_path, pipeline=around, beta=0.1)
-    assert tiny.trainer(tmp_path, pipeline=around).args.beta == 0
 
 
 def test_image_rewards_are_names_or_functions():

@@ -71,8 +71,8 @@ def test_lora_trains_the_adapter_alone_and_saves_a_pipeline_that_has_it(tmp_path
     assert not torch.allclose(averaged, images_of(tiny.pipeline()), atol=1e-3)
     # And by itself, for the pipeline it was trained on.
     other = tiny.pipeline()
-    other.unet.load_lora_adapter(
-        str(tmp_path / "final" / "lora"), prefix=None, use_safetensors=True
+    other.load_lora_weights(
+        tmp_path / "final" / "lora", weight_name="pytorch_lora_weights.safetensors"
     )
     torch.testing.assert_close(images_of(other), averaged, rtol=1e-5, atol=1e-5)
 

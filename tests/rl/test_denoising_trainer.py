@@ -8,14 +8,17 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 
+from rl.denoising_trainer import DenoisingTrainer
 from rl.pictures import diversity
 from rl.trainer import NoSignalError
 from rl.waves import roll_out_wave
+from rollouts.diffusers_engine import DiffusersEngine
 from rollouts.image_rewards import brightness
+from rollouts.model_rewards import MODEL_REWARDS
 from tests import tiny_denoising as tiny
 from tests.tiny import lines, parameters, step_logs
 from tests.tiny_denoising import equal, start
-from tests.tiny_pipelines import add_tiny_text_encoder
+from tests.tiny_pipelines import add_tiny_text_encoder, embeddings, tiny_pipeline
 
 torch.set_num_threads(1)
 
@@ -143,6 +146,17 @@ def test_evaluations_of_the_denoiser_are_counted_and_can_end_a_run(tmp_path):
     assert made.line.engine.replay_evaluations == 3 * (4 + 4 + 12)
 
 
+def test_steps_without_noise_are_generated_and_not_trained(tmp_path):
+    """Three samples of two prompts, four steps each, of which one draws noise and trains."""
+    window = {"schedule": "sliding_window", "size": 1, "every": 9}
+    tiny.run(tmp_path, plan=tiny.CHAIN | {"stochastic": window}, rollouts_per_prompt=3, max_steps=1)
+    (row,) = step_logs(tmp_path)
+    assert row["ledger/tokens_drawn"] == 2 * 3 * 4
+    assert row["ledger/tokens_trained"] == 2 * 3
+    assert row["ledger/tokens_filtered_tokens_not_selected"] == 2 * 3 * 3
+    assert row["denoiser_evaluations"] == 2 * 3 * 4
+
+
 def test_rewards_that_fail_are_counted_and_the_others_train(tmp_path):
     def fails_on_dark(image_NHWC, prompts, metadata):
         found = brightness(image_NHWC, prompts, metadata)
@@ -178,8 +192,6 @@ def test_a_reference_needs_an_adapter(tmp_path):
 
 
 def test_the_pipelines_own_text_encoder_and_guidance_serve(tmp_path):
-    from rl.denoising_trainer import DenoisingTrainer
-
     around = tiny.pipeline()
     torch.manual_seed(5)
     add_tiny_text_encoder(around)
@@ -253,7 +265,8 @@ def test_validation_by_hand(tmp_path):
         ValueError, match="evaluate needs held-out prompts: pass eval_dataset to the trainer"
     ):
         tiny.trainer(tmp_path / "none").evaluate()
-    assert made.evaluate(tiny.rows(1))["eval_rollouts"] == 3
+    # One prompt, two samples without noise and two with it.
+    assert made.evaluate(tiny.rows(1))["eval_rollouts"] == 4
 
 
 def test_pictures_show_branches_and_validation(tmp_path):
@@ -286,6 +299,48 @@ def test_a_run_says_how_its_chains_were_made(tmp_path):
     assert made.line.history.rewards == 20
     settings = json.loads((tmp_path / "run.json").read_text())["settings"]
     assert settings["plan"] == tiny.BRANCHED and settings["baseline"] == "buffer"
+
+
+def test_a_run_says_what_its_engine_was_run_with(tmp_path):
+    """An engine of one's own has its own guidance and size, which the settings then show."""
+    around = tiny.pipeline()
+    settings = tiny.config(tmp_path, guidance_scale=7.5, height=None, width=None, max_steps=1)
+    with pytest.warns(UserWarning, match="guidance_scale: 7.5 of the settings is not that of the"):
+        made = DenoisingTrainer(
+            around, "brightness", settings, tiny.rows(), engine=tiny.engine(around)
+        )
+    assert made.line.engine.used == tiny.ENGINE
+    made.train()
+    recorded = json.loads((tmp_path / "run.json").read_text())["settings"]
+    assert {name: recorded[name] for name in tiny.ENGINE} == tiny.ENGINE
+    assert made.decisive_settings()["guidance_scale"] == 1.0
+
+
+def test_a_guidance_that_is_not_given_or_not_read_is_told():
+    def used(name, **settings):
+        encode, size = embeddings(name), {"height": 64, "width": 64}
+        return DiffusersEngine(tiny_pipeline(name), encode=encode, **size, **settings).used
+
+    assert used("sd")["guidance_scale"] == 7.5  # the pipeline's own default
+    assert used("sd3", guidance_scale=2.0) == {"guidance_scale": 2.0, "height": 64, "width": 64}
+    assert used("qwen")["guidance_scale"] is None
+
+
+def test_rewards_by_name_are_loaded_where_the_run_is_or_is_told(tmp_path, monkeypatch):
+    devices = []
+
+    def load(*, device):
+        devices.append(device)
+        return brightness
+
+    monkeypatch.setitem(MODEL_REWARDS, "clip_score", load)
+    tiny.trainer(tmp_path, reward=["clip_score", "contrast"])
+    tiny.trainer(tmp_path, reward="clip_score", reward_device="cuda:3")
+    assert devices == ["cpu", "cuda:3"]
+    with pytest.raises(
+        ValueError, match="reward_device must be a device such as cpu or cuda:1, got"
+    ):
+        tiny.config(tmp_path, reward_device="gpu")
 
 
 def test_the_model_is_the_pipelines_own(tmp_path):
