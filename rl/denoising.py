@@ -98,10 +98,15 @@ class DenoisingScorer:
 def kl_of(config: DenoisingConfig, scorer: DenoisingScorer) -> Callable[..., Any] | None:
     """`kl(logprob_NT, rows, *, denominator)`: the exact KL of the steps just scored; None at beta 0.
 
-    sum(weight * |mean - mean_ref|^2 / (2 std^2)) / denominator
+        sum(weight * factor * |mean - mean_ref|^2 / (2 std^2)) / denominator
+
+    with the factor of `kl_reduction` (`denoising_weights.kl_factor`). The statistics, from which the
+    metric `kl` is made, are in nats of whole latents whatever it is.
     """
     if not config.beta:
         return None
+    reduction = config.kl_reduction
+    assert reduction is not None
 
     def kl(
         logprob_NT: torch.Tensor, rows: DenoisingRollouts, *, denominator: float
@@ -110,7 +115,10 @@ def kl_of(config: DenoisingConfig, scorer: DenoisingScorer) -> Callable[..., Any
         kl_NT, active_NT = scorer.kl_NT, rows.weight_NT != 0
         total = kl_NT.detach()[active_NT].sum()
         sums = {"kl_k3": total, "kl_k1": total, "kl_tokens": active_NT.sum()}
-        return (rows.weight_NT * kl_NT).sum() / denominator, sums
+        levels, elements = rows.tree.levels, scorer.elements
+        factor_T = denoising_weights.kl_factor(reduction, levels, elements=elements)
+        weighted_NT = rows.weight_NT * factor_T.to(kl_NT.device) * kl_NT
+        return weighted_NT.sum() / denominator, sums
 
     return kl
 

@@ -14,7 +14,7 @@ from rl.branch_advantages import (
     leave_branch_out,
     parent_difference,
 )
-from rl.denoising_validation import OVER_STEPS, check_credit, check_numbers
+from rl.denoising_validation import OVER_STEPS, check_credit, check_kl, check_numbers
 from rl.methods import BUDGET_MINIMA
 from rl.step_plans import plan_at, that_vary
 from rl.validation import choice
@@ -119,6 +119,11 @@ class DenoisingConfig(RolloutConfig):
     logprob_reduction: str = setting(
         "sum", "Ratios are of log-probabilities summed over a latent, or of their mean (published)."
     )
+    kl_reduction: str | None = setting(
+        None,
+        "The KL that beta weighs: sum over a latent, mean of its elements, or flow_grpo (the mean times "
+        "the step size, as released). Default: as logprob_reduction.",
+    )
     noise_weight: str = setting(
         "none",
         "Weight of a denoising step: none, or std (its noise, mean 1 over all steps but the last).",
@@ -151,6 +156,9 @@ class DenoisingConfig(RolloutConfig):
         choice("baseline", self.baseline, BASELINES)
         choice("credit_scale", self.credit_scale, CREDIT_SCALES)
         choice("logprob_reduction", self.logprob_reduction, REDUCTIONS)
+        check_kl(self, asked=self.kl_reduction)
+        if self.kl_reduction is None:
+            self.kl_reduction = self.logprob_reduction
         choice("noise_weight", self.noise_weight, NOISE_WEIGHTS)
         choice("loss", self.loss, ("grpo",))
         choice("length_weight", self.length_weight, ("row_mean", "row_sum"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from rl.denoising_weights import KL_REDUCTIONS
+from rl.validation import choice
 from rollouts.step_plan import StepPlan
 
 if TYPE_CHECKING:
@@ -55,6 +58,28 @@ def check_numbers(config: DenoisingConfig) -> None:
         raise ValueError("ema_decay must be below 1: an average with decay 1 never moves")
     if config.advantage_clip is not None and not config.advantage_clip > 0:
         raise ValueError(f"advantage_clip must be positive or null, got {config.advantage_clip}")
+
+
+def check_kl(config: DenoisingConfig, *, asked: str | None) -> None:
+    """Refuse a KL that the noise rule does not have; tell of one that beta: 0 leaves out.
+
+    Raises:
+        ValueError: for an unknown `kl_reduction`, or flow_grpo under a rule that is no SDE.
+    """
+    if asked is None:
+        return
+    choice("kl_reduction", asked, KL_REDUCTIONS)
+    assert isinstance(config.plan, dict)
+    rule = config.plan["rule"]
+    if asked == "flow_grpo" and rule not in ("flow_sde", "constant_sde"):
+        raise ValueError(
+            f"kl_reduction 'flow_grpo' divides by the diffusion coefficient of an SDE, and rule {rule} "
+            "has none: write kl_reduction: mean, or rule: flow_sde or constant_sde"
+        )
+    if not config.beta and asked != config.logprob_reduction:
+        warnings.warn(
+            f"kl_reduction={asked!r} has no effect with beta: 0: write beta above 0", stacklevel=2
+        )
 
 
 def check_credit(config: DenoisingConfig, plans: Sequence[StepPlan]) -> None:

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+KL_REDUCTIONS = ("sum", "mean", "flow_grpo")
+
 
 def trained_steps(row_weight_N: Tensor, mask_NT: Tensor, steps: Sequence[int]) -> Tensor:
     """The row's weight on the edges that are trained, 0 on the others.
@@ -86,6 +88,41 @@ def noise_weighted(weight_NT: Tensor, std_T: Tensor, *, edges: Sequence[int]) ->
         )
     factor_T = (std_T / std_T[among_T].mean()).to(weight_NT.device)
     return (weight_NT.double() * factor_T).to(weight_NT.dtype)
+
+
+def kl_factor(reduction: str, levels: Tensor, *, elements: int) -> Tensor:
+    """What a step's KL in nats (`rollouts.sde.gaussian_kl`) is multiplied by, for each edge.
+
+        sum        1               kl, of all D elements of a latent
+        mean       1 / D           of one element: beside log-probabilities that are means as well
+        flow_grpo  |dt| / D        mean over D of (mean - mean_ref)^2 / (2 g^2),  g = std / sqrt(|dt|)
+
+    with dt = sigma' - sigma. The last is that of Flow-GRPO (arXiv:2505.05470, released code), in
+    whose unit its beta of .04 is given; g is the diffusion coefficient of the SDE rules, `flow_sde`
+    and `constant_sde`. The factor must go with `logprob_reduction`: a policy gradient of means is 1 / D
+    of that of sums, and a KL that is a sum beside it holds the policy still.
+
+    Args:
+        reduction: a name above.
+        levels: (T, 4) table of the chain: alpha, sigma, alpha', sigma'.
+        elements: D, of one latent.
+
+    Returns:
+        (T,) float64.
+
+    Raises:
+        ValueError: if the name is unknown or `elements` below 1.
+    """
+    if reduction not in KL_REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(KL_REDUCTIONS)}, got {reduction!r}")
+    if elements < 1:
+        raise ValueError(f"elements must be at least 1, got {elements}")
+    one_T = torch.ones(len(levels), dtype=torch.float64, device=levels.device)
+    if reduction == "sum":
+        return one_T
+    if reduction == "mean":
+        return one_T / elements
+    return (levels[:, 1].double() - levels[:, 3].double()).abs() / elements
 
 
 def _edges(name: str, edges: Sequence[int], num_steps: int) -> Tensor:

@@ -238,9 +238,15 @@ def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: Tensor) -> Tensor:
 
         kl = sum over D of  (mean - mean_ref)^2 / (2 std^2)      nats
 
-    The std depends on the table alone, so both policies share it. Flow-GRPO's released code divides
-    by the diffusion coefficient without the step size, which gives |sigma' - sigma| times this value;
-    its beta does not transfer.
+    The std depends on the table alone, so both policies share it. It is a sum over all D elements of
+    a latent, in the unit of `step_logprob`; a mean over elements is kl / D. Flow-GRPO's released code
+    takes that mean and divides by the diffusion coefficient g = std / sqrt(|dt|) in the place of the
+    std, dt = sigma' - sigma:
+
+        released = mean over D of  (mean - mean_ref)^2 / (2 g^2)  =  |dt| kl / D
+
+    so its beta of .04 is one of .04 |dt| / D here: 1.5e-8 at D = 262,144 and |dt| = .1.
+    `rl.denoising_weights.kl_factor` has all three.
 
     Args:
         mean: (N, ...) of `gaussian_step`.

@@ -109,7 +109,11 @@ def test_the_gradient_of_the_kl_reaches_the_adapter_and_nothing_else():
     weight_NT, kl_NT = rollouts.weight_NT, scorer.kl_NT.detach()
     expected = float((weight_NT * kl_NT).sum()) / 7
     assert value.item() == pytest.approx(expected, rel=1e-12) and expected > 1e-3
-    # Statistics are not weighted.
+    # Log-probabilities that are means have a KL that is one too, over 64 elements of a latent.
+    of_means = kl_of(config(beta=0.1, logprob_reduction="mean"), scorer)
+    mean, _ = of_means(rollouts.logprob_NT, rollouts, denominator=7.0)
+    assert mean.item() == pytest.approx(expected / 64, rel=1e-12)
+    # Statistics are neither weighted nor divided.
     assert float(sums["kl_k3"]) == pytest.approx(float(kl_NT[weight_NT != 0].sum()))
     assert int(sums["kl_tokens"]) == int((weight_NT != 0).sum())
     value.backward()

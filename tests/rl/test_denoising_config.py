@@ -54,6 +54,21 @@ def test_every_preset_is_a_clipped_surrogate_of_centred_rewards(trainer):
     assert (made.length_weight, made.epsilon, made.epsilon_high) == ("row_mean", 0.2, 0.2)
 
 
+def test_the_kl_goes_with_the_log_probabilities_unless_it_is_named():
+    assert config(beta=0.1).kl_reduction == "sum"
+    assert config(beta=0.1, logprob_reduction="mean").kl_reduction == "mean"
+    flow = {"num_steps": 4, "rule": "flow_sde", "level": 0.7}
+    assert config(beta=0.1, plan=flow, kl_reduction="flow_grpo").kl_reduction == "flow_grpo"
+    with pytest.raises(
+        ValueError, match="kl_reduction 'flow_grpo' divides by .* rule ddim has none"
+    ):
+        config(beta=0.1, kl_reduction="flow_grpo")
+    with pytest.raises(ValueError, match="kl_reduction must be one of sum, mean, flow_grpo, got"):
+        config(beta=0.1, kl_reduction="max")
+    with pytest.warns(UserWarning, match="kl_reduction='mean' has no effect with beta: 0"):
+        config(kl_reduction="mean")
+
+
 def test_what_is_written_is_kept():
     made = config(objective="flat", length_weight="row_sum", epsilon=1e-4, budget_min=0)
     assert (made.objective, made.length_weight) == ("flat", "row_sum")

@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 
-from rl.denoising_weights import noise_weighted, trained_steps
+from rl.denoising_weights import kl_factor, noise_weighted, trained_steps
 from rl.losses import clipped_surrogate
 from rl.step_weights import token_weight
+from rollouts.sde import gaussian_kl, step_noise
 
 
 def masked(num_rows=3, num_steps=5):
@@ -109,3 +110,34 @@ def test_only_ratios_of_stds_count_and_equal_stds_change_nothing():
 def test_what_is_wrong_is_said(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_kl_factors_by_hand():
+    """Edges from sigma 1 to .75 and from .75 to .5, latents of 8 elements."""
+    levels = torch.tensor([[0.0, 1.0, 0.25, 0.75], [0.25, 0.75, 0.5, 0.5]])
+    assert kl_factor("sum", levels, elements=8).tolist() == [1, 1]
+    assert kl_factor("mean", levels, elements=8).tolist() == [0.125, 0.125]
+    assert kl_factor("flow_grpo", levels, elements=8).tolist() == [0.03125, 0.03125]
+    with pytest.raises(
+        ValueError, match="reduction must be one of sum, mean, flow_grpo, got 'max'"
+    ):
+        kl_factor("max", levels, elements=8)
+    with pytest.raises(ValueError, match="elements must be at least 1, got 0"):
+        kl_factor("sum", levels, elements=0)
+
+
+@pytest.mark.parametrize(("rule", "level"), [("flow_sde", 0.7), ("constant_sde", 0.3)])
+def test_flow_grpos_kl_is_the_mean_over_elements_by_the_coefficient_without_the_step(rule, level):
+    """((mean - mean_ref) ** 2).mean() / (2 g ** 2), g as its paper defines it; 64 elements."""
+    sigma, next_sigma, elements = 0.6, 0.5, 64
+    levels = torch.tensor([[1 - sigma, sigma, 1 - next_sigma, next_sigma]], dtype=torch.float64)
+    g = level * math.sqrt(sigma / (1 - sigma)) if rule == "flow_sde" else level
+    generator = torch.Generator().manual_seed(0)
+    mean, reference = torch.randn(2, 1, 4, 4, 4, generator=generator, dtype=torch.float64)
+    mean, reference = mean[None], reference[None]
+    std, _ = step_noise(levels, rule=rule, level=level)
+    released = ((mean - reference) ** 2).mean() / (2 * g**2)
+    ours = gaussian_kl(mean, reference, std) * kl_factor("flow_grpo", levels, elements=elements)
+    assert ours.item() == pytest.approx(released.item(), rel=1e-12)
+    # In nats of the latent it is D / |dt| = 640 times as large.
+    assert gaussian_kl(mean, reference, std).item() == pytest.approx(640 * released.item())
