@@ -1,13 +1,18 @@
 """YAML and command line to dataclasses, with errors that say what to write instead.
 
-Parsing is TRL's `TrlParser`. Before it runs, keys are checked against the fields (the nearest name is
-suggested) and YAML values against their types, because YAML reads `1e-5` as text and `yes` as a bool.
+Parsing is TRL's `TrlParser`. Before it runs, keys are checked against the fields (the name here of a
+setting of another trainer, or the nearest name, is suggested) and YAML values against their types,
+because YAML reads `1e-5` as text and `yes` as a bool. A key that begins with a dot holds what other
+keys of the file take by anchor (`.common: &common {...}`, then `<<: *common`), and is no setting.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import os
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Sequence
@@ -17,6 +22,7 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+from recipes.other_names import other_name
 from rl.arguments import nearest
 
 
@@ -33,6 +39,7 @@ def parse(classes: Sequence[type], arguments: Sequence[str] | None = None) -> tu
 
     Raises:
         ConfigError: for an unknown or repeated key or a value of the wrong type.
+        SystemExit: after `--help` has listed the settings.
     """
     arguments = _words(arguments)
     hints = {
@@ -41,19 +48,86 @@ def parse(classes: Sequence[type], arguments: Sequence[str] | None = None) -> tu
         for name, hint in typing.get_type_hints(cls).items()
         if name in {f.name for f in dataclasses.fields(cls)}
     }
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(classes))
+        raise SystemExit(0)
+    settings: dict[str, Any] = {}
+    if arguments.count("--config") > 1:
+        raise ConfigError(
+            "--config stands twice: one file holds the settings, arguments override it"
+        )
     if "--config" in arguments:
         position = arguments.index("--config") + 1
         if position == len(arguments):
             raise ConfigError("--config needs a YAML file after it")
-        _check_file(Path(arguments[position]), hints)
+        settings = _read_file(Path(arguments[position]), hints)
+        del arguments[position - 1 : position + 1]
     for argument in arguments:
-        if not argument.startswith("--") or argument in ("--config", "--help"):
+        if not argument.startswith("--") or argument == "--":
             continue
-        name = argument[2:].split("=")[0].replace("-", "_").removeprefix("no_")
-        if name not in hints:
-            raise ConfigError(f"unknown argument {argument}.{nearest(name, hints)}")
-    parser = TrlParser(list(classes))  # type: ignore[arg-type]
-    return parser.parse_args_and_config(arguments)
+        name = argument[2:].split("=")[0].replace("-", "_")
+        if name not in hints and name.removeprefix("no_") not in hints:
+            raise ConfigError(f"unknown argument {argument}{_hint(name, hints)}")
+    parser = _Parser(list(classes))  # type: ignore[arg-type]
+    for name, value in settings.pop("env", {}).items():
+        os.environ[name] = str(value)
+    parser.set_defaults_with_config(**settings)
+    return parser.parse_args_into_dataclasses(args=arguments)
+
+
+def _hint(name: str, known: Any) -> str:
+    """What to write instead of an unknown name."""
+    answer = other_name(name)
+    return f".{nearest(name, known)}" if answer is None else f": {answer}"
+
+
+class _Parser(TrlParser):
+    """Reports a value that cannot be parsed without listing every setting."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message)
+
+
+def help_text(classes: Sequence[type]) -> str:
+    """Every setting with its default and meaning, those of this project first."""
+    from transformers import TrainingArguments
+
+    theirs = TrainingArguments.__dataclass_fields__
+    parts = ["settings, each a key of the YAML file (--config FILE) or an argument --NAME VALUE:"]
+    inherited: list[dataclasses.Field] = []
+    seen: set[str] = set()
+    for cls in classes:
+        fields = [f for f in dataclasses.fields(cls) if f.name not in seen]
+        seen |= {f.name for f in fields}
+        is_run = issubclass(cls, TrainingArguments)
+        own = [
+            f for f in fields if not is_run or f.name not in theirs or f.name in _annotations(cls)
+        ]
+        own.sort(key=lambda f: f.name in theirs)
+        inherited += [f for f in fields if f not in own]
+        title = (cls.__doc__ or cls.__name__).strip().splitlines()[0]
+        parts += ["", *textwrap.wrap(f"{cls.__name__}: {title}", width=92), "", *map(_entry, own)]
+    if inherited:
+        parts += ["\nOf transformers.TrainingArguments, unchanged.\n", *map(_entry, inherited)]
+    return "\n".join(parts)
+
+
+def _annotations(cls: type) -> set[str]:
+    """Names that the classes of this project declare, up to TrainingArguments."""
+    own = [c for c in cls.__mro__ if c.__module__.partition(".")[0] in ("rl", "recipes")]
+    return {name for c in own for name in inspect.get_annotations(c)}
+
+
+def _entry(setting: dataclasses.Field) -> str:
+    """One setting of `help_text`: name, default, and its help, shortened to its first sentences."""
+    default = setting.default
+    if setting.default_factory is not dataclasses.MISSING:
+        default = setting.default_factory()
+    known = "" if default is dataclasses.MISSING or default is None else f" ({default})"
+    help_ = " ".join(str(setting.metadata.get("help", "")).split())
+    help_ = help_ if len(help_) <= 320 else help_[:317].rsplit(" ", 1)[0] + " ..."
+    wrapped = textwrap.wrap(help_, width=92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join([f"  --{setting.name}{known}", *wrapped])
 
 
 def peek(name: str, arguments: Sequence[str] | None = None) -> str | None:
@@ -68,8 +142,8 @@ def peek(name: str, arguments: Sequence[str] | None = None) -> str | None:
         path = Path(words[words.index("--config") + 1])
         if path.is_file():
             try:
-                settings = yaml.safe_load(path.read_text())
-            except yaml.YAMLError:
+                settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
                 return None  # told by `parse`
             return settings.get(name) if isinstance(settings, dict) else None
     return None
@@ -82,26 +156,35 @@ def _words(arguments: Sequence[str] | None) -> list[str]:
     return [word for part in parts for word in part]
 
 
-def _check_file(path: Path, hints: dict[str, Any]) -> None:
+def _read_file(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file, each known and of the right type; `env` is a mapping."""
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(f"config file {path} does not exist.{nearest(path.name, beside)}")
     try:
-        settings = yaml.load(path.read_text(), Loader=_NoRepeats)
-    except yaml.YAMLError as error:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoRepeats)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8 ({error.reason}): save it so") from None
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"config file {path} is not YAML: {error}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"config file {path} must be a mapping of settings, got {settings!r}")
+    settings = {n: v for n, v in settings.items() if not (isinstance(n, str) and n[:1] == ".")}
     for name, value in settings.items():
         if name == "env":
+            if not isinstance(value, dict):
+                raise ConfigError(
+                    f"{path}: env must be a mapping of names to values, got {value!r}"
+                )
             continue
         if name not in hints:
-            raise ConfigError(f"{path}: unknown key {name!r}.{nearest(str(name), hints)}")
+            raise ConfigError(f"{path}: unknown key {name!r}{_hint(str(name), hints)}")
         if not _fits(value, hints[name]):
             raise ConfigError(
                 f"{path}: {name} must be {_spell(hints[name])}, got {value!r} "
                 f"({type(value).__name__})"
             )
+    return settings
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -148,13 +231,16 @@ def _spell(hint: Any) -> str:
 class _NoRepeats(yaml.SafeLoader):
     """Refuses a key that stands twice, where YAML would keep the last in silence."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        # Before merge keys (`<<`) are filled in: a key may well stand in what is merged, too.
+        node = super().compose_mapping_node(anchor)
         seen: set[Any] = set()
         for key, _ in node.value:
-            name = self.construct_object(key, deep=deep)
-            if name in seen:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key.tag, key.value) in seen:
                 raise ConfigError(
-                    f"key {name!r} stands twice ({key.start_mark})".replace("\n", " ")
+                    f"key {key.value!r} stands twice ({key.start_mark})".replace("\n", " ")
                 )
-            seen.add(name)
-        return super().construct_mapping(node, deep=deep)
+            seen.add((key.tag, key.value))
+        return node

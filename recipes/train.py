@@ -130,9 +130,12 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
     if not is_diffusion and (task := peek("task", arguments)) in DIFFUSION_TASKS:
         raise ConfigError(f"task {task!r} trains a diffusion model: write policy: diffusion too")
     settings: type[RolloutConfig] = RolloutConfig
-    if is_diffusion:
+    wants_help = bool({"--help", "-h"} & set(sys.argv[1:] if arguments is None else arguments))
+    if is_diffusion or wants_help:
         from rl.denoising_config import DenoisingConfig
 
+        if wants_help:
+            parse((RecipeArguments, RolloutConfig, DenoisingConfig, ModelConfig), ["--help"])
         settings = DenoisingConfig
     elif {"--help", "-h"} & set(sys.argv[1:] if arguments is None else arguments):
         print("settings of a diffusion run: recipes/train.py --policy diffusion --help\n")

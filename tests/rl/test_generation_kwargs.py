@@ -66,9 +66,11 @@ def test_chat_template_kwargs_and_the_penalty_reach_the_run(tmp_path):
     settings = tiny.config(
         tmp_path, chat_template_kwargs='{"think": true}', repetition_penalty=1.5, max_steps=1
     )
-    made = RolloutTrainer(
-        tiny.model(), tiny.small_digit, settings, rows, processing_class=tokenizer
-    )
+
+    def first(completions, **_):
+        return [float(text[0]["content"][:1] in "0123") for text in completions]
+
+    made = RolloutTrainer(tiny.model(), first, settings, rows, processing_class=tokenizer)
     assert tokenizer.decode(made.line.prompts[0].token_ids).replace(" ", "") == "a0b"
     assert made.line.sampling.repetition_penalty == 1.5
     made.train()
