@@ -204,8 +204,10 @@ class RolloutConfig(TrainingArguments):
     posterior_decay_rest: float = setting(0.999, "Memory of the other prompts' counts, per step.")
     success_above: float | None = setting(
         None,
-        "A reward above this is a success for the posterior. Default: rewards lie in [0, 1] and "
-        "count as fractions.",
+        "A reward above this is a success of 1, any other of 0: for the posterior, pass rates and "
+        "what a group is called. Default: a reward's share of full marks, the sum of the positive "
+        "reward weights; from the first reward outside [0, full marks] on, whether it is above the "
+        "mean of the rewards of all earlier steps.",
     )
 
     # -- which rows train

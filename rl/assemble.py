@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from rl.arguments import RolloutConfig
 from rl.distributed import Ranks
@@ -23,6 +24,7 @@ from rl.line import Line, Memory
 from rl.methods import (
     LOSS_COLUMNS,
     NEEDS_COLUMN,
+    READS_SUCCESS,
     SELECTORS,
     STOPPINGS,
     advantage_after_of,
@@ -49,6 +51,8 @@ from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
 from samplers.refill import Refill
 
+logger = logging.get_logger(__name__)
+
 
 def make_planner(
     config: RolloutConfig,
@@ -58,6 +62,7 @@ def make_planner(
     allocate: Allocator | None = None,
     scale: Scale | None = None,
     wrap: Callable[[Allocator], Allocator] = lambda allocator: allocator,
+    full_marks: float = 1.0,
     evidence: float = 1.0,
 ) -> Planner:
     """The planner that `config` describes, over the data set whose prompt keys are `keys`.
@@ -68,6 +73,7 @@ def make_planner(
         columns: a column of the data set by its name, for selectors that need one.
         allocate, scale: an integer solver and a scale of your own, instead of those `config` names.
         wrap: makes of the solver the one to use, for example with budgets in whole branches.
+        full_marks: the largest reward there is, if rewards are fractions of one.
         evidence: what a rollout counts as in the posterior.
 
     Raises:
@@ -109,6 +115,7 @@ def make_planner(
         wave=config.stopping_wave if stopping else None,
         run_seed=config.seed,
         success_above=config.success_above,
+        full_marks=full_marks,
         evidence=evidence,
     )
 
@@ -230,6 +237,21 @@ def _vllm(config: RolloutConfig, model: Any, tokenizer: Any, accelerator: Accele
         enable_sleep_mode=config.vllm_enable_sleep_mode,
         filtered_logprobs=config.old_logprobs == "trainer",
     )
+
+
+def warn_of_success(config: RolloutConfig, num_rewards: int) -> None:
+    """Warn how success is read where several rewards are added up and a method depends on it."""
+    reads = {
+        name: getattr(config, name)
+        for name in ("selector", "allocator", "stopping", "objective", "down_sampling")
+        if getattr(config, name) in READS_SUCCESS[name]
+    }
+    if num_rewards > 1 and reads and config.success_above is None:
+        logger.warning(
+            f"{', '.join(f'{name}: {value}' for name, value in reads.items())}: success is a rollout's "
+            f"share of the largest sum of the {num_rewards} rewards if each lies in [0, 1]; write "
+            "success_above for a line of your own"
+        )
 
 
 def column_of(prompts: Sequence[Prompt]) -> Callable[[str], list[Any]]:

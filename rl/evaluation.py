@@ -17,6 +17,7 @@ from rl.roll_out import Request, Scored, roll_out
 from rollouts.prompts import Prompt
 from samplers.keys import rollout_seeds
 from samplers.ledger import Ledger
+from samplers.success import Success
 
 if TYPE_CHECKING:
     from rl.line import Line
@@ -32,9 +33,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Validation metrics, without prefix; what no rollout could be scored for is absent.
 
-        greedy_accuracy   share of prompts whose greedy completion has reward > success_above
+        greedy_accuracy   share of prompts whose greedy completion passes: its success is 1
                           (of a diffusion model deterministic_accuracy: no noise along the chain)
-        pass_rate         mean over prompts of the share of sampled completions that do
+        pass_rate         mean over prompts of the mean success of their sampled completions
         reward            mean reward of the sampled completions
         pass_rate_se      standard error of pass_rate over prompts
         rollouts          how many were made, of all validations, those that failed included
@@ -42,17 +43,18 @@ def evaluate(
     Args:
         prompts: the held-out prompts.
         version: optimizer steps the policy has taken.
-        success_above: reward above which a completion is right. Default: that of the settings, else
-            0.5, which serves 0/1 rewards.
+        success_above: reward above which a completion is a success of 1. Default: rewards are read as
+            those of training (`samplers.success`), which validation does not change.
         seen: called with the name and the rollouts of each validation; may give further metrics.
     """
     started = time.perf_counter()
-    if success_above is None:
-        success_above = line.config.success_above
-    threshold = 0.5 if success_above is None else success_above
+    read = line.planner.success if success_above is None else Success(above=success_above).of
     training, line = line.ledger, replace(line, ledger=Ledger())  # nothing here is drawn to train
     metrics: dict[str, float] = {}
     made = 0
+    rewards: dict[str, np.ndarray] = {}
+    marks: dict[str, np.ndarray] = {}
+    prompt_of: dict[str, np.ndarray] = {}
     for name, (budget, params) in line.validations.items():
         request = Request(
             prompts=prompts,
@@ -67,21 +69,46 @@ def evaluate(
         if not len(rollouts):  # no reward could be had, which max_failed_share allows
             continue
         metrics |= seen(name, scored) if seen is not None else {}
-        success_N = (scored.reward_N > threshold).double().numpy()
-        prompt_N = rollouts.prompt_N.numpy()
-        count_P = np.bincount(prompt_N, minlength=len(prompts))
-        sum_P = np.bincount(prompt_N, weights=success_N, minlength=len(prompts))
-        share_P = sum_P[count_P > 0] / count_P[count_P > 0]
+        rewards[name], prompt_of[name] = scored.reward_N.numpy(), rollouts.prompt_N.numpy()
+        marks[name] = scored.full_marks_N(line.config.reward_weights)
+        if name == "sampled":
+            metrics |= {
+                "reward": float(scored.reward_N.mean()),
+                "mean_length": float(rollouts.length_N.double().mean()),
+            }
+    # All at once: before training, rewards that are no fractions are compared with each other.
+    success = _split(read, rewards, marks)
+    for name, success_N in success.items():
+        passing_N = success_N if name == "sampled" else (success_N == 1).astype(np.float64)
+        share_P = _means(passing_N, prompt_of[name], num_prompts=len(prompts))
         if name != "sampled":
             metrics[f"{name}_accuracy"] = float(share_P.mean())
             continue
         metrics |= {
             "pass_rate": float(share_P.mean()),
             "pass_rate_se": float(share_P.std() / max(len(share_P) - 1, 1) ** 0.5),
-            "reward": float(scored.reward_N.mean()),
-            "mean_length": float(rollouts.length_N.double().mean()),
         }
     metrics["rollouts"] = float(made)
     line.rest()
     training.seconds("validation", time.perf_counter() - started)
     return metrics
+
+
+def _split(
+    read: Callable[..., np.ndarray], rewards: dict[str, np.ndarray], marks: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Successes of each validation's rewards, all of which are read together."""
+    if not rewards:
+        return {}
+    success_N = read(
+        np.concatenate(list(rewards.values())), full_marks_N=np.concatenate(list(marks.values()))
+    )
+    ends = np.cumsum([len(reward_N) for reward_N in rewards.values()])
+    return dict(zip(rewards, np.split(success_N, ends[:-1]), strict=True))
+
+
+def _means(value_N: np.ndarray, prompt_N: np.ndarray, *, num_prompts: int) -> np.ndarray:
+    """Mean of each prompt that has a row, in the order of the prompts."""
+    count_P = np.bincount(prompt_N, minlength=num_prompts)
+    sum_P = np.bincount(prompt_N, weights=value_N, minlength=num_prompts)
+    return sum_P[count_P > 0] / count_P[count_P > 0]

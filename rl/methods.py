@@ -152,6 +152,16 @@ STOPPINGS: dict[str, Callable[[RolloutConfig], rules.Stopping | None]] = {
     ),
 }
 
+# -- what depends on which rollouts succeed, by the setting that names it
+
+READS_SUCCESS: dict[str, tuple[str, ...]] = {
+    "selector": ("vade", "mopps", "posterior_mean", "band", "diverse"),
+    "allocator": tuple(name for name in ALLOCATORS if name != "uniform"),
+    "stopping": tuple(name for name in STOPPINGS if name != "none"),
+    "objective": ("log", "em"),
+    "down_sampling": ("balanced",),
+}
+
 # -- advantages of full groups: function, and the columns it takes besides rewards and prompts
 
 ADVANTAGES: dict[str, tuple[Callable, tuple[str, ...]]] = {
@@ -233,11 +243,8 @@ def _half(c: RolloutConfig, reward_N: Any, _: Any, prompt_N: Any, __: Any) -> np
     return downsampling.half(reward_N, prompt_N, keep=_set(c.rows_per_prompt))
 
 
-def _balanced(c: RolloutConfig, reward_N: Any, _: Any, prompt_N: Any, __: Any) -> np.ndarray:
-    threshold = c.success_above if c.success_above is not None else 0.7
-    return downsampling.balanced(
-        reward_N, prompt_N, keep=_set(c.rows_per_prompt), success_above=threshold
-    )
+def _balanced(c: RolloutConfig, passed_N: Any, _: Any, prompt_N: Any, __: Any) -> np.ndarray:
+    return downsampling.balanced(passed_N, prompt_N, keep=_set(c.rows_per_prompt))
 
 
 DOWN_SAMPLERS: dict[str, Callable[..., np.ndarray]] = {
@@ -249,6 +256,7 @@ DOWN_SAMPLERS: dict[str, Callable[..., np.ndarray]] = {
     "half": _half,
     "balanced": _balanced,
 }
+BY_PASSING = ("balanced",)  # given 1 for a pass and 0 else in the place of rewards
 KEEPS_PER_PROMPT = ("max_variance", "pods", "half", "balanced")
 
 
@@ -258,7 +266,10 @@ def down_sampler_of(config: RolloutConfig) -> Callable[[Rollouts, float], torch.
 
     def rows(rollouts: Rollouts, progress: float) -> torch.Tensor:
         assert rollouts.reward_N is not None and rollouts.advantage_N is not None
-        columns = (rollouts.reward_N.numpy(), rollouts.advantage_N.double().numpy())
+        reward_N = rollouts.reward_N
+        if config.down_sampling in BY_PASSING:
+            reward_N = (_set(rollouts.success_N) == 1).double()
+        columns = (reward_N.numpy(), rollouts.advantage_N.double().numpy())
         return torch.from_numpy(method(config, *columns, rollouts.prompt_N.numpy(), progress))
 
     return rows

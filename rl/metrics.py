@@ -20,30 +20,30 @@ if TYPE_CHECKING:
     from rl.waves import Wave
 
 
-def of_rollouts(
-    waves: list[Wave], kept: Rollouts, *, success_above: float | None = None
-) -> dict[str, float]:
+def of_rollouts(waves: list[Wave], kept: Rollouts) -> dict[str, float]:
     """Metrics of everything a step generated, and of what it trains on.
 
-    Groups are the prompts of the step with at least one scored rollout; a constant group is all-pass
-    if its reward is above `success_above` (None: positive), else all-fail, as for the ledger's reasons
-    of rows that were filtered. `reward_trained` is absent when nothing trains, and all
-    of them when nothing was generated because the buffer held enough.
+    Groups are the prompts of the step with at least one scored rollout. A constant group is all-pass
+    if all its rows are successes of 1, else all-fail, as for the ledger's reasons of rows that were
+    filtered. `reward_trained` is absent when nothing trains, and all of them when nothing was
+    generated because the buffer held enough.
     """
     if not waves:
         return {}
     rollouts, rounds = drawn(waves), [scored for wave in waves for scored in wave.rounds]
     num_prompts = sum(len(wave.prompts) for wave in waves)
-    reward_N, prompt_N = rollouts.reward_N, rollouts.prompt_N
-    assert reward_N is not None
-    groups = [reward_N[prompt_N == p] for p in prompt_N.unique().tolist()]
-    constant = [group for group in groups if group.max() == group.min()]
-    num_groups, threshold = max(len(groups), 1), success_above or 0.0
+    reward_N, success_N, prompt_N = rollouts.reward_N, rollouts.success_N, rollouts.prompt_N
+    assert reward_N is not None and success_N is not None
+    rows = [prompt_N == p for p in prompt_N.unique().tolist()]
+    groups = [reward_N[group_N] for group_N in rows]
+    constant = [group_N for group_N in rows if reward_N[group_N].max() == reward_N[group_N].min()]
+    num_groups = max(len(groups), 1)
+    num_all_pass = sum(bool((success_N[group_N] == 1).all()) for group_N in constant)
     length_N = rollouts.length_N.double()
     metrics = {
         "groups/mixed_share": 1 - len(constant) / num_groups,
-        "groups/all_pass_share": sum(bool(g[0] > threshold) for g in constant) / num_groups,
-        "groups/all_fail_share": sum(bool(g[0] <= threshold) for g in constant) / num_groups,
+        "groups/all_pass_share": num_all_pass / num_groups,
+        "groups/all_fail_share": (len(constant) - num_all_pass) / num_groups,
         "frac_reward_zero_std": len(constant) / num_groups,
         "groups/unscored_prompts": float(num_prompts - len(groups)),
         "rows/trained_share": len(kept) / max(len(rollouts), 1),

@@ -6,6 +6,7 @@ everywhere. Axes: P prompts, N rollouts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,14 @@ class Scored:
     def reward_N(self) -> torch.Tensor:
         assert self.rollouts.reward_N is not None
         return self.rollouts.reward_N
+
+    def full_marks_N(self, weights: list[float] | None) -> np.ndarray:
+        """(N,) the largest reward each row could have: of the functions that apply to it."""
+        weight_F = np.array(weights or [1.0] * len(self.reward_by_function)).clip(min=0)
+        values = self.reward_by_function.values()
+        applies_FN = np.array([[value is not None for value in column] for column in values])
+        # As the rewards are summed: exactly rounded.
+        return np.array([math.fsum(weight_F[applies]) for applies in applies_FN.T])
 
 
 def roll_out(line: Line, request: Request, params: Any, *, version: int) -> Scored:

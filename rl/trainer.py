@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rl import checkpoint, completions, failing, metrics, tracking
 from rl.arguments import RolloutConfig
-from rl.assemble import LANGUAGE, PolicyKind, column_of
+from rl.assemble import LANGUAGE, PolicyKind, column_of, warn_of_success
 from rl.budget import Budget, NoSignalError, no_signal, no_step_if_spent, num_steps
 from rl.changed_settings import refuse_decisive
 from rl.evaluation import evaluate
@@ -34,6 +34,7 @@ from rollouts.engine import Engine
 from rollouts.prompts import Prompt
 from rollouts.rewards import RewardFunction
 from samplers.planner import Planner
+from samplers.success import full_marks
 
 __all__ = ["NoSignalError", "RolloutTrainer"]
 
@@ -95,7 +96,12 @@ class RolloutTrainer(Trainer):
             processing_class=processing_class if kind.saves_processor else None,
             **kwargs,
         )
-        make = planner or partial(kind.make_planner, args, columns=column_of(prompts))
+        weights = args.reward_weights or [1.0] * len(rewards)
+        warn_of_success(args, len(rewards))
+        full = full_marks(weights)
+        make = planner or partial(
+            kind.make_planner, args, columns=column_of(prompts), full_marks=full
+        )
         self.line = kind.make_line(
             args,
             prompts=prompts,

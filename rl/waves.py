@@ -89,9 +89,15 @@ def roll_out_wave(line: Line, *, version: int, **which: Any) -> Wave:
         if scored.failed is not None:
             ledger.drawn(*size(scored.failed))
             ledger.account("failed", *size(scored.failed))
-        planner.observe(proposal, scored.reward_N.numpy(), scored.rollouts.prompt_N.numpy())
+        success_N = planner.observe(
+            proposal,
+            scored.reward_N.numpy(),
+            scored.rollouts.prompt_N.numpy(),
+            full_marks_N=scored.full_marks_N(line.config.reward_weights),
+        )
+        rollouts = replace(scored.rollouts, success_N=torch.from_numpy(success_N))
         proposals.append(proposal)
-        rounds.append(scored)
+        rounds.append(replace(scored, rollouts=rollouts))
     if line.config.allocator == "cost_aware":
         length_P = line.ranks.lengths.of([prompt.key for prompt in prompts])
         planner.observe_lengths(proposals[0].index_P, np.maximum(length_P, 1.0))
@@ -198,12 +204,13 @@ class GroupBuffer:
         failed = [scored.failed for scored in wave.rounds if scored.failed is not None]
         for place, number in enumerate(numbers):
             rollouts = _only(groups.rollouts, place)
-            assert rollouts.reward_N is not None
+            assert rollouts.reward_N is not None and rollouts.success_N is not None
             lost = [_only(part, place) for part in failed]
             decision = self.refill.finish(
                 number,
                 rollouts.reward_N.numpy(),
                 tokens=size(rollouts)[1],
+                success_n=rollouts.success_N.numpy(),
                 failed=sum(map(len, lost)),
                 failed_tokens=sum(size(part)[1] for part in lost),
             )

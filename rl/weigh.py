@@ -15,6 +15,7 @@ from rl.line import Batch
 from rl.recompute import with_kl_penalty
 from rl.waves import Groups, Wave, size
 from rollouts.batch import Rollouts, TokenRollouts
+from samplers.proposal import admit
 
 if TYPE_CHECKING:
     from rl.line import Line
@@ -58,7 +59,7 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
         original_denominator=original,
         prompts=groups.prompts,
         waves=waves,
-        metrics=metrics.of_rollouts(waves, kept, success_above=config.success_above)
+        metrics=metrics.of_rollouts(waves, kept)
         | metrics.of_selection(config.down_sampling, everything, chosen),
     )
 
@@ -125,8 +126,8 @@ def _account(
     line: Line, everything: Rollouts, chosen: torch.Tensor, trained_N: torch.Tensor
 ) -> None:
     """Tell the ledger what became of every row that leaves here."""
-    reward_N, prompt_N = everything.reward_N, everything.prompt_N
-    assert reward_N is not None
+    reward_N, success_N, prompt_N = everything.reward_N, everything.success_N, everything.prompt_N
+    assert reward_N is not None and success_N is not None
     truncated_N = None
     if line.config.mask_truncated_completions:
         assert isinstance(everything, TokenRollouts)
@@ -134,7 +135,7 @@ def _account(
     chosen_N = torch.zeros_like(trained_N)
     chosen_N[chosen] = True
     group_reason = {
-        p: line.planner.admit(reward_N[prompt_N == p].numpy()).reason
+        p: admit(reward_N[prompt_N == p].numpy(), success_N[prompt_N == p].numpy()).reason
         for p in prompt_N.unique().tolist()
     }
     rows_of: dict[str, list[int]] = {}

@@ -52,6 +52,9 @@ class Rollouts:
     """Optimizer steps the sampling policy had taken."""
     reward_N: Tensor | None = None
     """(N,) float64; None until scored."""
+    success_N: Tensor | None = None
+    """(N,) float64 in [0, 1], 1 for a pass: how the reward is read where success counts; None until
+    observed."""
     advantage_N: Tensor | None = None
     """(N,) float; None until compared with its peers."""
     advantage_NT: Tensor | None = None

@@ -103,7 +103,7 @@ class OpenStep:
         np.maximum.at(self.high_P, prompt_N, reward_N)
         return trials_P, successes_P
 
-    def metrics(self, in_flight_P: IntArray | None, threshold: float) -> dict[str, float]:
+    def metrics(self, in_flight_P: IntArray | None) -> dict[str, float]:
         """Budgets of all rounds so far, and shares of groups among the step's prompts."""
         budget_P = self.drawn_P if in_flight_P is None else self.drawn_P + in_flight_P
         metrics = {
@@ -119,10 +119,10 @@ class OpenStep:
             metrics["share_stopped_early"] = float((~self.active_P & (self.left_P > 0)).mean())
         if not self.drawn_P.any():
             return metrics
-        columns = (self.low_P.tolist(), self.high_P.tolist(), self.trials_P.tolist())
+        columns = (self.low_P, self.high_P, self.trials_P, self.successes_P == self.trials_P)
         reasons: list[str] = [
-            group_reason(low, high, trials, threshold=threshold) if trials else "unscored"
-            for low, high, trials in zip(*columns, strict=True)
+            group_reason(low, high, trials, passes=passes) if trials else "unscored"
+            for low, high, trials, passes in zip(*(c.tolist() for c in columns), strict=True)
         ]
         for reason in ("mixed", "all_pass", "all_fail", "lone", "unscored"):
             metrics[f"share_{reason}"] = reasons.count(reason) / len(reasons)
@@ -201,13 +201,14 @@ def check_rows(index_K: IntArray, num_prompts: int) -> None:
 
 
 def check_binary(success_N: FloatArray, prompt_N: IntArray, keys: Sequence[str]) -> None:
-    """Raise ValueError unless successes are 0 or 1; two halves are no pass to a stopping rule."""
+    """Raise ValueError unless successes are 0 or 1: a stopping rule counts passes."""
     binary_N = (success_N == 0) | (success_N == 1)
     if not binary_N.all():
         row = int(np.flatnonzero(~binary_N)[0])
         raise ValueError(
-            f"a stopping rule counts passes, so rewards must be 0 or 1, got {success_N[row]} for "
-            f"prompt {keys[prompt_N[row]]} (row {row}); set success_above to what a success is"
+            f"a stopping rule counts passes, so a rollout must pass or fail, but the reward for "
+            f"prompt {keys[prompt_N[row]]} (row {row}) is {success_N[row]:g} of full marks; write "
+            f"success_above: the reward above which a rollout passes"
         )
 
 

@@ -8,6 +8,7 @@ P prompts of the step, N rollouts of the round, n rollouts of one group, K measu
 """
 
 from collections.abc import Sequence
+from copy import copy
 from inspect import signature
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from samplers.rows import check_names, row_list
 from samplers.rules import Stopping
 from samplers.scales import is_multipliable
 from samplers.selection import Selector
+from samplers.success import Success
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -79,9 +81,11 @@ class Planner:
         stopping: the rule, for example one of `rules.py`; not together with pilots.
         wave: rollouts of one prompt between two questions to the rule.
         run_seed: of selection and rollouts.
-        success_above: a reward above it is a success; None takes rewards in [0, 1] as (fractional)
-            successes and refuses others; with a stopping rule, which counts passes, they must be 0
-            or 1.
+        success_above: a reward above it is a success. None reads rewards as fractions of full marks,
+            and from the first reward outside [0, full_marks] on compares them with the mean of
+            earlier steps: `success.Success`. A stopping rule counts passes, so with one a reward must
+            be 0, full marks, or read by a line.
+        full_marks: the largest reward there is: `success.full_marks` of the rewards' weights.
         evidence: what a rollout counts as in the posterior, above 0 and at most 1: siblings that share
             the beginning of a denoising chain tell less than as many independent rollouts.
 
@@ -108,6 +112,7 @@ class Planner:
         wave: int | None = None,
         run_seed: int = 0,
         success_above: float | None = None,
+        full_marks: float = 1.0,
         evidence: float = 1.0,
     ) -> None:
         check_keys(keys, posterior.num_prompts)
@@ -145,7 +150,7 @@ class Planner:
         self._minimum = max(minimum, self._pooled)
         self._maximum = maximum
         self._run_seed = run_seed
-        self._success_above = success_above
+        self._success = Success(above=success_above, full_marks=full_marks)
         self._evidence = evidence
         # A budget that cannot be spent, or a scale that cannot be computed, is told now and not
         # after the first rollouts.
@@ -210,7 +215,14 @@ class Planner:
             self._in_flight = self._proposal(self._last, self._budget(self._last))
         return self._in_flight
 
-    def observe(self, proposal: Proposal, reward_N: ArrayLike, prompt_N: ArrayLike) -> None:
+    def observe(
+        self,
+        proposal: Proposal,
+        reward_N: ArrayLike,
+        prompt_N: ArrayLike,
+        *,
+        full_marks_N: ArrayLike | None = None,
+    ) -> FloatArray:
         """Learn from every scored rollout of a round, before any is dropped, and close the round.
 
         Rows may come in any order: the same set of rewards teaches the same, bit for bit. Rollouts
@@ -222,38 +234,51 @@ class Planner:
             proposal: the round in flight.
             reward_N: (N,) finite rewards.
             prompt_N: (N,) int64, each row's place in `proposal.index_P`.
+            full_marks_N: (N,) the largest reward each row could have, where some rewards do not apply
+                to all rows. Default: `full_marks`.
+
+        Returns:
+            (N,) successes in [0, 1], as the rewards were read; 1 is a pass.
 
         Raises:
-            ValueError: if the proposal is not the one in flight, a reward is not finite or, without
-                `success_above`, not in [0, 1] (with a stopping rule: not 0 or 1), a prompt has more
-                rewards than rollouts, or the stopping rule answers something else than it may.
+            ValueError: if the proposal is not the one in flight, a reward is not finite or, with a
+                stopping rule, neither a pass nor a failure, a prompt has more rewards than rollouts,
+                or the stopping rule answers something else than it may.
         """
         self._check_in_flight(proposal)
-        threshold = self._success_above
         if np.ndim(reward_N) != 1 or np.ndim(prompt_N) != 1:
             raise ValueError(
                 f"reward_N and prompt_N must be 1-d and equally long, "
                 f"got {np.shape(reward_N)} and {np.shape(prompt_N)}"
             )
-        reward_N, prompt_N = checked_rewards(
-            proposal, reward_N, prompt_N, keys=self.keys, in_unit_interval=threshold is None
-        )
-        success_N = reward_N if threshold is None else (reward_N > threshold).astype(np.float64)
+        reward_N, prompt_N = checked_rewards(proposal, reward_N, prompt_N, keys=self.keys)
+        # On copies: rewards or a stopping rule's answer that are refused leave everything as it was.
+        success = copy(self._success)
+        success_N = success.observe(reward_N, full_marks_N)
         assert self._last is not None
         if self._stopping is not None:
             check_binary(success_N, prompt_N, [self.keys[index] for index in self._last.index_P])
-        # On a copy: a stopping rule that answers wrongly leaves everything as it was.
         last = self._last.copy()
         trials_P, successes_P = last.take_in(proposal.budget_P, reward_N, success_N, prompt_N)
         ends = proposal.is_last or self._all_stopped(last)
         self._learn(last, trials_P, successes_P, ends=ends)
-        self._last, self._in_flight = last, None
+        self._last, self._in_flight, self._success = last, None, success
         self._step += int(ends)
         self._round = 0 if ends else proposal.round + 1
+        return success_N
 
-    def admit(self, reward_n: ArrayLike) -> Decision:
-        """Whether a group carries gradient: `proposal.admit`, passing as `success_above` says."""
-        return admit(reward_n, threshold=self._threshold)
+    def success(self, reward_N: ArrayLike, *, full_marks_N: ArrayLike | None = None) -> FloatArray:
+        """(N,) successes of rewards that are not learnt from, such as those of validation.
+
+        They are read as those observed last; arguments as for `observe`.
+        """
+        return self._success.of(np.asarray(reward_N, dtype=np.float64), full_marks_N)
+
+    def admit(self, reward_n: ArrayLike, success_n: ArrayLike | None = None) -> Decision:
+        """Whether a group carries gradient: `proposal.admit`; rewards are read by `success`."""
+        if success_n is None and np.ndim(reward_n) == 1:
+            success_n = self.success(reward_n)
+        return admit(reward_n, success_n)
 
     def observe_gradient_norms(self, index_K: ArrayLike, norm_K: ArrayLike) -> None:
         """Remember gradient norms G, the last measured of each prompt; they scale later steps.
@@ -297,8 +322,8 @@ class Planner:
         Integers: `step`, `round`, `run_seed`. String: `fingerprint` of the keys in row order.
         Arrays: `draw_D`, `last_visit_D` (-1 for never), `norm_D` and `next_norm_D` (NaN where not
         measured), `length_D` and `next_length_D` likewise, `budget_P` of the round in flight or
-        None. Dicts: `posterior`, `selector`, and `last`, the prompts, counts and reward bounds of
-        the step that is open or was closed last, or None.
+        None. Dicts: `posterior`, `selector`, `success`, and `last`, the prompts, counts and reward
+        bounds of the step that is open or was closed last, or None.
         """
         last = self._last
         return {
@@ -314,6 +339,7 @@ class Planner:
             "next_length_D": self._lengths.measured_D.copy(),
             "posterior": self.posterior.state_dict(),
             "selector": self.selector.state_dict(),
+            "success": self._success.state_dict(),
             "last": None if last is None else last.state_dict(),
             "budget_P": None if self._in_flight is None else self._in_flight.budget_P.copy(),
         }
@@ -344,6 +370,7 @@ class Planner:
             check_same_rule(last, self._stopping)
         self.posterior.load_state_dict(state["posterior"])
         self.selector.load_state_dict(state["selector"])
+        self._success.load_state_dict(state["success"])
         self._step = int(state["step"])
         self._round = int(state["round"])
         self._draw_D = np.array(state["draw_D"], dtype=np.int64)
@@ -383,13 +410,10 @@ class Planner:
         if last is None:
             return metrics
         budget_P = None if in_flight is None else in_flight.budget_P
-        of_step = last.metrics(budget_P, self._threshold)
+        if self._success.line is not None:
+            metrics["planner/success_above"] = self._success.line
+        of_step = last.metrics(budget_P)
         return metrics | {f"planner/{name}": value for name, value in of_step.items()}
-
-    @property
-    def _threshold(self) -> float:
-        """Rewards above it pass, where a group is all pass or all fail."""
-        return 0.0 if self._success_above is None else self._success_above
 
     def _open_step(self, num_prompts: int, exclude: NDArray[Any]) -> OpenStep:
         """Choose the step's prompts and number their draws."""
@@ -411,6 +435,7 @@ class Planner:
         )
         self._draw_D[index_P] += 1
         self._last_visit_D[index_P] = self._step
+        self._success.begin_step()
         self._norms.open_step()
         self._lengths.open_step()
         if self._stopping is not None:

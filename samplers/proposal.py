@@ -60,17 +60,19 @@ class Decision:
     reason: Reason
 
 
-def group_reason(low: float, high: float, num_rollouts: int, *, threshold: float) -> Reason:
-    """What a group is, from its smallest and largest reward and its size; above the threshold is a
-    pass. The test is max > min, exactly: the std of equal rewards need not come out as 0."""
+def group_reason(low: float, high: float, num_rollouts: int, *, passes: bool) -> Reason:
+    """What a group is, from its smallest and largest reward, its size and whether all rows pass.
+
+    The test is max > min, exactly: the std of equal rewards need not come out as 0.
+    """
     if high > low:
         return "mixed"
     if num_rollouts == 1:
         return "lone"
-    return "all_pass" if low > threshold else "all_fail"
+    return "all_pass" if passes else "all_fail"
 
 
-def admit(reward_n: ArrayLike, *, threshold: float = 0.0) -> Decision:
+def admit(reward_n: ArrayLike, success_n: ArrayLike | None = None) -> Decision:
     """Whether a group has any spread, max > min, without which it carries no gradient.
 
     The test is exact and on the rewards themselves: a group of equal fractional rewards has none.
@@ -78,20 +80,27 @@ def admit(reward_n: ArrayLike, *, threshold: float = 0.0) -> Decision:
 
     Args:
         reward_n: (n,) finite rewards of one group, at least one.
-        threshold: rewards above it pass; it only tells "all_pass" from "all_fail".
+        success_n: (n,) their successes, `Success.of`, of which 1 is a pass; this only tells
+            "all_pass" from "all_fail". Default: rewards of at least 1 pass.
 
     Returns:
         kept, for "mixed"; or not, for "lone" (one rollout, nothing to compare with), "all_pass" or
-        "all_fail".
+        "all_fail" (none passes, although each may have the same partial credit).
 
     Raises:
-        ValueError: if there is no reward or one is not finite.
+        ValueError: if there is no reward, one is not finite, or successes have another shape.
     """
     reward_n = np.asarray(reward_n, dtype=np.float64)
     if reward_n.ndim != 1 or len(reward_n) == 0 or not np.isfinite(reward_n).all():
         raise ValueError(f"reward_n must be 1-d, finite and not empty, got {reward_n.tolist()}")
+    success_n = reward_n if success_n is None else np.asarray(success_n, dtype=np.float64)
+    if success_n.shape != reward_n.shape:
+        raise ValueError(
+            f"success_n must have one number per reward, got shapes {success_n.shape} and "
+            f"{reward_n.shape}"
+        )
     low, high = float(reward_n.min()), float(reward_n.max())
-    reason = group_reason(low, high, len(reward_n), threshold=threshold)
+    reason = group_reason(low, high, len(reward_n), passes=bool((success_n >= 1).all()))
     return Decision(kept=reason == "mixed", reason=reason)
 
 
@@ -101,7 +110,6 @@ def checked_rewards(
     prompt_N: ArrayLike,
     *,
     keys: Sequence[str],
-    in_unit_interval: bool,
 ) -> tuple[FloatArray, IntArray]:
     """Rewards and places as float64 and int64, if they can be those of the proposal's rollouts.
 
@@ -110,7 +118,6 @@ def checked_rewards(
         reward_N: (N,) finite rewards, one per scored rollout, in any order.
         prompt_N: (N,) integers, each row's place in `proposal.index_P`.
         keys: (D,) prompt keys, for the messages.
-        in_unit_interval: whether rewards outside [0, 1] are refused.
 
     Raises:
         ValueError: if shapes, places or rewards are not as above, or a prompt has more rewards
@@ -130,21 +137,12 @@ def checked_rewards(
             f"prompt_N must be integer places in index_P, in [0, {num_prompts}), "
             f"got {np.unique(prompt_N).tolist()}"
         )
-    valid_N, bounded = np.isfinite(reward_N), False
-    if in_unit_interval and valid_N.all():
-        valid_N, bounded = (reward_N >= 0) & (reward_N <= 1), True
-    if not valid_N.all():
-        required = "finite"
-        if bounded:
-            required = (
-                "in [0, 1] unless success_above is set, the reward above which a rollout is a "
-                f"success; write for instance success_above: {np.median(reward_N):.3g}, the median "
-                "of this round"
-            )
-        row = int(np.flatnonzero(~valid_N)[0])
+    finite_N = np.isfinite(reward_N)
+    if not finite_N.all():
+        row = int(np.flatnonzero(~finite_N)[0])
         key = keys[proposal.index_P[prompt_N[row]]]
         raise ValueError(
-            f"rewards must be {required}; got {reward_N[row]} for prompt {key} (row {row})"
+            f"rewards must be finite; got {reward_N[row]} for prompt {key} (row {row})"
         )
     trials_P = np.bincount(prompt_N, minlength=num_prompts)
     if (trials_P > proposal.budget_P).any():

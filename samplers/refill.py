@@ -91,7 +91,8 @@ class Refill:
             fewer and divides by `groups_per_step`, which makes the step smaller.
         max_age: optimizer steps for which surplus mixed groups are kept, to be accepted before new
             ones; with 0 they are discarded.
-        decide: the test, `planner.admit` or one of your own; the default is that of spread.
+        decide: the test of a group's rewards (and successes, where `finish` is given them),
+            `planner.admit` or one of your own; the default is that of spread.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -104,7 +105,7 @@ class Refill:
         max_drawn: int,
         at_cap: AtCap,
         max_age: int = 0,
-        decide: Callable[[ArrayLike], Decision] = admit,
+        decide: Callable[..., Decision] = admit,
     ) -> None:
         if not 1 <= groups_per_step <= max_drawn:
             raise ValueError(
@@ -192,6 +193,7 @@ class Refill:
         reward_n: ArrayLike,
         *,
         tokens: int,
+        success_n: ArrayLike | None = None,
         failed: int = 0,
         failed_tokens: int = 0,
     ) -> Decision | None:
@@ -201,6 +203,7 @@ class Refill:
             number: as `dispatch` returned it.
             reward_n: (n,) finite rewards of its scored rollouts.
             tokens: generated tokens of these.
+            success_n: (n,) their successes, if known; `decide` is then given them second.
             failed: rollouts that were made but not scored; they decide nothing.
             failed_tokens: generated tokens of these.
 
@@ -227,7 +230,8 @@ class Refill:
             raise ValueError(
                 f"rewards of group {number} must be 1-d and finite, got {reward_n.tolist()}"
             )
-        decision = _checked(self._decide(reward_n.copy())) if len(reward_n) else None
+        columns = [reward_n.copy()] if success_n is None else [reward_n.copy(), success_n]
+        decision = _checked(self._decide(*columns)) if len(reward_n) else None
         if decision is None and tokens:
             raise ValueError(f"group {number} has {tokens} tokens in no scored rollout")
         group = replace(

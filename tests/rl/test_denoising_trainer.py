@@ -85,7 +85,7 @@ def test_rewards_that_are_all_equal_are_no_signal(tmp_path):
     made = tiny.run(tmp_path, reward=flat, baseline="parent", credit_scale="prompt")
     assert equal(parameters(made), start())
     assert step_logs(tmp_path)[0]["branches/informative_share"] == 0
-    assert step_logs(tmp_path)[0]["groups/all_pass_share"] == 1
+    assert step_logs(tmp_path)[0]["groups/all_fail_share"] == 1
 
 
 def never(image_NHWC, prompts, metadata):

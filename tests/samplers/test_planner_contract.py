@@ -269,7 +269,9 @@ def test_a_stopping_rule_is_given_no_fractional_passes():
     planner = make(stopping=rule, wave=2)
     proposal = planner.propose()
     before = planner.state_dict()
-    with pytest.raises(ValueError, match=r"got 0.5 for prompt key 1 \(row 2\); set success_above"):
+    with pytest.raises(
+        ValueError, match=r"key 1 \(row 2\) is 0.5 of full marks; write success_above"
+    ):
         planner.observe(proposal, [1, 0, 0.5, 0.5], [0, 0, 1, 1])
     assert same(planner.state_dict(), before)
     told = make(stopping=rule, wave=2, success_above=0.4)

@@ -1,24 +1,19 @@
-import numpy as np
 import pytest
 
-from samplers.proposal import Proposal, checked_rewards
+from samplers.proposal import admit
 
 
-def test_rewards_outside_the_unit_interval_are_told_what_to_write():
-    proposal = Proposal(
-        step=0,
-        round=0,
-        is_last=True,
-        index_P=np.array([0]),
-        budget_P=np.array([3]),
-        draw_P=np.array([0]),
-        first_slot_P=np.array([0]),
-        pass_rate_P=np.array([0.5]),
-        seed_N=np.arange(3),
-    )
-    given = dict(keys=["a"], in_unit_interval=True)
-    with pytest.raises(ValueError, match=r"success_above: -98\.5, the median.*got -120\.0 for pro"):
-        checked_rewards(proposal, [-120.0, -98.5, -3.0], [0, 0, 0], **given)
-    checked_rewards(
-        proposal, [-120.0, -98.5, -3.0], [0, 0, 0], **given | {"in_unit_interval": False}
-    )
+@pytest.mark.parametrize(
+    ("success_n", "reason"), [([1, 1], "all_pass"), ([0, 0], "all_fail"), ([0.9, 0.9], "all_fail")]
+)
+def test_successes_say_whether_equal_rewards_pass(success_n, reason):
+    assert admit([7.0, 7.0], success_n).reason == reason
+
+
+def test_without_successes_a_reward_of_1_passes():
+    assert [admit([r, r]).reason for r in (1.0, 0.99, 0.0)] == ["all_pass", "all_fail", "all_fail"]
+
+
+def test_successes_of_another_group_are_refused():
+    with pytest.raises(ValueError, match=r"one number per reward, got shapes \(3,\) and \(2,\)"):
+        admit([1, 1], [1, 1, 1])
