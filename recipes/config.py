@@ -25,6 +25,9 @@ from trl import TrlParser
 from recipes.other_names import other_name
 from rl.arguments import nearest
 
+ALSO_BOOLEAN = ("scale_rewards",)
+"""Settings of text for which YAML may say true or false, as TRL's does."""
+
 
 class ConfigError(ValueError):
     """A setting that does not exist or has the wrong type; the message says which and where."""
@@ -179,6 +182,8 @@ def _read_file(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
             continue
         if name not in hints:
             raise ConfigError(f"{path}: unknown key {name!r}{_hint(str(name), hints)}")
+        if name in ALSO_BOOLEAN and isinstance(value, bool):
+            continue
         if not _fits(value, hints[name]):
             raise ConfigError(
                 f"{path}: {name} must be {_spell(hints[name])}, got {value!r} "

@@ -23,6 +23,9 @@ Advantage = Callable[..., Tensor]
 """`advantage(reward_N, prompt_N) -> advantage_N`; `stratified` takes `stratum_N` third. Any function
 of this shape is an estimator."""
 
+SCALES = ("group", "batch", "none")
+"""What `grpo` divides by; see there."""
+
 FALLBACKS = ("blend", "group")
 """What `stratified` does where a stratum is too small; see there."""
 
@@ -144,38 +147,109 @@ def leave_one_out(reward_N: Tensor, prompt_N: Tensor) -> Tensor:
     return torch.where(g.mixed_N, g.reward_N - baseline_N, 0.0).to(reward_N.dtype)
 
 
-def grpo(reward_N: Tensor, prompt_N: Tensor, *, correction: int = 0, eps: float = 1e-6) -> Tensor:
+def grpo(
+    reward_N: Tensor,
+    prompt_N: Tensor,
+    *,
+    correction: int = 1,
+    eps: float = 1e-4,
+    scale: str = "group",
+) -> Tensor:
     """Reward minus the mean reward of the prompt, in units of the prompt's std.
 
         A_i = (r_i - mean_j r_j) / (std_j r_j + eps)
 
     (Shao et al., 2024, arXiv:2402.03300.) With 0/1 rewards it ascends 2 arcsin(sqrt(p)) for large
     groups; for small ones the prompt's weight depends on the group size, so unequal budgets change
-    the objective even under per-prompt means. The paper states neither the kind of std nor eps:
-    the population std and 1e-6 are the project's defaults, not from the paper. TRL is matched by
-    `correction=1, eps=1e-4`. The choice of std scales A by sqrt((n - 1) / n), so it too re-weights
-    prompts of unequal budgets.
+    the objective even under per-prompt means. The paper states neither the kind of std nor eps; the
+    unbiased std and 1e-4 are those of TRL and PODS, whose advantages these are up to rounding (verl:
+    unbiased, 1e-6). With the population std A is sqrt(n / (n - 1)) times as large, so that choice
+    too re-weights prompts of unequal budgets.
 
     Args:
         reward_N: (N,) finite floating-point rewards.
         prompt_N: (N,) integers, the group of each rollout.
         correction: 0 for the population std, 1 for the unbiased one.
         eps: added to the std, outside the root; >= 0.
+        scale: the std's rewards; TRL's `scale_rewards`. "group": the prompt's own. "batch": all of
+            `reward_N`, as they are, so with the spread between prompts, which `batch_scaled` leaves
+            out (PPO Lite: arXiv:2508.08221). "none": no division; `centred`.
 
     Returns:
         (N,) advantages in the dtype of `reward_N`. A group of one, or of equal rewards, gets
-        exactly 0, whatever `eps`.
+        exactly 0, whatever `eps` and `scale`; under "batch" its rows count in the std.
 
     Raises:
         ValueError: if shapes differ, a reward is not finite or not floating point, or a setting
             is out of range.
     """
     _check_std(correction, eps)
-    return _standardised(_groups(reward_N, prompt_N), correction, eps).to(reward_N.dtype)
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    g = _groups(reward_N, prompt_N)
+    if scale == "group":
+        return _standardised(g, correction, eps).to(reward_N.dtype)
+    deviation_N = torch.where(g.mixed_N, g.reward_N - g.sum_N / g.size_N, 0.0)
+    if scale == "batch" and len(reward_N):
+        square = (g.reward_N - g.reward_N.mean()).square().sum()
+        deviation_N = deviation_N / ((square / max(len(reward_N) - correction, 1)).sqrt() + eps)
+    return torch.where(g.mixed_N, deviation_N, 0.0).to(reward_N.dtype)
+
+
+def normalised_sum(
+    reward_NF: Tensor,
+    prompt_N: Tensor,
+    *,
+    weight_F: Tensor,
+    correction: int = 1,
+    eps: float = 1e-4,
+) -> Tensor:
+    """Every reward function compared within the prompt by itself, then weighted, summed and scaled.
+
+        z_if = (r_if - mean_j r_jf) / (std_j r_jf + eps),    R_i = sum_f weight_f z_if
+        A_i  = R_i / (std_B R + eps)
+
+    The std of a sum hides a function whose rewards vary little beside another's; here each has unit
+    spread within the prompt before its weight counts. (GDPO: arXiv:2601.05242; TRL's
+    `multi_objective_aggregation="normalize_then_sum"`, which also subtracts the mean of R over the
+    batch: it is 0.)
+
+    Args:
+        reward_NF: (N, F) one column per reward function, NaN where a function gave none.
+        prompt_N: (N,) integers, the group of each rollout.
+        weight_F: (F,) finite weights.
+        correction, eps: as `grpo`, within the group and over the batch.
+
+    Returns:
+        (N,) advantages in the dtype of `reward_NF`. A function that gave a prompt one reward, or
+        equal ones, adds exactly 0 to its rows, and a missing reward adds 0 to its row. Rows without
+        any reward get 0 and do not count in the std of the batch.
+
+    Raises:
+        ValueError: if shapes do not match, a reward or weight is infinite, or a setting is out of
+            range.
+    """
+    _check_std(correction, eps)
+    if reward_NF.ndim != 2 or tuple(weight_F.shape) != (reward_NF.shape[1],):
+        raise ValueError(
+            f"reward_NF must be (N, F) and weight_F (F,), got {tuple(reward_NF.shape)} and "
+            f"{tuple(weight_F.shape)}"
+        )
+    if not torch.isfinite(weight_F).all():
+        raise ValueError(f"weight_F must be finite, got {weight_F.tolist()}")
+    total_N = torch.zeros(len(reward_NF), dtype=torch.float64, device=reward_NF.device)
+    for reward_N, weight in zip(reward_NF.unbind(1), weight_F.tolist(), strict=True):
+        given_N = ~reward_N.isnan()
+        z_K = _standardised(_groups(reward_N[given_N], prompt_N[given_N]), correction, eps)
+        total_N[given_N] += weight * z_K
+    scored_N = ~reward_NF.isnan().all(dim=1)
+    square = total_N[scored_N].square().sum()
+    std = (square / (scored_N.sum() - correction).clamp(min=1)).sqrt()
+    return torch.where(total_N == 0, 0.0, total_N / (std + eps)).to(reward_NF.dtype)
 
 
 def batch_whitened(
-    reward_N: Tensor, prompt_N: Tensor, *, correction: int = 0, eps: float = 1e-6
+    reward_N: Tensor, prompt_N: Tensor, *, correction: int = 1, eps: float = 1e-4
 ) -> Tensor:
     """Reward minus the mean of the whole batch, in units of the batch's std.
 
@@ -185,7 +259,7 @@ def batch_whitened(
     succeeds is still reinforced; the price is that easy prompts are pushed up and hard ones down
     whatever was done on them. (REINFORCE++: Hu et al., 2025, arXiv:2501.03262.) Statistics are
     over rows; over tokens, as in some code, they would weigh rows by length. Kind of std and eps
-    are project defaults, not from the paper, and so is leaving a KL term to the reward.
+    are `grpo`'s, as the paper states neither; leaving a KL term to the reward is a project default.
 
     Args:
         reward_N: (N,) finite floating-point rewards of the whole step.
@@ -210,12 +284,12 @@ def batch_whitened_tokens(
     reward_N: Tensor,
     prompt_N: Tensor,
     logprob_NT: Tensor,
-    reference_logprob_NT: Tensor,
+    reference_logprob_NT: Tensor | None,
     mask_NT: Tensor,
     *,
     beta: float,
-    correction: int = 0,
-    eps: float = 1e-6,
+    correction: int = 1,
+    eps: float = 1e-4,
 ) -> Tensor:
     """The token form of `batch_whitened`: each token pays for the KL from itself on.
 
@@ -223,15 +297,17 @@ def batch_whitened_tokens(
         A_it = (a_it - mean_B a) / (std_B a + eps)
 
     A token cannot change the KL of those before it, so their cost would only be noise in its
-    advantage. Statistics are over the decisions of the batch, so long rows weigh more in them.
-    (REINFORCE++: Hu et al., 2025, arXiv:2501.03262, as third parties print it; kind of std and eps
-    are project defaults.)
+    advantage. Statistics are over the decisions of the batch, so long rows weigh more in them: at
+    beta 0 that is what is left of the difference to `batch_whitened`.
+    (REINFORCE++: Hu et al., 2025, arXiv:2501.03262, as third parties print it. verl takes the
+    statistics over tokens too, with the unbiased std and 1e-8 added to the variance; kind of std and
+    eps are `grpo`'s here.)
 
     Args:
         reward_N: (N,) finite rewards of the whole step, without any KL.
         prompt_N: (N,) integers, the group of each rollout; only checked.
         logprob_NT: (N, T) under the policy that sampled.
-        reference_logprob_NT: (N, T) under the reference policy.
+        reference_logprob_NT: (N, T) under the reference policy; None where beta is 0.
         mask_NT: (N, T) bool, the decisions.
         beta: weight of the KL, >= 0.
         correction, eps: as `batch_whitened`.
@@ -248,6 +324,10 @@ def batch_whitened_tokens(
     _groups(reward_N, prompt_N)
     if not (math.isfinite(beta) and beta >= 0):
         raise ValueError(f"beta must be finite and at least 0, got {beta}")
+    if reference_logprob_NT is None:
+        if beta:
+            raise ValueError(f"beta={beta} needs reference_logprob_NT, got None")
+        reference_logprob_NT = logprob_NT
     shape = tuple(mask_NT.shape)
     if mask_NT.dtype != torch.bool or not shape == tuple(logprob_NT.shape) == tuple(
         reference_logprob_NT.shape
@@ -276,7 +356,7 @@ def batch_whitened_tokens(
 
 
 def batch_scaled(
-    reward_N: Tensor, prompt_N: Tensor, *, correction: int = 0, eps: float = 1e-6
+    reward_N: Tensor, prompt_N: Tensor, *, correction: int = 1, eps: float = 1e-4
 ) -> Tensor:
     """Reward minus the mean reward of the prompt, in units of one std for the whole batch.
 
@@ -285,8 +365,8 @@ def batch_scaled(
     The baseline is the prompt's, the scale everyone's, so that prompts keep their relative weight
     where `grpo` gives each of them unit variance. The mean of c over the batch is 0 and need not
     be subtracted. (REINFORCE++ with baseline: Hu et al., 2025, arXiv:2501.03262, in words; kind of
-    std and eps are project defaults, not from the paper.) TRL's `scale_rewards="batch"` divides by
-    the std of the raw rewards instead, which contains the spread between prompts.
+    std and eps are `grpo`'s, not from the paper.) `grpo` with `scale="batch"`, which is TRL's, divides
+    by the std of the raw rewards instead, which contains the spread between prompts.
 
     Args:
         reward_N: (N,) finite floating-point rewards of the whole step.
@@ -317,8 +397,8 @@ def stratified(
     alpha: float = 0.6,
     fallback: str = "blend",
     min_stratum_size: int = 2,
-    correction: int = 0,
-    eps: float = 1e-6,
+    correction: int = 1,
+    eps: float = 1e-4,
 ) -> Tensor:
     """Advantage against the prompt's rollouts of the same stratum, blended with the group's.
 
@@ -335,8 +415,8 @@ def stratified(
     alpha = 1 is an ablation: where the stratum decides the reward, A_SAN is 0 everywhere and the
     choice of the stratum is not learnt. The label is the policy's own doing, so as a baseline it
     depends on the action and the gradient is not the unbiased one of `leave_one_out`. alpha = 0.6
-    is reported for one base model; kind of std, eps and what small strata get are project
-    defaults, not from the paper.
+    is reported for one base model; what small strata get is a project default, not from the paper, and
+    kind of std and eps are `grpo`'s.
 
     Args:
         reward_N: (N,) finite floating-point rewards.

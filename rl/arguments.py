@@ -16,7 +16,6 @@ from rl.generation_kwargs import apply_generation_kwargs
 from rl.methods import (
     ADVANTAGES,
     ALLOCATORS,
-    BUDGET_MINIMA,
     DOWN_SAMPLERS,
     LOSS_DEFAULTS,
     LOSSES,
@@ -24,7 +23,9 @@ from rl.methods import (
     SELECTORS,
     STOPPINGS,
     allocator_of,
+    least_budget,
     loss_of,
+    preset_advantage,
 )
 from rl.validation import as_mapping, choice, nearest, validate
 from samplers.allocation import align_total
@@ -134,7 +135,9 @@ class RolloutConfig(TrainingArguments):
         "uniform",
         "How many rollouts each prompt gets: uniform, neyman, cost_aware (neyman, fewer where rollouts "
         "are long), leave_one_out, dr_grpo, gvm, log, accepted, reinforce_ada, knapsack or "
-        "knapsack_posterior.",
+        "knapsack_posterior. All but uniform give prompts different budgets, which change what is "
+        "ascended with some advantages (see there): then advantage is leave_one_out where none is "
+        "written, and a warning says what budgets change.",
     )
     allocation_scale: str = setting(
         "posterior_std",
@@ -143,8 +146,9 @@ class RolloutConfig(TrainingArguments):
     )
     budget_min: int | None = setting(
         None,
-        "Fewest rollouts of a prompt. Default: 2 for leave_one_out and knapsack, 3 for dr_grpo, "
-        "else 1.",
+        "Fewest rollouts of a prompt. Default: 3 for dr_grpo, 2 for leave_one_out, knapsack and "
+        "wherever the advantage compares the rollouts of a prompt, of which one alone would weigh "
+        "nothing; else 1.",
     )
     budget_max: int | None = setting(None, "Most rollouts of a prompt. Default: no cap.")
     gvm_alpha: float = setting(1e-3, "GVM's regulariser alpha (0: none, by pilots only).")
@@ -246,7 +250,9 @@ class RolloutConfig(TrainingArguments):
         "original_tokens or kept_rows.",
     )
     mask_truncated_completions: bool = setting(
-        False, "Leave completions that hit max_completion_length out of the loss."
+        False,
+        "Leave completions that hit max_completion_length out of the loss. They stay in the comparison "
+        "with the others, whose weights do not change; token_mean divides by the tokens of the others.",
     )
 
     # -- generation
@@ -321,8 +327,28 @@ class RolloutConfig(TrainingArguments):
     # -- learning
     advantage: str | None = setting(
         None,
-        "leave_one_out, grpo, centred, raft, batch_whitened, batch_whitened_tokens (with reward_kl), "
-        "batch_scaled, stratified or token_level. Default: the preset's; dr_grpo and hapo bring theirs.",
+        "leave_one_out, grpo, centred, raft, batch_whitened, batch_whitened_tokens, batch_scaled, "
+        "stratified or token_level. Under leave_one_out (from 2 rollouts of a prompt on), raft and "
+        "batch_whitened a prompt's weight does not depend on its budget; under the others it does. "
+        "Default: the preset's, dr_grpo and hapo bring theirs; leave_one_out in the place of grpo and "
+        "centred where budgets differ.",
+    )
+    scale_rewards: str | None = setting(
+        None,
+        "advantage grpo divides by the std of the prompt's rewards (group, the default; or true), of "
+        "all rewards of the step (batch), or by nothing (none, which is advantage centred; or false).",
+    )
+    std_correction: int = setting(
+        1,
+        "The stds of grpo, stratified and batch_*: 1 for the unbiased std (TRL, verl, PODS), 0 for the "
+        "population std.",
+    )
+    std_eps: float = setting(1e-4, "Added to these stds (TRL, PODS; verl 1e-6).")
+    multi_objective_aggregation: str = setting(
+        "sum_then_normalize",
+        "Several rewards are weighted and summed, then compared (sum_then_normalize); or each is "
+        "compared within the prompt by itself, and the weighted sum divided by its std over the step "
+        "(normalize_then_sum, GDPO; with advantage grpo).",
     )
     stratum_alpha: float = setting(
         0.6,
@@ -339,8 +365,10 @@ class RolloutConfig(TrainingArguments):
     )
     objective: str | None = setting(
         None,
-        "Sum over prompts that is ascended whatever the budgets: mean (pass rate), log (its log), em "
-        "(log, by accepted rollouts) or flat (every rollout equal). Default: the preset's.",
+        "Sum over prompts that is ascended: mean (pass rate), log (its log), em (log, by accepted "
+        "rollouts) or flat (every rollout equal, so what the budgets make of it). Budgets do not change "
+        "mean and log under an advantage that does not depend on them (see there), and do change em: a "
+        "prompt without an accepted rollout is not in it. Default: the preset's.",
     )
     length_weight: str | None = setting(
         None,
@@ -441,11 +469,13 @@ class RolloutConfig(TrainingArguments):
         loss = self.loss if self.loss is not None else preset["loss"]
         choice("loss", loss, LOSSES)
         preset |= {"epsilon": 0.2} | LOSS_DEFAULTS.get(loss, {})
+        if self.advantage is None:
+            self.advantage = preset_advantage(self, preset["advantage"])
         for name, value in preset.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.budget_min is None:
-            self.budget_min = BUDGET_MINIMA.get(self.allocator, 1)
+            self.budget_min = least_budget(self)
         if self.stopping_needed is None:
             self.stopping_needed = 4 if self.stopping == "balanced" else 1
         if self.load_best_model_at_end and self.metric_for_best_model is None:

@@ -186,7 +186,7 @@ def advantage_of(
             value = standardised(reward_N, row_N, history)
             history.observe(reward_N, row_N)
         elif config.baseline == "prompt" and config.credit_scale == "prompt":
-            value = grpo(reward_N, rollouts.prompt_N)
+            value = grpo(reward_N, rollouts.prompt_N, correction=0, eps=1e-6)
         else:
             value = _scaled(config, rollouts, _credit(config, rollouts))
         return value

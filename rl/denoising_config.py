@@ -47,6 +47,8 @@ LANGUAGE_ONLY = (
     *("gvm_gradient_norm", "temperature", "top_p", "top_k", "min_p", "completions_every"),
     *("max_prompt_length", "max_completion_length", "repetition_penalty", "generation_kwargs"),
     "chat_template_kwargs",
+    *("max_prompt_length", "max_completion_length", "scale_rewards", "std_correction", "std_eps"),
+    "multi_objective_aggregation",
 )
 """Settings of `RolloutConfig` that have no meaning here and must stay as they are."""
 

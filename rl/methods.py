@@ -6,9 +6,10 @@ the settings they need from `RolloutConfig`, whose fields say what they mean.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -162,27 +163,148 @@ READS_SUCCESS: dict[str, tuple[str, ...]] = {
     "down_sampling": ("balanced",),
 }
 
-# -- advantages of full groups: function, and the columns it takes besides rewards and prompts
+# -- advantages of full groups
 
-ADVANTAGES: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    "leave_one_out": (advantages.leave_one_out, ()),
-    "grpo": (advantages.grpo, ()),
-    "centred": (advantages.centred, ()),
-    "raft": (advantages.raft, ()),
-    "batch_whitened": (advantages.batch_whitened, ()),
-    "batch_whitened_tokens": (
+
+class AdvantageMethod(NamedTuple):
+    """An estimator, and what must be known of it to combine it."""
+
+    function: Callable
+    columns: tuple[str, ...] = ()  # of the rollouts, besides rewards and prompts
+    has_std: bool = False  # divides by a std: takes `std_correction` and `std_eps`
+    within_group: bool = False  # compares with the prompt's other rollouts: a lone one gets 0
+    budgets: str | None = (
+        None  # what n rollouts do to a prompt's weight; None: nothing, from n = 2 on
+    )
+
+
+_MEAN = "weighs a prompt of n rollouts by (n - 1) / n"
+_STD = "weighs a prompt of n rollouts by what its std is likely to be, which depends on n"
+
+ADVANTAGES: dict[str, AdvantageMethod] = {
+    "leave_one_out": AdvantageMethod(advantages.leave_one_out, within_group=True),
+    "grpo": AdvantageMethod(advantages.grpo, has_std=True, within_group=True, budgets=_STD),
+    "centred": AdvantageMethod(advantages.centred, within_group=True, budgets=_MEAN),
+    "raft": AdvantageMethod(advantages.raft),
+    "batch_whitened": AdvantageMethod(advantages.batch_whitened, has_std=True),
+    "batch_whitened_tokens": AdvantageMethod(
         advantages.batch_whitened_tokens,
         ("logprob_NT", "reference_logprob_NT", "mask_NT"),
+        has_std=True,
     ),
-    "batch_scaled": (advantages.batch_scaled, ()),
-    "stratified": (advantages.stratified, ("stratum_N",)),
-    "token_level": (hapo.token_level_group, ("length_N",)),
+    "batch_scaled": AdvantageMethod(
+        advantages.batch_scaled, has_std=True, within_group=True, budgets=_MEAN
+    ),
+    "stratified": AdvantageMethod(
+        advantages.stratified, ("stratum_N",), has_std=True, within_group=True, budgets=_STD
+    ),
+    "token_level": AdvantageMethod(
+        hapo.token_level_group, ("length_N",), within_group=True, budgets=_STD
+    ),
 }
+OBJECTIVE_BUDGETS = {
+    "em": "weighs a prompt of pass rate p by 1 - (1 - p)^n, the chance that any of its n passes"
+}
+"""Objectives that budgets change whatever the advantage; `flat` says so by its name."""
+
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+"""How several rewards become one advantage; see `advantages.normalised_sum`."""
+
+
+def scale_of(config: RolloutConfig) -> str:
+    """`scale_rewards` as one of `advantages.SCALES`; TRL's true and false, from YAML or typed, too."""
+    given = config.scale_rewards
+    known: dict[Any, str] = {None: "group", True: "group", False: "none"}
+    known |= {"true": "group", "false": "none"}
+    return known.get(given.lower() if isinstance(given, str) else given, str(given))
+
+
+def preset_advantage(config: RolloutConfig, named: str) -> str:
+    """The advantage where none is written: the preset's, unless other settings decide.
+
+    `scale_rewards` says which of `grpo` and `centred` it is. Else, where budgets differ, both give
+    way to `leave_one_out`, under which these do not change the objective; a warning says so.
+    """
+    if named not in ("grpo", "centred"):
+        return named
+    if config.scale_rewards is not None:
+        return "centred" if scale_of(config) == "none" else "grpo"
+    differ = differing_budgets(config)
+    keeps = config.down_sampling != "pods" and config.objective != "flat"
+    if not differ or not keeps or config.multi_objective_aggregation != AGGREGATIONS[0]:
+        return named
+    warnings.warn(
+        f"advantage is 'leave_one_out' here: budgets differ by {differ}, and {named!r}, the default, "
+        f"{ADVANTAGES[named].budgets}, so that budgets would change the objective; write advantage: "
+        f"{named} if that is meant",
+        stacklevel=2,
+    )
+    return "leave_one_out"
+
+
+def differing_budgets(config: RolloutConfig) -> str:
+    """What gives the prompts of a step different numbers of rollouts; empty: nothing does."""
+    if config.allocator != "uniform":
+        return f"allocator {config.allocator!r}"
+    return f"stopping {config.stopping!r}" if config.stopping != "none" else ""
+
+
+def least_budget(config: RolloutConfig) -> int:
+    """The default of `budget_min`: 2 where rollouts are compared and the allocator may give fewer."""
+    least, most = BUDGET_MINIMA.get(config.allocator, 1), config.rollouts_per_prompt
+    if config.allocator == "uniform" or not compares_within_group(config):
+        return least
+    # Of a branch there are always several, and settings out of range are for `validate`.
+    if hasattr(config, "baseline") or not isinstance(most, int):
+        return least
+    return max(least, min(2, most, config.budget_max or 2))
+
+
+def compares_within_group(config: RolloutConfig) -> bool:
+    """Whether a prompt's only rollout gets no advantage; a diffusion model's baseline may see more."""
+    method = ADVANTAGES.get(config.advantage or "")
+    of_prompt = getattr(config, "baseline", "prompt") == "prompt"
+    return method is not None and method.within_group and of_prompt
+
+
+def what_budgets_change(config: RolloutConfig) -> list[str]:
+    """Why the objective depends on how many rollouts each prompt gets; empty where it does not.
+
+    `flat` is what the budgets make of it by its definition, and nothing more is said of it.
+    """
+    differ = differing_budgets(config)
+    if not differ and config.rollouts_per_step % config.prompts_per_step:
+        differ = f"rollouts_multiple_of={config.rollouts_multiple_of}"
+    if not differ or config.objective == "flat":
+        return []
+    found, method = [], ADVANTAGES[config.advantage or ""]
+    within = compares_within_group(config)
+    if method.budgets is not None and within:
+        of_batch = config.advantage == "grpo" and scale_of(config) == "batch"
+        effect = _MEAN if of_batch else method.budgets
+        found.append(f"advantage {config.advantage!r} {effect}")
+    if config.objective in OBJECTIVE_BUDGETS:
+        found.append(f"objective {config.objective!r} {OBJECTIVE_BUDGETS[config.objective]}")
+    least = _set(config.budget_min)
+    if config.allocator != "uniform" and least < 1:
+        found.append(f"budget_min={least} lets a prompt have no rollout, which takes it out")
+    elif config.allocator != "uniform" and least == 1 and within:
+        found.append("budget_min=1 lets a prompt have one rollout, which has no advantage")
+    if config.stopping not in ("none", "early_unbiased"):
+        found.append(f"stopping {config.stopping!r} ends groups by what they have earned")
+    if config.allocator != "uniform" and config.pilot_rollouts and config.pilot_use == "pool":
+        found.append("pilots that are pooled decide their own prompt's budget")
+    return [f"budgets differ by {differ}", *found] if found else []
 
 
 def advantage_of(config: RolloutConfig) -> Callable[[Rollouts, Any], torch.Tensor]:
     """The estimator named by `config`, of a batch with rewards."""
-    function, columns = ADVANTAGES[config.advantage or ""]
+    method = ADVANTAGES[config.advantage or ""]
+    function, columns = method.function, method.columns
+    if method.has_std:
+        function = partial(function, **_std_of(config))
+    if config.advantage == "grpo":
+        function = partial(function, scale=scale_of(config))
     if config.advantage == "stratified":
         blend = {"alpha": config.stratum_alpha, "fallback": config.stratum_fallback}
         function = partial(function, **blend)
@@ -193,10 +315,21 @@ def advantage_of(config: RolloutConfig) -> Callable[[Rollouts, Any], torch.Tenso
         more = [_column(rollouts, name) for name in columns]
         return function(rollouts.reward_N, rollouts.prompt_N, *more)
 
-    return advantage
+    def of_functions(rollouts: Rollouts, _: Any = None) -> torch.Tensor:
+        reward_NF = _set(rollouts.reward_NF)
+        weights = config.reward_weights or [1.0] * reward_NF.shape[1]
+        weight_F = torch.tensor(weights, dtype=torch.float64)
+        prompt_N, std = rollouts.prompt_N, _std_of(config)
+        return advantages.normalised_sum(reward_NF, prompt_N, weight_F=weight_F, **std)
+
+    return advantage if config.multi_objective_aggregation == AGGREGATIONS[0] else of_functions
 
 
-def _column(rollouts: Rollouts, name: str) -> torch.Tensor:
+def _std_of(config: RolloutConfig) -> dict[str, Any]:
+    return {"correction": config.std_correction, "eps": config.std_eps}
+
+
+def _column(rollouts: Rollouts, name: str) -> torch.Tensor | None:
     value = getattr(rollouts, name)
     if value is None and name == "stratum_N":
         # Without tools nobody is set apart, and every rollout of a prompt is a peer.
@@ -204,6 +337,8 @@ def _column(rollouts: Rollouts, name: str) -> torch.Tensor:
             "advantage 'stratified' is 'grpo' here: the engine labels no strata (stratum_N is None)"
         )
         return torch.zeros_like(rollouts.prompt_N)
+    if name == "reference_logprob_NT":
+        return value  # None where no reward pays for a KL
     return _set(value)
 
 
@@ -279,7 +414,7 @@ def advantage_after_of(config: RolloutConfig) -> Callable[[Rollouts], torch.Tens
     """PODS compares the rows it keeps with each other, by the unbiased std (arXiv:2504.13818)."""
     if config.down_sampling != "pods":
         return None
-    again = partial(advantages.grpo, correction=1, eps=1e-4)
+    again = partial(advantages.grpo, scale=scale_of(config), **_std_of(config))
     return lambda rollouts: again(_set(rollouts.reward_N), rollouts.prompt_N)
 
 

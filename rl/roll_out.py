@@ -147,8 +147,12 @@ def _merge(line: Line, request: Request, shares: list[tuple]) -> Scored:
         [i for i in order.tolist() if int(row_N[i]) not in reasons], dtype=torch.long
     )
     bad = torch.tensor([i for i in order.tolist() if int(row_N[i]) in reasons], dtype=torch.long)
+    columns = [[math.nan if v is None else v for v in values] for values in by_function.values()]
+    reward_NF = torch.tensor(columns, dtype=torch.float64).reshape(len(columns), len(row_N)).T
     return Scored(
-        rollouts=replace(rollouts.take(good), reward_N=reward_N[good]),
+        rollouts=replace(
+            rollouts.take(good), reward_N=reward_N[good], reward_NF=reward_NF[good].contiguous()
+        ),
         shown_N=[shown[i] for i in good.tolist()],
         reward_by_function={n: [v[i] for i in good.tolist()] for n, v in by_function.items()},
         failed=rollouts.take(bad) if len(bad) else None,

@@ -36,9 +36,6 @@ LENGTH_RULES = ("row_mean", "token_sum", "token_mean", "row_sum")
 DENOMINATORS = ("kept_tokens", "kept_row_tokens", "original_tokens", "kept_rows")
 """What the step is divided by once decisions were left out; see `after_selection`."""
 
-TRUNCATED = ("left_out", "counted")
-"""Whether truncated rows, which train nothing, count in the denominator; see `without_truncated`."""
-
 
 def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
@@ -193,7 +190,8 @@ def denominator(
         num_prompts: prompts of the step.
         num_rollouts: scored rows of the step, over all processes and before any are dropped.
         row_weight_N: (num_rollouts,) weights of all those rows.
-        length_N: (num_rollouts,) decisions of all those rows.
+        length_N: (num_rollouts,) decisions of all those rows; 0 for a row that is masked, which still
+            counts where rows or prompts are counted.
 
     Returns:
         A positive float. Where no decision has any weight under `token_mean` the sum to be divided
@@ -301,41 +299,3 @@ def after_selection(
         even_NT = torch.where(kept_NT, even_N[:, None], 0.0)
         kept_weight_NT = torch.where(changed_N[:, None], even_NT, kept_weight_NT)
     return kept_weight_NT, denominator
-
-
-def without_truncated(
-    name: str, weight_NT: Tensor, truncated_N: Tensor, *, denominator: float
-) -> tuple[Tensor, float]:
-    """Weight 0 for rows that the length limit cut off, whose reward says little about them.
-
-        left_out   denominator * share     the mean is over what trains
-        counted    denominator             a step is smaller the more rows were cut off
-
-    with share = the part of the weight that is not on truncated rows. (The overlong filtering of
-    DAPO, arXiv:2503.14476; TRL's `mask_truncated_completions`, where truncated rows are left out
-    under its loss `dapo`, which counts tokens, and counted under `grpo` and `dr_grpo`, which count
-    rows.) Advantages are not touched: truncated rows take part in the mean of their group.
-
-    Args:
-        name: one of the two names.
-        weight_NT: (N, T) weights >= 0, of all rows of the step over all processes.
-        truncated_N: (N,) bool.
-        denominator: of `denominator`, over all these rows.
-
-    Returns:
-        The weights and the denominator. With nothing truncated both are those given; with all
-        truncated the weights are 0 and the denominator stays.
-
-    Raises:
-        ValueError: for an unknown name or misaligned arguments.
-    """
-    _check("name", name, TRUNCATED)
-    if truncated_N.dtype != torch.bool or tuple(truncated_N.shape) != (len(weight_NT),):
-        raise ValueError(
-            f"truncated_N must be bool of shape ({len(weight_NT)},), "
-            f"got {truncated_N.dtype} of shape {tuple(truncated_N.shape)}"
-        )
-    rule = "kept_tokens" if name == "left_out" else "kept_row_tokens"
-    mask_NT = weight_NT != 0
-    kept_NT = mask_NT & ~truncated_N[:, None]
-    return after_selection(rule, weight_NT, mask_NT, kept_NT, denominator=denominator)

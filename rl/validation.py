@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+import warnings
 from dataclasses import fields
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import numpy as np
 from transformers import TrainingArguments
 
+from rl import advantages
 from rl.advantages import FALLBACKS
 from rl.kl import kl_loss
 from rl.methods import (
     ADVANTAGES,
+    AGGREGATIONS,
     ALLOCATORS,
     BUDGET_MINIMA,
     DOWN_SAMPLERS,
@@ -30,6 +33,9 @@ from rl.methods import (
     STOPPINGS,
     TOKEN_SELECTIONS,
     allocator_of,
+    compares_within_group,
+    scale_of,
+    what_budgets_change,
 )
 from rl.step_weights import DENOMINATORS, LENGTH_RULES, OBJECTIVES
 from rl.token_selection import SCOPES
@@ -52,7 +58,7 @@ LOSS_SETTINGS = {
 }
 """Setting of a clip -> what it is called by the losses that take it."""
 
-WITHIN_GROUP = ("leave_one_out", "grpo", "centred", "batch_scaled", "stratified", "token_level")
+WITHIN_GROUP = tuple(name for name, method in ADVANTAGES.items() if method.within_group)
 """Advantages that compare a rollout with the others of its prompt: 0 where it is alone."""
 
 PER_TOKEN = ("batch_whitened_tokens",)
@@ -187,11 +193,6 @@ def validate(config: RolloutConfig) -> None:
             "reward_kl makes rewards differ that are accepted alike: write another advantage than "
             "raft, or beta in its place"
         )
-    if config.advantage == "batch_whitened_tokens" and not config.reward_kl:
-        raise ValueError(
-            "advantage 'batch_whitened_tokens' charges tokens for the KL and needs reward_kl above 0: "
-            "without it, batch_whitened is the same"
-        )
     if config.allocator == "gvm" and config.gvm_beta < 2:
         raise ValueError(f"gvm_beta must be at least 2, got {config.gvm_beta}")
     if config.allocator == "gvm" and config.pilot_estimate == "posterior" and not config.gvm_alpha:
@@ -211,6 +212,7 @@ def validate(config: RolloutConfig) -> None:
     _at_least(config, 0, "budget_min", "pilot_rollouts", "gvm_alpha", "top_k", "reward_retries")
     _at_least(config, 0, "temperature", "min_p", "epsilon", "epsilon_high", "completions_every")
     _at_least(config, 0, "posterior_decay_chosen", "posterior_decay_rest", "max_failed_share")
+    _scaling(config)
     _selection(config)
     _stopping_and_rows(config)
     _loss(config)
@@ -278,12 +280,61 @@ def validate(config: RolloutConfig) -> None:
             f"loss 'raft_pp' has no negative signal, which advantage {config.advantage!r} has: write "
             "advantage: raft, or loss: grpo"
         )
+    _objective(config)
+
+
+def _scaling(config: RolloutConfig) -> None:
+    """How rewards become advantages: what `scale_rewards` and its kin fit with."""
+    scale = scale_of(config)
+    if scale not in advantages.SCALES:
+        raise ValueError(
+            f"scale_rewards must be one of {', '.join(advantages.SCALES)} (or true for group, false for "
+            f"none), got {config.scale_rewards!r}"
+        )
+    fits = config.advantage == "grpo" or (config.advantage == "centred" and scale == "none")
+    if config.scale_rewards is not None and not fits:
+        raise ValueError(
+            f"scale_rewards={config.scale_rewards!r} is a setting of advantage 'grpo', got advantage "
+            f"{config.advantage!r}: leave one of the two out"
+        )
+    if config.std_correction not in (0, 1):
+        raise ValueError(f"std_correction must be 0 or 1, got {config.std_correction}")
+    _at_least(config, 0, "std_eps")
+    choice("multi_objective_aggregation", config.multi_objective_aggregation, AGGREGATIONS)
+    if config.multi_objective_aggregation == AGGREGATIONS[0]:
+        return
+    for name, value, wanted in (
+        ("advantage", config.advantage, "grpo"),
+        ("scale_rewards", scale, "group"),
+        ("reward_kl", config.reward_kl, 0.0),
+        ("down_sampling", "pods" if config.down_sampling == "pods" else "none", "none"),
+    ):
+        if value != wanted:
+            raise ValueError(
+                f"multi_objective_aggregation 'normalize_then_sum' compares each reward by itself and "
+                f"needs {name}: {wanted}, got {value!r}"
+            )
+
+
+def _objective(config: RolloutConfig) -> None:
+    """Warn where the objective depends on how many rollouts each prompt gets."""
+    found = what_budgets_change(config)
+    if not found:
+        return
+    diffusion = hasattr(config, "baseline")
+    keeps = "baseline: leave_one_out" if diffusion else "advantage: leave_one_out (objective: mean)"
+    warnings.warn(
+        f"budgets change what objective {config.objective!r} ascends: {'; '.join(found)}. Budgets leave "
+        f"it alone with allocator: uniform and stopping: none, or with {keeps} and budget_min of at "
+        "least 2",
+        stacklevel=2,
+    )
 
 
 def _loss(config: RolloutConfig) -> None:
     """What the loss cannot take, and ratios that compare with the wrong policy."""
     assert config.loss is not None
-    if config.loss in ONE_RATIO_PER_ROW and config.advantage in PER_TOKEN:
+    if config.loss in ONE_RATIO_PER_ROW and config.advantage in PER_TOKEN and config.reward_kl:
         raise ValueError(
             f"loss {config.loss!r} has one ratio per row, so that advantages must be constant in it, "
             f"but those of advantage {config.advantage!r} differ by token; write loss: gspo_token, or "
@@ -432,7 +483,7 @@ def _budgets(config: RolloutConfig) -> None:
             f"{config.rollouts_per_step} rollouts do not fit; raise budget_max"
         )
     never_two = least >= 1 or config.budget_max == 1 or config.allocator == "uniform"
-    if total == 1 and never_two and (config.refill or _compares_within_group(config)):
+    if total == 1 and never_two and (config.refill or compares_within_group(config)):
         what = "refill" if config.refill else f"advantage {config.advantage!r}"
         instead = "advantage: batch_whitened or raft"
         if hasattr(config, "baseline"):
@@ -462,8 +513,3 @@ def _budgets(config: RolloutConfig) -> None:
         raise ValueError(
             f"budget_max={config.budget_max} is below pilot_rollouts={config.pilot_rollouts}"
         )
-
-
-def _compares_within_group(config: RolloutConfig) -> bool:
-    """Whether a prompt's only rollout gets no advantage; a diffusion model's baseline may see more."""
-    return config.advantage in WITHIN_GROUP and getattr(config, "baseline", "prompt") == "prompt"

@@ -25,7 +25,9 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
     """Advantages, then down-sampling, then objective weights; rows without signal leave, accounted for.
 
     Advantages are those of full groups, whatever is dropped afterwards; PODS alone computes them
-    again on the rows it keeps.
+    again on the rows it keeps. Truncated rows that are to be masked (`mask_truncated_completions`,
+    the overlong filtering of DAPO, arXiv:2503.14476) take part in all of it and lose their tokens
+    last, so that the others weigh what they weighed, as in TRL.
 
     Args:
         line: the stages of the run.
@@ -39,15 +41,12 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
         everything = with_kl_penalty(line, everything)
     everything = with_credit(everything, line.advantage(everything, groups.prompts))
     chosen = line.down_sample(everything, progress) if len(everything) else torch.arange(0)
-    if config.mask_truncated_completions:
-        assert isinstance(everything, TokenRollouts)
-        chosen = chosen[~everything.truncated_N[chosen]]
     rollouts = everything.take(chosen)
     if line.advantage_after is not None and len(rollouts):
         rollouts = replace(rollouts, advantage_N=line.advantage_after(rollouts))
     weight_K, denominator, original = _objective(line, groups, everything, chosen)
     assert rollouts.advantage_N is not None
-    trains_K = has_signal(rollouts) & (weight_K != 0) & (rollouts.length_N > 0)
+    trains_K = has_signal(rollouts) & (weight_K != 0) & (_trained_length(line, rollouts) > 0)
     kept = rollouts.take(trains_K.nonzero().flatten())
     trained_N = torch.zeros(len(everything), dtype=torch.bool)
     trained_N[chosen[trains_K]] = True
@@ -98,8 +97,20 @@ def _objective(
     return of_chosen, denominator, original
 
 
+def _trained_length(line: Line, rollouts: Rollouts) -> torch.Tensor:
+    """(N,) decisions of each row that the loss may see: none of a truncated one that is masked."""
+    if not line.config.mask_truncated_completions:
+        return rollouts.length_N
+    assert isinstance(rollouts, TokenRollouts)
+    return torch.where(rollouts.truncated_N, 0, rollouts.length_N)
+
+
 def _weights(line: Line, groups: Groups, rollouts: Rollouts) -> tuple[torch.Tensor, float]:
-    """The objective's weight of each of these rows, and their denominator."""
+    """The objective's weight of each of these rows, and their denominator.
+
+    A masked row counts where rows or prompts are counted, and has no tokens where those are: TRL's
+    denominators, of its losses `grpo` and `dr_grpo` on one side and `dapo` on the other.
+    """
     num_prompts = len(groups.prompts)
     assert rollouts.reward_N is not None
     weight_N = step_weights.objective_weight(
@@ -116,7 +127,7 @@ def _weights(line: Line, groups: Groups, rollouts: Rollouts) -> tuple[torch.Tens
         num_prompts=num_prompts,
         num_rollouts=len(rollouts),
         row_weight_N=weight_N,
-        length_N=rollouts.length_N,
+        length_N=_trained_length(line, rollouts),
     )
     weight_N = weight_N * groups.weight_P[rollouts.prompt_N]
     return weight_N, denominator * (num_prompts + groups.num_padded) / num_prompts
@@ -141,11 +152,10 @@ def _account(
     rows_of: dict[str, list[int]] = {}
     for row in (~trained_N).nonzero().flatten().tolist():
         reason: str = group_reason[int(prompt_N[row])]
-        if reason == "mixed" and chosen_N[row]:
-            reason = "no_advantage"
+        if reason == "mixed" and truncated_N is not None and truncated_N[row]:
+            reason = "truncated"
         elif reason == "mixed":
-            cut = truncated_N is not None and truncated_N[row]
-            reason = "truncated" if cut else "down_sampled"
+            reason = "no_advantage" if chosen_N[row] else "down_sampled"
         rows_of.setdefault(reason, []).append(row)
     for reason, rows in rows_of.items():
         line.ledger.account("filtered", *size(everything.take(torch.tensor(rows))), reason=reason)

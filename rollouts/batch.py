@@ -1,7 +1,7 @@
 """Batches of rollouts.
 
 Axes: N rollouts, K rows kept, T decision steps (tokens, or denoising steps), S = T + 1 states of a
-denoising chain, M distinct states of a tree, P prompts.
+denoising chain, M distinct states of a tree, P prompts, F reward functions.
 
 A batch is immutable: later stages add a column with `dataclasses.replace`. Engines put every
 tensor on the CPU; only micro-batches travel to the accelerator.
@@ -55,6 +55,9 @@ class Rollouts:
     success_N: Tensor | None = None
     """(N,) float64 in [0, 1], 1 for a pass: how the reward is read where success counts; None until
     observed."""
+    reward_NF: Tensor | None = None
+    """(N, F) float64: what each of F reward functions gave by itself, NaN where it gave none; None
+    until scored."""
     advantage_N: Tensor | None = None
     """(N,) float; None until compared with its peers."""
     advantage_NT: Tensor | None = None
@@ -89,7 +92,8 @@ class Rollouts:
                 continue
             # The name of a column ends in its axes.
             axes = field.name.rsplit("_", 1)[1]
-            further = {"NT": (num_steps,), "NS": (num_steps + 1,)}.get(axes, ())
+            functions = (value.shape[-1],)
+            further = {"NT": (num_steps,), "NS": (num_steps + 1,), "NF": functions}.get(axes, ())
             expected = (num_rollouts, *further)
             if tuple(value.shape) != expected:
                 raise ValueError(

@@ -59,7 +59,7 @@ def test_advantages_are_those_of_the_trainer(seed, binary):
     for ours, theirs in [
         (leave_one_out(reward_N, prompt_N), advantages.leave_one_out(reward, prompt)),
         (centred(reward_N, prompt_N), advantages.centred(reward, prompt)),
-        (grpo(reward_N, prompt_N), advantages.grpo(reward, prompt)),
+        (grpo(reward_N, prompt_N), advantages.grpo(reward, prompt, correction=0, eps=1e-6)),
         (
             grpo(reward_N, prompt_N, correction=1, eps=1e-4),
             advantages.grpo(reward, prompt, correction=1, eps=1e-4),

@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from rl.advantages import batch_scaled, batch_whitened, centred, grpo, leave_one_out, raft
+from rl.advantages import (
+    batch_scaled,
+    batch_whitened,
+    centred,
+    grpo,
+    leave_one_out,
+    normalised_sum,
+    raft,
+)
 
 CENTRED = [centred, leave_one_out, grpo]
 BATCH = [batch_whitened, batch_scaled]
@@ -46,8 +54,8 @@ def by_loop(name, reward_N, prompt_N):
         elif name == "leave_one_out":
             advantage.append(r - sum(others) / len(others))
         else:
-            std = math.sqrt(sum((s - mean) ** 2 for s in group) / len(group))
-            advantage.append((r - mean) / (std + 1e-6))
+            std = math.sqrt(sum((s - mean) ** 2 for s in group) / (len(group) - 1))
+            advantage.append((r - mean) / (std + 1e-4))
     return torch.tensor(advantage, dtype=torch.float64)
 
 
@@ -62,7 +70,9 @@ def test_by_hand():
     assert centred(reward_N, prompt_N).tolist() == pytest.approx(expected, abs=1e-15)
     # Variance (4 + 1 + 1)/9/3 = 2/9: 2/3 / sqrt(2/9) = sqrt 2, and -sqrt(2)/2.
     expected = [2**0.5, 0, -(2**0.5) / 2, -(2**0.5) / 2, 0]
-    assert grpo(reward_N, prompt_N, eps=0).tolist() == pytest.approx(expected, abs=1e-15)
+    assert grpo(reward_N, prompt_N, correction=0, eps=0).tolist() == pytest.approx(
+        expected, abs=1e-15
+    )
     # Accepted: the one success of prompt 7, both of prompt 3.
     assert raft(reward_N, prompt_N).tolist() == [1, 1, 0, 0, 1]
 
@@ -70,9 +80,9 @@ def test_by_hand():
 @pytest.mark.parametrize(
     ("estimate", "of_1", "of_4"),
     [
-        (lambda r, p: grpo(r, p, eps=0), (2.645751, -0.377964), 1.0),
+        (lambda r, p: grpo(r, p, correction=0, eps=0), (2.645751, -0.377964), 1.0),
         (lambda r, p: grpo(r, p, correction=1, eps=0), (2.474874, -0.353553), 0.935414),
-        (lambda r, p: grpo(r, p, correction=1, eps=1e-4), (2.474174, -0.353453), 0.935239),
+        (grpo, (2.474174, -0.353453), 0.935239),
         (centred, (0.875, -0.125), 0.5),
         (leave_one_out, (1.0, -0.142857), 0.571429),
     ],
@@ -261,7 +271,7 @@ def test_batch_scaled_golden_values():
     reward_N, prompt_N = quarters()
     high, low = 2.121320, 0.707107
     expected = [high] + [-low] * 3 + [low] * 3 + [-high] + [0] * 4
-    advantage_N = batch_scaled(reward_N, prompt_N, eps=0)
+    advantage_N = batch_scaled(reward_N, prompt_N, correction=0, eps=0)
     assert advantage_N.tolist() == pytest.approx(expected, abs=5e-7)
     assert centred(reward_N, prompt_N).std(correction=0).item() == pytest.approx(0.353553, abs=5e-7)
 
@@ -271,7 +281,8 @@ def test_batch_scaled_is_not_trls_batch_scale_which_has_the_spread_between_promp
     reward_N, prompt_N = quarters()
     raw = reward_N.std(correction=correction)
     assert raw.item() == pytest.approx(std, abs=5e-7)
-    trl_N = centred(reward_N, prompt_N) / raw
+    trl_N = grpo(reward_N, prompt_N, scale="batch", correction=correction, eps=0)
+    torch.testing.assert_close(trl_N, centred(reward_N, prompt_N) / raw, atol=1e-14, rtol=0)
     ours_N = batch_scaled(reward_N, prompt_N, correction=correction, eps=0)
     assert (ours_N / trl_N)[:8].min() > 1.3
 
@@ -292,10 +303,11 @@ def test_with_one_prompt_the_batch_is_the_group(estimate, correction):
 
 def test_batch_whitened_has_mean_0_and_variance_1_over_the_batch_and_needs_no_groups():
     reward_N, prompt_N = ragged()
-    advantage_N = batch_whitened(reward_N, prompt_N, eps=0)
+    advantage_N = batch_whitened(reward_N, prompt_N, correction=0, eps=0)
     assert advantage_N.mean().item() == pytest.approx(0, abs=1e-14)
     assert advantage_N.var(correction=0).item() == pytest.approx(1, abs=1e-14)
-    assert torch.equal(batch_whitened(reward_N, torch.arange(len(reward_N)), eps=0), advantage_N)
+    alone_N = torch.arange(len(reward_N))
+    assert torch.equal(batch_whitened(reward_N, alone_N, correction=0, eps=0), advantage_N)
     # A lone row, and a group of equal rewards, still differ from the batch.
     assert (advantage_N[prompt_N == 2] != 0).all() and (advantage_N[prompt_N == 11] != 0).all()
 
@@ -304,7 +316,8 @@ def test_batch_whitened_by_hand():
     # Mean 2, deviations -1, 0, 1, population variance 2/3; unbiased 1.
     reward_N, prompt_N = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([5, 5, 6])
     expected = [-(1.5**0.5), 0, 1.5**0.5]
-    assert batch_whitened(reward_N, prompt_N, eps=0).tolist() == pytest.approx(expected, abs=1e-15)
+    population_N = batch_whitened(reward_N, prompt_N, correction=0, eps=0)
+    assert population_N.tolist() == pytest.approx(expected, abs=1e-15)
     unbiased_N = batch_whitened(reward_N, prompt_N, correction=1, eps=0)
     assert unbiased_N.tolist() == pytest.approx([-1, 0, 1], abs=1e-15)
 
@@ -320,3 +333,92 @@ def test_dropping_groups_without_signal_first_changes_the_batch_estimators_alone
     assert (before_N - after_N).abs().max() > 0.1
     for group in CENTRED:
         assert torch.equal(group(reward_N, prompt_N)[kept], group(reward_N[kept], prompt_N[kept]))
+
+
+def trls(reward_NF, weight_F, *, size, scale="group", first_sum=True):
+    """What TRL 1.16 makes of rewards in equal groups that lie one after the other, step by step."""
+
+    def spread(value):
+        return value.std() if value.numel() > 1 else value.new_zeros(())
+
+    total_N, groups = [], range(0, len(reward_NF), size)
+    if first_sum:
+        reward_N = (reward_NF * weight_F).sum(1)
+        for start in groups:
+            group = reward_N[start : start + size]
+            std = {"group": spread(group), "batch": spread(reward_N)}.get(scale)
+            total_N.append((group - group.mean()) / (1 if std is None else std + 1e-4))
+        return torch.cat(total_N)
+    for start in groups:
+        group = reward_NF[start : start + size]
+        z = (group - group.mean(0)) / (group.std(0) + 1e-4)
+        total_N.append((z * weight_F).sum(1))
+    reward_N = torch.cat(total_N)
+    return (reward_N - reward_N.mean()) / (reward_N.std() + 1e-4)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_groups_get_trls_advantages_by_any_scale(scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    reward_N1 = torch.randn(24, 1, dtype=torch.float64, generator=generator)
+    expected_N = trls(reward_N1, torch.ones(1).double(), size=6, scale=scale)
+    prompt_N = torch.arange(4).repeat_interleave(6)
+    order = torch.randperm(24, generator=generator)
+    found_N = grpo(reward_N1[order, 0], prompt_N[order], scale=scale)
+    torch.testing.assert_close(found_N, expected_N[order], atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_lone_rows_and_equal_rewards_get_0_by_any_scale(scale):
+    reward_N = torch.tensor([0.7, 0.7, 0.7, 3.0, 0.0, 1.0])
+    advantage_N = grpo(reward_N, torch.tensor([0, 0, 0, 1, 2, 2]), scale=scale)
+    assert advantage_N[:4].tolist() == [0.0] * 4 and (advantage_N[4:] != 0).all()
+    assert grpo(torch.zeros(0), torch.zeros(0, dtype=torch.int64), scale=scale).tolist() == []
+    with pytest.raises(ValueError, match="scale must be one of group, batch, none, got 'all'"):
+        grpo(reward_N, torch.zeros(6).long(), scale="all")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_normalised_sum_is_trls_normalize_then_sum(seed):
+    generator = torch.Generator().manual_seed(seed)
+    reward_NF = torch.randn(24, 3, dtype=torch.float64, generator=generator)
+    reward_NF[:, 1] = (reward_NF[:, 1] > 0).double() * 100  # drowns the others in a sum
+    weight_F = torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64)
+    expected_N = trls(reward_NF, weight_F, size=6, first_sum=False)
+    prompt_N = torch.arange(4).repeat_interleave(6)
+    order = torch.randperm(24, generator=generator)
+    found_N = normalised_sum(reward_NF[order], prompt_N[order], weight_F=weight_F)
+    torch.testing.assert_close(found_N, expected_N[order], atol=1e-12, rtol=0)
+    summed_N = grpo((reward_NF * weight_F).sum(1), prompt_N)
+    assert (summed_N - expected_N).abs().max() > 0.5  # another estimator
+
+
+def test_normalised_sum_by_hand_with_rewards_missing():
+    nan = math.nan
+    # The second function knows nothing of row 1, and everything of prompt 8 is equal but row 3's.
+    reward_NF = torch.tensor(
+        [[1.0, 0.0], [0.0, nan], [0.0, 4.0], [nan, nan], [2.0, 5.0], [2.0, 5.0]]
+    )
+    prompt_N = torch.tensor([7, 7, 7, 8, 8, 8])
+    found_N = normalised_sum(
+        reward_NF.double(), prompt_N, weight_F=torch.tensor([1.0, 3.0]), eps=0.0
+    )
+    # Function 1: (2, -1, -1) / sqrt 3; function 2: -1, none, 1 in units of sqrt 2, times 3.
+    a, b = 3**-0.5, 3 * 2**-0.5
+    total_N = torch.tensor([2 * a - b, -a, b - a, 0, 0, 0], dtype=torch.float64)
+    std = (total_N.square().sum() / 4).sqrt()  # five rows have a reward
+    torch.testing.assert_close(found_N, total_N / std, atol=1e-14, rtol=0)
+    assert found_N[3:].tolist() == [0, 0, 0]
+    none_N = torch.zeros(0, dtype=torch.int64)
+    assert normalised_sum(torch.zeros(0, 2), none_N, weight_F=torch.ones(2)).tolist() == []
+
+
+def test_normalised_sum_says_what_is_wrong():
+    prompt_N = torch.tensor([4, 4])
+    with pytest.raises(ValueError, match=r"weight_F \(F,\), got \(2, 3\) and \(2,\)"):
+        normalised_sum(torch.zeros(2, 3), prompt_N, weight_F=torch.ones(2))
+    with pytest.raises(ValueError, match="weight_F must be finite"):
+        normalised_sum(torch.zeros(2, 1), prompt_N, weight_F=torch.tensor([math.inf]))
+    with pytest.raises(ValueError, match="finite, got inf in row 0 of prompt 4"):
+        normalised_sum(torch.tensor([[math.inf], [0.0]]), prompt_N, weight_F=torch.ones(1))

@@ -114,9 +114,9 @@ def test_one_rollout_of_each_prompt_is_refused_where_it_has_nothing_to_be_compar
 
 @pytest.mark.parametrize("advantage", sorted({*ADVANTAGES} - {"batch_whitened_tokens"}))
 def test_a_lone_rollout_has_no_advantage_within_its_group(advantage):
-    function, columns = ADVANTAGES[advantage]
-    more = [torch.ones(2, dtype=torch.int64) for _ in columns]
-    advantage_N = function(torch.tensor([1.0, 0.0]), torch.tensor([0, 1]), *more)
+    method = ADVANTAGES[advantage]
+    more = [torch.ones(2, dtype=torch.int64) for _ in method.columns]
+    advantage_N = method.function(torch.tensor([1.0, 0.0]), torch.tensor([0, 1]), *more)
     assert bool((advantage_N == 0).all()) == (advantage in WITHIN_GROUP)
 
 

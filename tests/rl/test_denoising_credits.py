@@ -61,7 +61,7 @@ def test_credit_is_divided_by_the_std_of_the_prompt_or_of_the_batch():
     torch.testing.assert_close(batch, plain / everything.std(), rtol=1e-7, atol=0)
     assert torch.equal(
         credit(rollouts, credit_scale="prompt"),
-        advantages.grpo(rollouts.reward_N, rollouts.prompt_N),
+        advantages.grpo(rollouts.reward_N, rollouts.prompt_N, correction=0, eps=1e-6),
     )
     siblings = credit(rollouts, baseline="siblings")
     std_N = torch.tensor([everything[:6].std()] * 6 + [everything[6:].std()] * 3)

@@ -136,7 +136,7 @@ def test_golden_token_level_advantages():
     advantage_N = token_level_group(reward_N, prompt_N, length_N, eps=0)
     close(advantage_N, torch.tensor([1.224745, 1.224745, -0.816497]).double(), atol=5e-7)
     close(
-        grpo(reward_N, prompt_N, eps=0),
+        grpo(reward_N, prompt_N, correction=0, eps=0),
         torch.tensor([0.707107, 0.707107, -1.414214]).double(),
         atol=5e-7,
     )
@@ -208,7 +208,8 @@ def test_row_order_shift_and_scale_of_rewards():
 def test_equal_lengths_give_grpo():
     reward_N, prompt_N, _ = ragged_groups(1)
     even_N = torch.full((20,), 6)
-    close(token_level_group(reward_N, prompt_N, even_N), grpo(reward_N, prompt_N))
+    population_N = grpo(reward_N, prompt_N, correction=0, eps=1e-6)
+    close(token_level_group(reward_N, prompt_N, even_N), population_N)
 
 
 # C and D

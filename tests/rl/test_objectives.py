@@ -21,7 +21,7 @@ from tests.table_policy import (
 )
 
 EXACT = {"atol": 1e-10, "rtol": 0}
-plain_grpo = partial(grpo, eps=0)
+plain_grpo = partial(grpo, correction=0, eps=0)
 
 POLICY = TablePolicy(num_prompts=3)
 # Of the seven answers, prompt 0 accepts one, prompt 1 three and prompt 2 all but two.

@@ -10,7 +10,6 @@ from rl.step_weights import (
     denominator,
     objective_weight,
     token_weight,
-    without_truncated,
 )
 
 # Prompt 0: one success in three; prompt 1: both fail; prompt 2: nothing scored; prompt 3: a success.
@@ -396,25 +395,7 @@ def test_no_kept_weight_leaves_the_denominator_to_divide_an_empty_sum_by():
         assert not weight_NT.any() and total == 3.0
 
 
-def test_truncated_rows_lose_their_weight_and_count_as_stated():
-    truncated_N = torch.tensor([False, True, False])
-    weight_NT = weights("token_mean")
-    left_NT, left = without_truncated("left_out", weight_NT, truncated_N, denominator=9.0)
-    counted_NT, counted = without_truncated("counted", weight_NT, truncated_N, denominator=9.0)
-    assert left_NT.sum(1).tolist() == counted_NT.sum(1).tolist() == [2, 0, 3]
-    # 5 of the 9 decisions are in rows that ended by themselves.
-    assert left == pytest.approx(5, rel=1e-15) and counted == 9
-    # One row of three was cut off.
-    rows = without_truncated("left_out", weights("row_mean"), truncated_N, denominator=3.0)
-    assert rows[1] == pytest.approx(2, rel=1e-15)
-    nobody = torch.zeros(3, dtype=torch.bool)
-    same_NT, same = without_truncated("left_out", weight_NT, nobody, denominator=9.0)
-    assert torch.equal(same_NT, weight_NT) and same == 9.0
-    none_NT, total = without_truncated("left_out", weight_NT, ~nobody, denominator=9.0)
-    assert not none_NT.any() and total == 9.0
-
-
-def test_after_selection_and_without_truncated_say_what_is_wrong():
+def test_after_selection_says_what_is_wrong():
     good = (weights("token_mean"), FULL_NT, KEPT_NT)
     with pytest.raises(ValueError, match="name must be one of kept_tokens, kept_row_tokens, "):
         after_selection("tokens", *good, denominator=1.0)
@@ -426,7 +407,3 @@ def test_after_selection_and_without_truncated_say_what_is_wrong():
         after_selection("kept_tokens", *good[:2], torch.ones_like(KEPT_NT), denominator=1.0)
     with pytest.raises(ValueError, match="original_tokens needs original_denominator"):
         after_selection("original_tokens", *good, denominator=1.0)
-    with pytest.raises(ValueError, match="name must be one of left_out, counted, got 'drop'"):
-        without_truncated("drop", good[0], torch.zeros(3, dtype=torch.bool), denominator=1.0)
-    with pytest.raises(ValueError, match=r"truncated_N must be bool of shape \(3,\)"):
-        without_truncated("counted", good[0], torch.zeros(2, dtype=torch.bool), denominator=1.0)

@@ -27,7 +27,7 @@ def ragged(seed=0, *, binary=False):
     return ((reward_N > 0).double() if binary else reward_N), prompt_N, stratum_N
 
 
-def by_loop(reward_N, prompt_N, stratum_N, alpha, *, fallback="blend", least=2, eps=1e-6):
+def by_loop(reward_N, prompt_N, stratum_N, alpha, *, fallback="blend", least=2, eps=1e-4):
     """The definition, one rollout at a time, in plain Python."""
 
     def score(i, peers):
@@ -35,7 +35,7 @@ def by_loop(reward_N, prompt_N, stratum_N, alpha, *, fallback="blend", least=2, 
         if max(values) == min(values):
             return 0.0
         mean = sum(values) / len(values)
-        std = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+        std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
         return (rewards[i] - mean) / (std + eps)
 
     rewards, rows = reward_N.tolist(), range(len(reward_N))
@@ -56,11 +56,13 @@ def test_golden_values():
     gn = [1, 1, -1, 1, -1, -1, -1, 1]
     blend = [0.824264, 0.824264, -1.248528, 1, -1, -0.4, -0.4, 0.4]
     for alpha, expected in ((1.0, san), (0.0, gn), (0.6, blend)):
-        advantage_N = stratified(REWARD_N, ONE_N, STRATUM_N, alpha=alpha, eps=0)
+        advantage_N = stratified(REWARD_N, ONE_N, STRATUM_N, alpha=alpha, correction=0, eps=0)
         assert advantage_N.tolist() == pytest.approx(expected, abs=5e-7)
-    variance = stratified(REWARD_N, ONE_N, STRATUM_N, alpha=1, eps=0).var(correction=0)
+    variance = stratified(REWARD_N, ONE_N, STRATUM_N, alpha=1, correction=0, eps=0).var(
+        correction=0
+    )
     assert variance.item() == pytest.approx(0.625, abs=1e-12)
-    variance = stratified(REWARD_N, ONE_N, STRATUM_N, eps=0).var(correction=0)
+    variance = stratified(REWARD_N, ONE_N, STRATUM_N, correction=0, eps=0).var(correction=0)
     assert variance.item() == pytest.approx(0.674706, abs=5e-7)
 
 
@@ -68,9 +70,9 @@ def test_where_the_stratum_is_the_reward_only_the_group_term_is_left():
     stratum_N = torch.tensor([4, 4, 4, 4, 7, 7, 7, 7])
     reward_N = (stratum_N == 7).double()
     assert stratified(reward_N, ONE_N, stratum_N, alpha=1).tolist() == [0] * 8
-    gn_N = stratified(reward_N, ONE_N, stratum_N, alpha=0, eps=0)
+    gn_N = stratified(reward_N, ONE_N, stratum_N, alpha=0, correction=0, eps=0)
     assert gn_N.tolist() == [-1] * 4 + [1] * 4
-    blend_N = stratified(reward_N, ONE_N, stratum_N, eps=0)
+    blend_N = stratified(reward_N, ONE_N, stratum_N, correction=0, eps=0)
     assert blend_N.tolist() == pytest.approx([-0.4] * 4 + [0.4] * 4, abs=1e-15)
 
 
@@ -87,15 +89,19 @@ def test_both_fallbacks_by_hand():
     # Rewards 1, 0, 1 in strata 0, 0, 1: mean 2/3, std sqrt(2)/3, so A_GN = (1, -2, 1) / sqrt 2.
     reward_N, prompt_N = torch.tensor([1.0, 0, 1]).double(), torch.zeros(3).long()
     stratum_N, r = torch.tensor([0, 0, 1]), 0.5**0.5
-    blend_N = stratified(reward_N, prompt_N, stratum_N, alpha=0.5, eps=0)
+    blend_N = stratified(reward_N, prompt_N, stratum_N, alpha=0.5, correction=0, eps=0)
     expected = [0.5 + r / 2, -0.5 - r, r / 2]
     assert blend_N.tolist() == pytest.approx(expected, abs=1e-14)
-    group_N = stratified(reward_N, prompt_N, stratum_N, alpha=0.5, eps=0, fallback="group")
+    group_N = stratified(
+        reward_N, prompt_N, stratum_N, alpha=0.5, correction=0, eps=0, fallback="group"
+    )
     assert group_N.tolist() == pytest.approx([*expected[:2], r], abs=1e-14)
     assert blend_N.sum().item() == pytest.approx(0, abs=1e-14)
     assert group_N.sum().item() > 0.3  # the price of "group"
     # A stratum that is large enough but of equal rewards is no case for the fallback.
-    equal = stratified(reward_N, prompt_N, torch.tensor([0, 1, 0]), eps=0, fallback="group")
+    equal = stratified(
+        reward_N, prompt_N, torch.tensor([0, 1, 0]), correction=0, eps=0, fallback="group"
+    )
     assert equal.tolist() == pytest.approx([0.4 * r, -2 * r, 0.4 * r], abs=1e-14)
 
 
@@ -147,8 +153,8 @@ def test_identities(seed):
     stratum_N = torch.randint(0, 3, (n,), generator=generator)
     prompt_N, alpha = torch.zeros(n, dtype=torch.int64), 0.1 + 0.8 * (seed / 60)
     m, s, m_N, s_N, degenerate_N = parts(reward_N, stratum_N)
-    san_N = stratified(reward_N, prompt_N, stratum_N, alpha=1, eps=0)
-    gn_N = stratified(reward_N, prompt_N, stratum_N, alpha=0, eps=0)
+    san_N = stratified(reward_N, prompt_N, stratum_N, alpha=1, correction=0, eps=0)
+    gn_N = stratified(reward_N, prompt_N, stratum_N, alpha=0, correction=0, eps=0)
     d = degenerate_N.double().mean()
     # The offset between stratum and group explains a share of the variance.
     explained = ((reward_N - m).square() - (reward_N - m_N).square()).mean()
@@ -159,7 +165,7 @@ def test_identities(seed):
     close(san_N.mean(), torch.zeros(()).double())
     close(san_N.var(correction=0), 1 - d)
     assert (san_N[degenerate_N] == 0).all()
-    blend_N = stratified(reward_N, prompt_N, stratum_N, alpha=alpha, eps=0)
+    blend_N = stratified(reward_N, prompt_N, stratum_N, alpha=alpha, correction=0, eps=0)
     cross = (s_N / s).mean()
     variance = alpha**2 * (1 - d) + (1 - alpha) ** 2 + 2 * alpha * (1 - alpha) * cross
     close(blend_N.var(correction=0), variance)
@@ -184,8 +190,8 @@ def test_golden_decomposition_of_the_variance():
 @pytest.mark.parametrize(("factor", "sign"), [(2.5, 1), (-0.5, -1)])
 def test_shift_and_scale(factor, sign):
     reward_N, prompt_N, stratum_N = ragged()
-    actual = stratified(factor * reward_N + 4, prompt_N, stratum_N, eps=0)
-    close(actual, sign * stratified(reward_N, prompt_N, stratum_N, eps=0))
+    actual = stratified(factor * reward_N + 4, prompt_N, stratum_N, correction=0, eps=0)
+    close(actual, sign * stratified(reward_N, prompt_N, stratum_N, correction=0, eps=0))
 
 
 def test_labels_are_names_only_and_unused_ones_do_not_matter():

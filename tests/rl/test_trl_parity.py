@@ -361,3 +361,98 @@ def test_correction_factors_multiply_the_weights_as_in_trl(level, mode):
         ratio_NT = ratio_NT.masked_fill(ratio_NT > 1.2, 0.0)
     theirs, _ = trl_loss(*("dapo", logprob_NT, old_NT, advantage_N, mask_NT), factor_NT=ratio_NT)
     assert_equal(ours, theirs, logprob_NT)
+
+
+def weighed(settings, reward_N, prompt_N, mask_NT, truncated_N):
+    """What the trainer makes of these rows: their advantages, weights and denominator."""
+    from rl.arguments import RolloutConfig
+    from rl.methods import advantage_of, down_sampler_of
+    from rl.waves import Groups
+    from rl.weigh import weigh
+    from rollouts.batch import TokenRollouts
+
+    num_prompts = int(prompt_N.max()) + 1
+    config = RolloutConfig(
+        output_dir="unused", report_to="none", use_cpu=True, trainer="grpo", **settings
+    )
+    line = types.SimpleNamespace(
+        config=config,
+        advantage=advantage_of(config),
+        down_sample=down_sampler_of(config),
+        advantage_after=None,
+        objective=config.objective,
+        length_weight=config.length_weight,
+        planner=types.SimpleNamespace(admit=lambda _: types.SimpleNamespace(reason="mixed")),
+        ledger=types.SimpleNamespace(account=lambda *_, **__: None),
+    )
+    rollouts = TokenRollouts(
+        prompt_N=prompt_N,
+        mask_NT=mask_NT,
+        logprob_NT=torch.zeros(mask_NT.shape),
+        version=0,
+        token_NT=mask_NT.long(),
+        truncated_N=truncated_N,
+        seed_N=torch.arange(len(prompt_N)),
+        prompt_ids=((0,),) * num_prompts,
+        reward_N=reward_N,
+    )
+    groups = Groups(
+        prompts=[None] * num_prompts,
+        rollouts=rollouts,
+        pass_rate_P=torch.full((num_prompts,), 0.5).double(),
+        weight_P=torch.ones(num_prompts).double(),
+    )
+    found = weigh(line, groups, [], progress=0.0)
+    kept = found.rollouts
+    weight_NT = torch.zeros(mask_NT.shape, dtype=torch.float64)
+    weight_NT[kept.seed_N] = token_weight(
+        config.length_weight, found.weight_K, kept.mask_NT, max_completion_length=8
+    )
+    advantage_N = torch.zeros(len(prompt_N), dtype=torch.float64)
+    advantage_N[kept.seed_N] = kept.advantage_N.double()
+    return advantage_N, weight_NT, found.denominator
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize(
+    ("name", "level", "settings", "loss"),
+    [
+        ("grpo", "token", {}, clipped_surrogate),
+        ("dapo", "token", {"loss": "dapo"}, clipped_surrogate),
+        ("dr_grpo", "token", {"loss": "dr_grpo"}, clipped_surrogate),
+        ("cispo", "token", {"loss": "cispo"}, lambda *a, **k: cispo(*a, ratio_cap=1.2, **k)),
+        ("grpo", "sequence", {"loss": "gspo"}, gspo),
+        ("luspo", "sequence", {"loss": "luspo"}, gspo),
+        ("vespo", "token", {"loss": "vespo"}, vespo),
+    ],
+)
+def test_settings_alone_give_trls_gradient_with_truncated_completions_masked_or_not(
+    name, level, settings, loss, scale, masked
+):
+    logprob_NT, old_NT, _, mask_NT, reward_N, prompt_N = batch()
+    # Prompt 1 keeps one of its three rows: a mean over survivors would weigh it three times.
+    truncated_N = torch.tensor([False, False, False, True, True, False])
+    settings = settings | {"scale_rewards": scale, "mask_truncated_completions": masked}
+    found = weighed(settings, reward_N, prompt_N, mask_NT, truncated_N)
+    advantage_N, weight_NT, total = found
+    more = {"mask_NT": mask_NT} if loss in (gspo, vespo) else {}
+    clips = {"epsilon_low": 0.2, "epsilon_high": 0.2} if loss in (gspo, clipped_surrogate) else {}
+    ours, _ = loss(logprob_NT, old_NT, advantage_N, weight_NT, denominator=total, **more, **clips)
+    std_N = {
+        "group": torch.stack([reward_N[prompt_N == p].std() for p in (0, 1)])[prompt_N],
+        "batch": reward_N.std(),
+        "none": torch.tensor(1.0).double() - 1e-4,
+    }[scale]
+    mean_N = torch.stack([reward_N[prompt_N == p].mean() for p in (0, 1)])[prompt_N]
+    theirs_mask_NT = mask_NT & ~truncated_N[:, None] if masked else mask_NT
+    theirs, _ = trl_loss(
+        *(name, logprob_NT, old_NT, (reward_N - mean_N) / (std_N + 1e-4), theirs_mask_NT),
+        level=level,
+        high=1.2 if name == "cispo" else 0.2,
+    )
+    # Without a gradient a row adds a constant to the clipped losses; gradients are what is equal.
+    ours_NT = torch.autograd.grad(ours, logprob_NT)[0]
+    theirs_NT = torch.autograd.grad(theirs, logprob_NT)[0]
+    torch.testing.assert_close(ours_NT, theirs_NT, atol=1e-12, rtol=0)
+    assert ours_NT.abs().max() > 1e-3

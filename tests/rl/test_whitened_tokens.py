@@ -24,7 +24,7 @@ def test_by_hand():
     returns = torch.tensor([-2.0, 0.0, 0.0], dtype=torch.float64)
     expected = (returns - returns.mean()) / returns.std(correction=0)
     found = batch_whitened_tokens(
-        reward_N, PROMPT, logprob_NT, reference_NT, MASK, beta=2.0, eps=0.0
+        reward_N, PROMPT, logprob_NT, reference_NT, MASK, beta=2.0, correction=0, eps=0.0
     )
     assert found[MASK].tolist() == pytest.approx(expected.tolist(), abs=1e-14)
     assert found[1, 1] == 0
@@ -65,8 +65,9 @@ def test_without_a_kl_and_with_rows_of_one_length_it_is_the_row_form():
     reward_N = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
     zero_NT, mask_NT = torch.zeros(3, 4), torch.ones(3, 4, dtype=torch.bool)
     prompt_N = torch.tensor([0, 0, 1])
-    found = batch_whitened_tokens(reward_N, prompt_N, zero_NT, zero_NT, mask_NT, beta=0.1, eps=0)
-    expected = batch_whitened(reward_N, prompt_N, eps=0)[:, None].expand(3, 4)
+    std = {"correction": 0, "eps": 0}
+    found = batch_whitened_tokens(reward_N, prompt_N, zero_NT, zero_NT, mask_NT, beta=0.1, **std)
+    expected = batch_whitened(reward_N, prompt_N, **std)[:, None].expand(3, 4)
     torch.testing.assert_close(found, expected)
 
 
@@ -76,7 +77,7 @@ def test_equal_returns_have_no_advantage():
     assert not found.any() and found.dtype == reward_N.dtype
 
 
-def test_it_says_what_is_wrong(tmp_path):
+def test_it_says_what_is_wrong():
     reward_N, zero_NT = torch.ones(2), torch.zeros(2, 2)
     with pytest.raises(ValueError, match="beta must be finite and at least 0, got -1"):
         batch_whitened_tokens(reward_N, PROMPT, zero_NT, zero_NT, MASK, beta=-1.0)
@@ -85,8 +86,26 @@ def test_it_says_what_is_wrong(tmp_path):
     bad_NT = torch.tensor([[0.0, float("nan")], [0.0, float("nan")]])
     with pytest.raises(ValueError, match="finite where the mask is True, row 0 is not"):
         batch_whitened_tokens(reward_N, PROMPT, bad_NT, zero_NT, MASK, beta=1.0)
-    with pytest.raises(ValueError, match="needs reward_kl above 0"):
-        tiny.config(tmp_path, trainer="grpo", advantage="batch_whitened_tokens")
+    with pytest.raises(ValueError, match="beta=0.5 needs reference_logprob_NT, got None"):
+        batch_whitened_tokens(reward_N, PROMPT, zero_NT, None, MASK, beta=0.5)
+
+
+def test_without_a_kl_long_rows_count_by_their_tokens_in_mean_and_std():
+    # verl's masked whitening: the mean over 4 tokens of (1, 0, 0, 0) is 1/4, its unbiased variance 1/4.
+    reward_N = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    mask_NT = torch.tensor([[True, False, False], [True, True, True]])
+    found = batch_whitened_tokens(
+        reward_N, PROMPT, torch.zeros(2, 3), None, mask_NT, beta=0.0, eps=0.0
+    )
+    assert found[mask_NT].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-15)
+    rows = batch_whitened(reward_N, PROMPT, eps=0.0)
+    assert rows.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)], abs=1e-15)
+
+
+def test_a_run_needs_no_reference_without_a_kl(tmp_path):
+    settings = {"trainer": "grpo", "advantage": "batch_whitened_tokens", "loss": "gspo"}
+    made = tiny.run(tmp_path, reward=tiny.small_digit, max_steps=1, **settings)
+    assert made.line.reference is None and tiny.step_logs(tmp_path)[0]["advantage_abs_mean"] > 0
 
 
 def test_a_run_credits_tokens_apart(tmp_path):
