@@ -22,6 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import arms
 
+BY_STD = {"advantage": "grpo", "budget_min": 1}  # as grpo.yaml, although budgets differ
+EARLY = {"stopping": "early", "stopping_wave": 4, "posterior_decay_chosen": 0.8} | BY_STD
+
 ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     # name: what it is, recipe, settings that differ from it
     "grpo": ("GRPO, uniform prompts and budgets", "grpo", {}),
@@ -47,7 +50,7 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "early": (
         "groups alike after 4 of 8 stop if likelier alike than mixed",
         "grpo",
-        {"stopping": "early", "stopping_wave": 4, "posterior_decay_chosen": 0.8},
+        EARLY,
     ),
     "pods_grpo": ("PODS: 4 of 8 rows by largest variance", "pods_grpo", {}),
     "d3s_rows": ("D3S rows .25 -> 1, every token", "grpo", {"down_sampling": "d3s"}),
@@ -57,15 +60,15 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vade_early": (
         "VADE with memory .8, groups stop early",
         "vade_grpo",
-        {"stopping": "early", "stopping_wave": 4, "posterior_decay_chosen": 0.8},
+        EARLY,
     ),
     "everything": ("the same with leave-one-out budgets and advantages", "everything", {}),
     "gvm_grpo": ("GVM budgets by the posterior", "gvm_grpo", {}),
-    "neyman": ("Neyman budgets by the posterior", "grpo", {"allocator": "neyman"}),
+    "neyman": ("Neyman budgets by the posterior", "grpo", {"allocator": "neyman"} | BY_STD),
     "cost_aware": (
         "the same, fewer where rollouts are long",
         "grpo",
-        {"allocator": "cost_aware"},
+        {"allocator": "cost_aware"} | BY_STD,
     ),
     "reinforce_ada": ("Reinforce-Ada, balanced", "reinforce_ada", {}),
 }

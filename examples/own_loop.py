@@ -14,8 +14,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project beside this folder
 
-from rl.advantages import grpo
+from rl.advantages import leave_one_out
 from rl.losses import clipped_surrogate
+from rl.step_weights import objective_weight
 from samplers import allocation, downsampling
 from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
@@ -38,6 +39,7 @@ def main(steps: int = 60) -> list[float]:
         keys=[f"prompt {i}" for i in range(200)],
         prompts_per_step=32,
         rollouts_per_step=256,
+        minimum=2,  # one alone has nothing to be compared with
     )
     pass_rates = []
     for step in range(steps + 1):
@@ -57,16 +59,18 @@ def main(steps: int = 60) -> list[float]:
         reward_N = is_right[index_N, token_N].float()
         planner.observe(proposal, reward_N.numpy(), proposal.prompt_N)  # before any is dropped
 
-        advantage_N = grpo(reward_N, prompt_N)  # on full groups, then D3S drops rows
+        # Budgets differ: this advantage and these weights keep them out of the objective.
+        advantage_N = leave_one_out(reward_N, prompt_N)  # on full groups, then D3S drops rows
         share = downsampling.row_fraction(step / steps)
         rows_K = torch.from_numpy(downsampling.d3s(advantage_N.numpy(), row_fraction=share))
         index_K, token_K = index_N[rows_K], token_N[rows_K]
+        weight_K = objective_weight("mean", reward_N[rows_K], prompt_N[rows_K], num_prompts=32)
         loss, _ = clipped_surrogate(
             policy(index_K).log_softmax(-1).gather(1, token_K[:, None]),
             logprob_DV[index_K, token_K][:, None],
             advantage_N[rows_K],
-            torch.ones(len(rows_K), 1),
-            denominator=len(rows_K),  # stated by the caller: parts of a batch add up
+            weight_K[:, None],  # 1 / rows of the prompt
+            denominator=32,  # prompts; stated by the caller: parts of a batch add up
         )
         optimizer.zero_grad()
         loss.backward()

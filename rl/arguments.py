@@ -23,6 +23,7 @@ from rl.methods import (
     SELECTORS,
     STOPPINGS,
     allocator_of,
+    default_correction,
     least_budget,
     loss_of,
     preset_advantage,
@@ -59,6 +60,7 @@ DECISIVE = (
         "temperature",
         "adaptive_temperature_tau",
         "hapo_quantile",
+        "hapo_sign",
         "top_p",
         "top_k",
         "min_p",
@@ -295,6 +297,12 @@ class RolloutConfig(TrainingArguments):
         "temperature; entropies are judged by those of the step before. 0: off; published 0.1.",
     )
     hapo_quantile: float = setting(0.8, "HAPO: quantile of log entropies where nothing changes.")
+    hapo_sign: str = setting(
+        "signed",
+        "HAPO: tokens of low entropy count as far below the quantile (signed, as in the paper), or as "
+        "far from it as those of high entropy (released: its code loses the sign, and draws both "
+        "hotter).",
+    )
     generation_batch_size: int = setting(256, "Most rows decoded together on one process.")
     engine: str = setting(
         "transformers", "transformers (the model that trains generates) or vllm (needs a GPU)."
@@ -302,7 +310,20 @@ class RolloutConfig(TrainingArguments):
     vllm_mode: str = setting(
         "colocate", "colocate (a vLLM beside each process, on its GPU) or server (one apart)."
     )
-    vllm_server_base_url: str = setting("http://localhost:8000", "Address of the vLLM server.")
+    vllm_server_base_url: str | None = setting(
+        None,
+        "Address of the vLLM server. Default: http://, vllm_server_host and vllm_server_port.",
+    )
+    vllm_server_host: str = setting("localhost", "Host of the vLLM server.")
+    vllm_server_port: int = setting(8000, "Port of the vLLM server.")
+    vllm_group_port: int = setting(
+        51216, "Free port of this machine, over which weights go to the vLLM server."
+    )
+    vllm_tensor_parallel_size: int = setting(
+        1,
+        "Processes that share one colocated vLLM, each holding a part of its weights; it divides their "
+        "number. A server gets --tensor-parallel-size when it is started.",
+    )
     vllm_server_timeout: float = setting(240.0, "Seconds to wait for the server to come up.")
     vllm_gpu_memory_utilization: float = setting(
         0.3, "Share of the GPU's memory that a colocated vLLM takes."
@@ -398,13 +419,16 @@ class RolloutConfig(TrainingArguments):
         "What ratios compare with: the log-probabilities the engine recorded, or the trainer's own, "
         "recomputed before the first update.",
     )
-    importance_correction: str = setting(
-        "none",
+    importance_correction: str | None = setting(
+        None,
         "Weights for an engine that differs from the trainer (another library, precision): none, "
         "token_truncate, token_mask, sequence_truncate or sequence_mask. Implies old_logprobs: "
-        "trainer.",
+        "trainer. Default: sequence_mask with engine vllm (token_truncate for loss vespo), but none "
+        "where top_k, top_p or min_p are set; else none.",
     )
-    importance_cap: float = setting(2.0, "Largest ratio trainer / engine that counts in full.")
+    importance_cap: float = setting(
+        3.0, "Largest ratio trainer / engine that counts in full (TRL: 3)."
+    )
     importance_floor: float | None = setting(None, "Smallest one. Default: none.")
     updates_per_step: int = setting(
         1, "Optimizer updates on one collection of rollouts; each takes its part of the rows."
@@ -476,12 +500,21 @@ class RolloutConfig(TrainingArguments):
                 setattr(self, name, value)
         if self.budget_min is None:
             self.budget_min = least_budget(self)
+        if self.importance_correction is None:
+            self.importance_correction = default_correction(self)
         if self.stopping_needed is None:
             self.stopping_needed = 4 if self.stopping == "balanced" else 1
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "pass_rate"
         validate(self)
         super().__post_init__()
+
+    @property
+    def vllm_address(self) -> str:
+        """Where the vLLM server is."""
+        return (
+            self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+        )
 
     @property
     def rollouts_per_step(self) -> int:

@@ -61,9 +61,9 @@ class EntropyPivot:
     def from_state(cls, state: Mapping[str, float]) -> EntropyPivot:
         return cls(**{name: float(state[name]) for name in ("log_quantile", "above", "below")})
 
-    def adaptive_temperature(self, tau: float) -> AdaptiveTemperature:
+    def adaptive_temperature(self, tau: float, *, signed: bool = True) -> AdaptiveTemperature:
         """Part A, for the rollouts of the next step."""
-        return AdaptiveTemperature(tau=tau, **asdict(self))
+        return AdaptiveTemperature(tau=tau, signed=signed, **asdict(self))
 
 
 def pivot(entropy_NT: Tensor, mask_NT: Tensor, *, quantile: float = 0.8) -> EntropyPivot:
@@ -100,7 +100,9 @@ def pivot(entropy_NT: Tensor, mask_NT: Tensor, *, quantile: float = 0.8) -> Entr
     )
 
 
-def heterogeneity(entropy_NT: Tensor, mask_NT: Tensor, pivot: EntropyPivot) -> Tensor:
+def heterogeneity(
+    entropy_NT: Tensor, mask_NT: Tensor, pivot: EntropyPivot, *, signed: bool = True
+) -> Tensor:
     """Signed place of each token's entropy between the lowest, the pivot and the highest.
 
         d = log max(H, 1e-8) - Q,    h = d / above if d > 0,  d / below if d <= 0
@@ -112,6 +114,8 @@ def heterogeneity(entropy_NT: Tensor, mask_NT: Tensor, pivot: EntropyPivot) -> T
         entropy_NT: (N, T) nats.
         mask_NT: (N, T) bool.
         pivot: of the same step for parts C and D. By that of another, h is clamped to [-1, 1].
+        signed: False for |h| as released, by which the branches of C and D for certain tokens act
+            only at the pivot.
 
     Returns:
         (N, T) float64 on the device of `mask_NT`, detached; exactly 0 off the mask, at the pivot,
@@ -121,7 +125,7 @@ def heterogeneity(entropy_NT: Tensor, mask_NT: Tensor, pivot: EntropyPivot) -> T
         ValueError: as `token_selection.checked_entropy`.
     """
     value_NT = checked_entropy(entropy_NT, mask_NT)
-    h_NT = signed_heterogeneity(value_NT, **pivot.state_dict()).to(mask_NT.device)
+    h_NT = signed_heterogeneity(value_NT, signed=signed, **pivot.state_dict()).to(mask_NT.device)
     return torch.where(mask_NT, h_NT, 0.0)
 
 

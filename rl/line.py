@@ -139,7 +139,8 @@ class Line:
         tau, pivot = self.config.adaptive_temperature_tau, self.memory.pivot
         if not tau or pivot is None:
             return self.sampling
-        return replace(self.sampling, adaptive_temperature=pivot.adaptive_temperature(tau))
+        adaptive = pivot.adaptive_temperature(tau, signed=self.config.hapo_sign == "signed")
+        return replace(self.sampling, adaptive_temperature=adaptive)
 
 
 @dataclass(frozen=True, kw_only=True)

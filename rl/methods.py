@@ -520,6 +520,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def default_correction(config: RolloutConfig) -> str:
+    """The default of `importance_correction`: TRL's for vLLM.
+
+    After a filter vLLM's log-probabilities are those of a narrower distribution, and the ratio of a row
+    falls with its length: there it is left to who asks for it.
+    """
+    filtered = config.top_k or config.top_p != 1 or config.min_p
+    if config.engine != "vllm" or filtered:
+        return "none"
+    return "token_truncate" if config.loss == "vespo" else "sequence_mask"
+
+
 def loss_of(config: RolloutConfig) -> Callable:
     """The loss named by `config`, its clip ranges bound."""
     function, names = LOSSES[config.loss or ""]

@@ -50,7 +50,8 @@ def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
         assert rollouts.entropy_NT is not None
         columns = (rollouts.entropy_NT, rollouts.mask_NT)
         line.memory.pivot = hapo.pivot(*columns, quantile=config.hapo_quantile)
-        h_NT = hapo.heterogeneity(*columns, line.memory.pivot)
+        signed = config.hapo_sign == "signed"
+        h_NT = hapo.heterogeneity(*columns, line.memory.pivot, signed=signed)
         rollouts = replace(rollouts, heterogeneity_NT=h_NT)
     if config.token_selection != "none":
         kept_NT = line.select_tokens(rollouts, line.progress(line.ledger.step or 0))

@@ -79,6 +79,25 @@ def _scored(
     return found
 
 
+def without_unknown(line: Line, rollouts: Rollouts) -> tuple[Rollouts, int]:
+    """`rollouts` with log-probabilities the engine could not say in the trainer's own, and how many.
+
+    An engine may give NaN for a token it drew (vLLM does, rarely). Its ratio is then 1 before the first
+    update and the token trains as any other.
+    """
+    unknown_NT = rollouts.logprob_NT.isnan()
+    if not unknown_NT.any():
+        return rollouts, 0
+    rows_K = unknown_NT.any(dim=1).nonzero().flatten()
+    with line.policy() as policy:
+        of_rows = recompute(line, policy, rollouts.take(rows_K), {OLD})
+    assert of_rows.old_logprob_NT is not None
+    own_NT = torch.zeros_like(rollouts.logprob_NT)
+    own_NT[rows_K] = of_rows.old_logprob_NT.to(own_NT.dtype)
+    logprob_NT = torch.where(unknown_NT, own_NT, rollouts.logprob_NT)
+    return replace(rollouts, logprob_NT=logprob_NT), int(unknown_NT.sum())
+
+
 def with_kl_penalty(line: Line, rollouts: Rollouts) -> Rollouts:
     """`rollouts` whose rewards are lowered by what their departure from the reference costs.
 

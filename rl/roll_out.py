@@ -96,6 +96,10 @@ def _generate_and_score(
     if not len(rows):
         with line.generating() as policy:  # gathering sharded weights takes every rank
             line.load_weights(policy, version=version)  # and so may handing them on
+            if getattr(line.engine, "generates_together", False):
+                none = np.zeros(len(request.prompts), dtype=np.int64)
+                settings = {"params": params, "version": version}
+                line.engine.generate(request.prompts, none, seeds_N=none[:0], **settings)
             return None
     # With every prompt, those of other ranks at budget 0, so that shares are of one list of prompts.
     budget_P = np.bincount(request.prompt_N[rows], minlength=len(request.prompts))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 import warnings
+from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -150,6 +150,18 @@ def _engine(config: RolloutConfig) -> None:
             f"got {config.vllm_gpu_memory_utilization}"
         )
     _at_least(config, 0, "vllm_server_timeout")
+    _at_least(config, 1, "vllm_server_port", "vllm_group_port", "vllm_tensor_parallel_size")
+    elsewhere = (config.vllm_server_host, config.vllm_server_port) != ("localhost", 8000)
+    if config.vllm_server_base_url is not None and elsewhere:
+        raise ValueError(
+            f"vllm_server_base_url={config.vllm_server_base_url!r} has host and port of its own: leave "
+            "it out, or vllm_server_host and vllm_server_port"
+        )
+    if config.vllm_tensor_parallel_size > 1 and config.vllm_mode == "server":
+        raise ValueError(
+            f"vllm_tensor_parallel_size={config.vllm_tensor_parallel_size} is for vllm_mode: colocate; "
+            "start the server with --tensor-parallel-size"
+        )
     _at_least(config, 2, "vllm_max_model_length")
     if config.engine != "vllm":
         return
@@ -201,6 +213,7 @@ def validate(config: RolloutConfig) -> None:
             "pilot_estimate: pilot for the rule without it"
         )
     choice("stratum_fallback", config.stratum_fallback, FALLBACKS)
+    choice("hapo_sign", config.hapo_sign, ("signed", "released"))
     _at_least(config, 1, "max_generated_tokens")
     _at_least(config, 0, "beta", "importance_floor", "stratum_alpha", "reward_kl")
     _at_least(config, 0, "adaptive_temperature_tau", "hapo_quantile")
@@ -285,6 +298,8 @@ def validate(config: RolloutConfig) -> None:
 
 def _scaling(config: RolloutConfig) -> None:
     """How rewards become advantages: what `scale_rewards` and its kin fit with."""
+    if hasattr(config, "baseline"):  # a diffusion model's, which refuses all of them
+        return
     scale = scale_of(config)
     if scale not in advantages.SCALES:
         raise ValueError(

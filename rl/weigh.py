@@ -12,7 +12,7 @@ import torch
 
 from rl import metrics, step_weights
 from rl.line import Batch
-from rl.recompute import with_kl_penalty
+from rl.recompute import with_kl_penalty, without_unknown
 from rl.waves import Groups, Wave, size
 from rollouts.batch import Rollouts, TokenRollouts
 from samplers.proposal import admit
@@ -36,7 +36,7 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
         progress: share of the run that is done, in [0, 1]; schedules read it.
     """
     config = line.config
-    everything = groups.rollouts
+    everything, unknown = without_unknown(line, groups.rollouts)
     if config.reward_kl:
         everything = with_kl_penalty(line, everything)
     everything = with_credit(everything, line.advantage(everything, groups.prompts))
@@ -59,7 +59,8 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
         prompts=groups.prompts,
         waves=waves,
         metrics=metrics.of_rollouts(waves, kept)
-        | metrics.of_selection(config.down_sampling, everything, chosen),
+        | metrics.of_selection(config.down_sampling, everything, chosen)
+        | ({"importance/unknown_logprobs": float(unknown)} if unknown else {}),
     )
 
 

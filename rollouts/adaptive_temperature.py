@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ default, not from the paper."""
 
 
 def signed_heterogeneity(
-    entropy: Tensor, *, log_quantile: float, above: float, below: float
+    entropy: Tensor, *, log_quantile: float, above: float, below: float, signed: bool = True
 ) -> Tensor:
     """Where an entropy lies between the lowest, the pivot and the highest: -1, 0 and 1.
 
@@ -39,13 +40,14 @@ def signed_heterogeneity(
 
     (arXiv:2509.16591.) The spread that the paper divides d by as well cancels. The released code
     divides d <= 0 by -below, so that h is never negative and certain tokens are drawn hotter too;
-    the text and the equations that use h need the sign, and it is kept here.
+    the text and the equations that use h need the sign, and it is kept unless `signed` is False.
 
     Args:
         entropy: nats, of any shape.
         log_quantile: the pivot, in logarithms of nats.
         above, below: distance from the pivot to the highest and to the lowest, >= 0. On a side
             without any spread nothing tells what is far, and h is 0 there.
+        signed: False for |h|, which is what the released code computes.
 
     Returns:
         float64 of the same shape, detached.
@@ -54,6 +56,7 @@ def signed_heterogeneity(
     up = distance / above if above > LEAST_SPREAD else torch.zeros_like(distance)
     down = distance / below if below > LEAST_SPREAD else torch.zeros_like(distance)
     h = torch.where(distance > 0, up, down).clamp(-1, 1)
+    h = h if signed else h.abs()
     # Of no entropy, no heterogeneity: NaN stays visible on the side without spread too.
     return torch.where(distance.isnan(), distance, h)
 
@@ -69,9 +72,10 @@ class AdaptiveTemperature:
     tau: float
     """T_t lies between T (1 - tau) and T (1 + tau); in [0, 1). The paper's 0.1, its scripts' 0.05."""
     log_quantile: float
-    """As `signed_heterogeneity`, like the next two."""
+    """As `signed_heterogeneity`, like the next three."""
     above: float
     below: float
+    signed: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.tau < 1:
@@ -85,9 +89,9 @@ class AdaptiveTemperature:
 
     def factor(self, score_NV: Tensor) -> Tensor:
         """T_t / T, (N, 1) in the dtype of `score_NV`, which are the logits divided by T."""
-        h_N = signed_heterogeneity(
-            entropy(score_NV), log_quantile=self.log_quantile, above=self.above, below=self.below
-        )
+        names = ("log_quantile", "above", "below", "signed")
+        pivot: Any = {name: getattr(self, name) for name in names}
+        h_N = signed_heterogeneity(entropy(score_NV), **pivot)
         return (1 + self.tau * h_N)[:, None].to(score_NV.dtype)
 
 

@@ -39,7 +39,7 @@ class Rollouts:
 
     Raises:
         ValueError: if a column has another shape or type than stated below, or a log-probability
-            is not 0 off the mask or not finite on it.
+            is not 0 off the mask or not finite on it (for a token, NaN says that it is not known).
     """
 
     prompt_N: Tensor
@@ -47,7 +47,8 @@ class Rollouts:
     mask_NT: Tensor
     """(N, T) bool: True where the policy made the decision; False on padding and tool output."""
     logprob_NT: Tensor
-    """(N, T) float, nats, under the policy that sampled; exactly 0 where the mask is False."""
+    """(N, T) float, nats, under the policy that sampled; exactly 0 where the mask is False, and NaN
+    at tokens of which an engine could not say it."""
     version: int
     """Optimizer steps the sampling policy had taken."""
     reward_N: Tensor | None = None
@@ -102,7 +103,10 @@ class Rollouts:
                 )
         if self.logprob_NT[~self.mask_NT].any():
             raise ValueError("logprob_NT must be 0 wherever mask_NT is False")
-        finite_N = self.logprob_NT.isfinite().all(dim=1)
+        known_NT = self.logprob_NT
+        if isinstance(self, TokenRollouts):  # of an engine that could not say
+            known_NT = known_NT.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        finite_N = known_NT.isfinite().all(dim=1)
         if not finite_N.all():
             raise ValueError(
                 f"logprob_NT must be finite, but rows {(~finite_N).nonzero().flatten().tolist()} "

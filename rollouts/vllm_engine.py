@@ -8,6 +8,7 @@ Axes: P prompts, N rollouts, T tokens.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +54,9 @@ class VLLMEngine:
     Every process generates its own share. In server mode each talks to the one server and the main
     process hands the weights on; colocated, each has a vLLM of its own on its GPU. Prefixes in vLLM's
     cache are marked by the weights they belong to (`cache_salt`), because clearing the cache, which
-    TRL asks for, does nothing while a request still holds a part of it. So processes share none.
+    TRL asks for, does nothing while a request still holds a part of it. So processes share none, but
+    for those that share a vLLM (tensor parallelism): these generate the rows of all of them, and each
+    keeps its own, so all of them call `generate`, also for no rows (`generates_together`).
 
     Args:
         generation: TRL's `VLLMGeneration`, in either mode. `vllm_engine` makes one.
@@ -79,16 +82,11 @@ class VLLMEngine:
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
-        if generation.mode == "colocate" and generation.tensor_parallel_size > 1:
-            raise ValueError(
-                f"tensor_parallel_size={generation.tensor_parallel_size} needs the same prompts on "
-                "several processes, which each have their own here; serve the model in server mode "
-                "with --tensor-parallel-size instead"
-            )
         self.tokenizer = tokenizer
         self.filtered_logprobs = filtered_logprobs
         self._generation = generation
         self._concurrency = concurrency
+        self._num_together = generation.tensor_parallel_size if generation.mode == "colocate" else 1
         self._salt = uuid.uuid4().hex
         self._asleep = generation.mode == "colocate" and generation.enable_sleep_mode
         if generation.mode == "server":
@@ -99,6 +97,11 @@ class VLLMEngine:
             retries = session.get_adapter(url).max_retries
             session.mount(url, HTTPAdapter(max_retries=retries, pool_maxsize=concurrency))
             _require_processed(self._client)
+
+    @property
+    def generates_together(self) -> bool:
+        """Whether a process without rows has to call `generate` all the same."""
+        return self._num_together > 1
 
     def load_weights(self, model: Any) -> None:
         """Hand the weights of `model` on to vLLM, and forget prefixes computed with older ones.
@@ -150,7 +153,7 @@ class VLLMEngine:
             ValueError: if the request is malformed, or `params` ask for what vLLM does not do.
             RuntimeError: if vLLM rests, a server does not answer or answers something else than was
                 asked; the prompt's key is named.
-            FloatingPointError: if a log-probability is missing, NaN, infinite or above 0.
+            FloatingPointError: if a log-probability is missing, infinite or above 0. NaN stays NaN.
         """
         prompt_N, seed_N = requested_rows(prompts, budget_P, seeds_N)
         self._refuse(params)
@@ -173,7 +176,8 @@ class VLLMEngine:
             "skip_special_tokens": False,  # stop strings may be special tokens
         }
         answer = self._from_server if self._generation.mode == "server" else self._from_colocated
-        drawn = answer(rows, seed_N.tolist(), settings, more) if rows else []
+        asks = bool(rows) or self.generates_together
+        drawn = answer(rows, seed_N.tolist(), settings, more) if asks else []
         return self._batch(prompts, prompt_N, seed_N, drawn, eos, params, version)
 
     def _refuse(self, params: SamplingParams) -> None:
@@ -225,18 +229,21 @@ class VLLMEngine:
     def _from_colocated(
         self, rows: list[Prompt], seeds: list[int], settings: dict, more: dict
     ) -> list[tuple[list[int], list[float | None]]]:
-        """The same from the vLLM of this process, in one call."""
+        """The same from the vLLM of this process, or of its group, in one call."""
         from vllm import SamplingParams as RequestParams
 
+        mine = [(list(p.token_ids), _usable(s)) for p, s in zip(rows, seeds, strict=True)]
+        asked, salt, first = self._of_group(mine)
+        if not asked:
+            return []
         outputs = self._generation.llm.generate(
-            [{"prompt_token_ids": list(p.token_ids), "cache_salt": self._salt} for p in rows],
-            sampling_params=[
-                RequestParams(n=1, seed=_usable(seed), **settings, **more) for seed in seeds
-            ],
+            [{"prompt_token_ids": ids, "cache_salt": salt} for ids, _ in asked],
+            sampling_params=[RequestParams(n=1, seed=s, **settings, **more) for _, s in asked],
             use_tqdm=False,
         )
-        if len(outputs) != len(rows):
-            raise RuntimeError(f"vLLM was asked for {len(rows)} rollouts and gave {len(outputs)}")
+        if len(outputs) != len(asked):
+            raise RuntimeError(f"vLLM was asked for {len(asked)} rollouts and gave {len(outputs)}")
+        outputs = outputs[first : first + len(rows)]
         logprobs, ids = vllm_generation.extract_logprobs(outputs)
         answer = {
             "completion_ids": [list(output.outputs[0].token_ids) for output in outputs],
@@ -244,6 +251,16 @@ class VLLMEngine:
             "logprob_token_ids": ids,
         }
         return [_sampled(answer, row, prompt) for row, prompt in enumerate(rows)]
+
+    def _of_group(self, mine: list[tuple[list[int], int]]) -> tuple[list, str, int]:
+        """Requests of all processes that share this vLLM, their salt, and where this one's begin."""
+        if self._num_together == 1:
+            return mine, self._salt, 0
+        group, given = self._generation.tp_group, [None] * self._num_together
+        torch.distributed.all_gather_object(given, (mine, self._salt), group=group)
+        before = given[: torch.distributed.get_rank(group=group)]
+        asked = [request for requests, _ in given for request in requests]
+        return asked, given[0][1], sum(len(requests) for requests, _ in before)
 
     def _batch(
         self,
@@ -267,7 +284,9 @@ class VLLMEngine:
             key = prompts[int(prompt_N[row])].key
             _check(ids, logprobs, key, limit=limit, vocabulary=vocabulary)
             token_NT[row, : len(ids)] = torch.tensor(ids)
-            logprob_NT[row, : len(ids)] = torch.tensor(logprobs)
+            logprob_NT[row, : len(ids)] = torch.tensor(
+                [math.nan if x is None else x for x in logprobs]
+            )
             ended = ids[-1] in eos or self._has_stop(ids, params)
             if len(ids) < limit and not ended:
                 raise RuntimeError(
@@ -305,6 +324,8 @@ def vllm_engine(
     mode: str,
     base_url: str = "http://localhost:8000",
     server_timeout: float = 240.0,
+    group_port: int = 51216,
+    tensor_parallel_size: int = 1,
     gpu_memory_utilization: float = 0.3,
     max_model_length: int | None = None,
     enable_sleep_mode: bool = False,
@@ -321,6 +342,9 @@ def vllm_engine(
         mode: "server" or "colocate".
         base_url: of the server.
         server_timeout: seconds to wait for the server to come up.
+        group_port: free port of the machine that trains, over which weights go to a server.
+        tensor_parallel_size: processes, and GPUs, that share one colocated vLLM; divides their number.
+            A server is started with its own --tensor-parallel-size.
         gpu_memory_utilization: share of the GPU that a colocated vLLM takes.
         max_model_length: positions of a colocated vLLM. Default: the model's.
         enable_sleep_mode: a colocated vLLM gives its memory back while the trainer updates.
@@ -344,6 +368,8 @@ def vllm_engine(
             mode=mode,
             server_base_url=base_url.rstrip("/"),  # else TRL asks for //health, for ever
             server_timeout=server_timeout,
+            group_port=group_port,
+            tensor_parallel_size=tensor_parallel_size,
             gpu_memory_utilization=gpu_memory_utilization,
             max_model_length=max_model_length,
             enable_sleep_mode=enable_sleep_mode,
@@ -397,7 +423,12 @@ def _sampled(answer: dict, row: int, prompt: Prompt) -> tuple[list[int], list[fl
         raise RuntimeError(
             f"vLLM gave prompt {prompt.key} {len(ids)} tokens and {len(tables)} log-probabilities"
         )
-    return list(ids), [table.get(token) for token, table in zip(ids, tables, strict=True)]
+    for token, table in zip(ids, tables, strict=True):
+        if token not in table:
+            raise FloatingPointError(
+                f"vLLM gave prompt {prompt.key} no log-probability of token {token}, which it drew"
+            )
+    return list(ids), [table[token] for token, table in zip(ids, tables, strict=True)]
 
 
 def _check(
@@ -413,10 +444,10 @@ def _check(
             f"vLLM gave prompt {key} tokens from {min(ids)} to {max(ids)}, but the model being trained "
             f"has {vocabulary}: is it another model that is served?"
         )
-    # A certain token has log-probability 0, up to rounding; NaN is on neither side of anything.
-    bad = [x for x in logprobs if x is None or not CLAMPED < x <= 1e-3]
+    # A certain token has log-probability 0, up to rounding; TRL's None is vLLM's NaN.
+    known = [x for x in logprobs if x is not None and not math.isnan(x)]
+    bad = [x for x in known if not CLAMPED < x <= 1e-3]
     if bad:
         raise FloatingPointError(
-            f"vLLM gave prompt {key} a log-probability that is missing, NaN, infinite or above 0: "
-            f"{bad[0]}"
+            f"vLLM gave prompt {key} a log-probability that is infinite or above 0: {bad[0]}"
         )

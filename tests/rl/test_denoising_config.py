@@ -37,6 +37,10 @@ LANGUAGE_VALUES = {
     "repetition_penalty": 1.2,
     "generation_kwargs": {"do_sample": True},
     "chat_template_kwargs": {"enable_thinking": False},
+    "scale_rewards": "batch",
+    "std_correction": 0,
+    "std_eps": 0.1,
+    "multi_objective_aggregation": "normalize_then_sum",
 }
 
 

@@ -63,6 +63,9 @@ def test_certain_tokens_are_negative_where_the_released_code_has_them_positive()
     released_NT = distance_NT / distance_NT.where(distance_NT > 0, distance_NT.min()).abs()
     released_NT = torch.where(distance_NT > 0, released_NT, distance_NT / distance_NT.min())
     close(released_NT, torch.tensor([[1, 0.7686, 0.2314, 0, 1]]).double(), atol=5e-5)
+    of_step = pivot(ENTROPY_NT, ALL_NT)
+    close(heterogeneity(ENTROPY_NT, ALL_NT, of_step, signed=False), released_NT.abs(), atol=1e-12)
+    assert of_step.adaptive_temperature(0.1, signed=False).signed is False
     assert (h_NT != released_NT).any()
     low_NT, _ = clip_ranges(h_NT)
     assert (low_NT[:, :3] > 0.2).all()  # with h >= 0 for all, no lower clip would widen

@@ -315,7 +315,7 @@ def test_metrics_of_one_step_by_hand(tmp_path):
         "completions/max_length": 5,
         "completions/clipped_ratio": 1 / 6,
         "completions/mean_length_trained": (2 + 4) / 2,
-        "advantage_abs_mean": 1.0,  # (1 - 0.5) / 0.5 and (0 - 0.5) / 0.5, up to eps
+        "advantage_abs_mean": 0.5 / (0.5**0.5 + 1e-4),  # (1 - 0.5) and (0 - 0.5), unbiased std
         "ledger/rollouts_drawn": 6,
         "ledger/rollouts_trained": 2,
         "ledger/rollouts_filtered_all_pass": 2,

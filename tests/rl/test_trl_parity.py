@@ -382,7 +382,6 @@ def weighed(settings, reward_N, prompt_N, mask_NT, truncated_N):
         advantage_after=None,
         objective=config.objective,
         length_weight=config.length_weight,
-        planner=types.SimpleNamespace(admit=lambda _: types.SimpleNamespace(reason="mixed")),
         ledger=types.SimpleNamespace(account=lambda *_, **__: None),
     )
     rollouts = TokenRollouts(
@@ -395,6 +394,7 @@ def weighed(settings, reward_N, prompt_N, mask_NT, truncated_N):
         seed_N=torch.arange(len(prompt_N)),
         prompt_ids=((0,),) * num_prompts,
         reward_N=reward_N,
+        success_N=reward_N,
     )
     groups = Groups(
         prompts=[None] * num_prompts,

@@ -67,6 +67,9 @@ def test_certain_tokens_are_drawn_colder_and_undecided_ones_hotter():
     # The released code loses the sign and draws the certain ones hotter too.
     sharp, flat = logits_of_entropy(0.05), logits_of_entropy(2.0)
     assert GOLDEN.factor(sharp) < 1 < GOLDEN.factor(flat)
+    released = replace(GOLDEN, signed=False)
+    assert released.factor(sharp).item() == pytest.approx(2 - GOLDEN.factor(sharp).item())
+    assert torch.equal(released.factor(flat), GOLDEN.factor(flat))
     processor = AdaptiveTemperatureLogitsProcessor(GOLDEN)
     assert entropy(processor(None, sharp)) < entropy(sharp)
     assert entropy(processor(None, flat)) > entropy(flat)

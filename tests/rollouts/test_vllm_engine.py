@@ -296,14 +296,9 @@ def test_without_sleep_mode_rest_does_nothing(model, monkeypatch):
         ),
         (lambda c: c | {"token_ids": [], "logprobs": listed([])}, RuntimeError, "of 0 tokens"),
         (
-            lambda c: c | {"token_ids": [3], "logprobs": listed([3], float("nan"))},
-            FloatingPointError,
-            "missing, NaN, infinite or above 0",
-        ),
-        (
             lambda c: c | {"token_ids": [3], "logprobs": listed([4])},
             FloatingPointError,
-            "missing, NaN, infinite or above 0: None",
+            "prompt-0 no log-probability of token 3, which it drew",
         ),
         (  # as a server writes minus infinity
             lambda c: c | {"token_ids": [EOS], "logprobs": listed([EOS], -9999.0)},
@@ -333,6 +328,60 @@ def test_an_answer_that_cannot_be_is_refused(served, model, spoil, error, messag
     served.spoil = spoil
     with pytest.raises(error, match=message):
         engine.generate(PROMPTS[:1], [1], seeds_N=[0], params=PARAMS)
+
+
+def test_a_log_probability_that_vllm_could_not_say_is_nan(served, model):
+    engine = on_server(served, model)
+    known = engine.generate(PROMPTS, [1, 1, 1], seeds_N=range(3), params=PARAMS)
+
+    def spoil(choice):
+        ids, values = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        return choice | {"logprobs": listed(ids, [float("nan"), *values[1:]])}
+
+    served.spoil = spoil
+    rollouts = engine.generate(PROMPTS, [1, 1, 1], seeds_N=range(3), params=PARAMS)
+    assert torch.equal(rollouts.token_NT, known.token_NT)
+    assert rollouts.logprob_NT[:, 0].isnan().all()
+    torch.testing.assert_close(rollouts.logprob_NT[:, 1:], known.logprob_NT[:, 1:])
+
+
+def test_processes_that_share_a_vllm_generate_the_rows_of_all_and_keep_their_own(
+    model, monkeypatch
+):
+    budgets = {0: [2, 1, 0], 1: [0, 0, 0], 2: [0, 0, 2]}
+    engines = {rank: colocated(model, monkeypatch) for rank in budgets}
+    alone = [
+        engines[rank][0].generate(PROMPTS, budget_P, seeds_N=range(sum(budget_P)), params=PARAMS)
+        for rank, budget_P in budgets.items()
+    ]
+    # What each of the three would send; the real one waits for the others.
+    given, here = {}, SimpleNamespace(rank=0)
+
+    def gather(into, mine, group):
+        given[here.rank] = mine
+        into[:] = [given[rank] for rank in budgets]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: here.rank)
+    for engine, llm in engines.values():
+        engine._generation.tp_group, engine._num_together = "group", 3
+        assert engine.generates_together
+        llm.asked.clear()
+    for rank, budget_P in budgets.items():  # first to learn what each asks for
+        here.rank = rank
+        given |= {r: ([], "") for r in budgets if r not in given}
+        engines[rank][0].generate(PROMPTS, budget_P, seeds_N=range(sum(budget_P)), params=PARAMS)
+    for _, llm in engines.values():
+        llm.asked.clear()
+    for rank, budget_P in budgets.items():
+        here.rank = rank
+        engine, llm = engines[rank]
+        found = engine.generate(PROMPTS, budget_P, seeds_N=range(sum(budget_P)), params=PARAMS)
+        assert len(llm.asked) == 5  # the rows of all
+        assert torch.equal(found.token_NT, alone[rank].token_NT)
+    asked = [[(p["prompt_token_ids"], s["seed"]) for p, s in m.asked] for _, m in engines.values()]
+    assert asked[0] == asked[1] == asked[2]
+    assert len({p["cache_salt"] for _, llm in engines.values() for p, _ in llm.asked}) == 1
 
 
 def test_an_answer_of_two_completions_is_refused(served, model):
@@ -390,8 +439,8 @@ def test_close_leaves_the_group_of_the_weights(served, model, monkeypatch):
 
 def listed(tokens, value=-1.0):
     names = [f"token_id:{token}" for token in tokens]
-    values = [value] * len(names)
-    tops = [{name: value} for name in names]
+    values = value if isinstance(value, list) else [value] * len(names)
+    tops = [{name: one} for name, one in zip(names, values, strict=True)]
     return {"tokens": names, "token_logprobs": values, "top_logprobs": tops}
 
 
@@ -448,9 +497,6 @@ def test_settings_that_cannot_be_are_refused(served, model, monkeypatch):
     engine = on_server(served, model)
     with pytest.raises(ValueError, match="concurrency must be at least 1, got 0"):
         VLLMEngine(engine._generation, tiny_tokenizer(), concurrency=0)
-    split = SimpleNamespace(mode="colocate", tensor_parallel_size=2)
-    with pytest.raises(ValueError, match="tensor_parallel_size=2 needs .* --tensor-parallel-size"):
-        VLLMEngine(split, tiny_tokenizer())
     for mode in ("raw_logprobs", None):
         served.logprobs_mode = mode
         with pytest.raises(ValueError, match=f"reports {mode}.*\n.*vllm serve"):
