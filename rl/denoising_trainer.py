@@ -22,7 +22,7 @@ from rl.denoising_adapters import save_lora
 from rl.denoising_config import DenoisingConfig
 from rl.evaluation import evaluate
 from rl.line import Batch
-from rl.pictures import diversity, save_grid
+from rl.pictures import diversity, save_grid, thinned
 from rl.roll_out import Scored
 from rl.trainer import RolloutTrainer
 from rollouts.prompts import Prompt
@@ -120,7 +120,7 @@ class DenoisingTrainer(RolloutTrainer):
             texts = [str(prompt.prompt) for prompt in prompts]
             if self.line.ranks.is_main:
                 save_grid(folder / f"{name}-{step:06d}.png", texts, scored)
-            found = diversity(np.stack(scored.shown_N), scored.rollouts.prompt_N.numpy())
+            found = diversity(thinned(scored.shown_N), scored.rollouts.prompt_N.numpy())
             extra = {} if name == "sampled" else {f"{name}_reward": float(scored.reward_N.mean())}
             return extra | {f"{name}_diversity": found}
 
@@ -175,18 +175,13 @@ class DenoisingTrainer(RolloutTrainer):
         return super()._load_state(state, folder)
 
 
-def diversity_of(batch: Batch, *, side: int = 64) -> dict[str, float]:
-    """How unlike each other a step's samples of one prompt are; nothing if no prompt has two.
-
-    Of every k-th pixel, so that sides have some `side` at most and large images take no time.
-    """
+def diversity_of(batch: Batch) -> dict[str, float]:
+    """How unlike each other a step's samples of one prompt are; nothing if no prompt has two."""
     found = []
     for scored in (scored for wave in batch.waves for scored in wave.rounds):
         prompt_N = scored.rollouts.prompt_N.numpy()
         if len(prompt_N) > len(np.unique(prompt_N)):
-            stride = max(1, max(scored.shown_N[0].shape[:2]) // side)
-            images = np.stack([image[::stride, ::stride] for image in scored.shown_N])
-            found.append(diversity(images, prompt_N))
+            found.append(diversity(thinned(scored.shown_N), prompt_N))
     return {"diversity": float(np.mean(found))} if found else {}
 
 

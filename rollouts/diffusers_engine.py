@@ -328,7 +328,7 @@ class DiffusersEngine:
 
     @torch.no_grad()
     def decode(self, rollouts: DenoisingRollouts) -> np.ndarray:
-        """The finished samples as images, (N, H, W, C) uint8, in row order.
+        """The finished samples as images, (N, H, W, C) uint8, in row order; videos (N, F, H, W, C).
 
         By the pipeline's own decoder, which it reaches through a window of no steps. A pipeline
         without a VAE denoises pixels in [-1, 1].
@@ -355,7 +355,7 @@ class DiffusersEngine:
                 image = self._call(
                     Recording(plan=tree.plan, window=(end, end)), conditions, x, arguments
                 )
-            finite.append(np.isfinite(image).all(axis=(1, 2, 3)))
+            finite.append(np.isfinite(image).all(axis=tuple(range(1, image.ndim))))
             images.append((np.nan_to_num(image) * 255).round().astype(np.uint8))
         if not images:
             raise ValueError("there are no rollouts to decode")

@@ -7,13 +7,18 @@ An image reward is
 with `image_NHWC` uint8 of 1 (grey) or 3 (RGB) channels, one prompt string and one dict of columns per
 row, float64 rewards in row order, and details a dict of arrays of N. It is deterministic, keeps
 nothing between calls, and a row's reward does not depend on the other rows. What it cannot judge
-it raises on; it never returns a number instead.
+it raises on; a row that it does not apply to gets None, as from a reward of texts. It may be async.
 
-Axes: N images, H rows of pixels, W columns, C channels.
+A video model's samples come as (N, F, H, W, C). The rewards here, which are of images, score the
+middle frame, F // 2, and say nothing of motion.
+
+Axes: N images, F frames of a video, H rows of pixels, W columns, C channels.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import io
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +26,19 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+import torch
 from PIL import Image
 
-from rollouts.image_shapes import COLOURS, count, named_colour, region, relation, shape, shape_match
+from rollouts.image_shapes import (
+    COLOURS,
+    count,
+    named_colour,
+    of_one_frame,
+    region,
+    relation,
+    shape,
+    shape_match,
+)
 from rollouts.prompts import Prompt
 from rollouts.reward_functions import load_reward
 from rollouts.rewards import RewardError, RewardResult, nearest, score
@@ -37,6 +52,7 @@ ImageReward = Callable[[np.ndarray, Sequence[str], Sequence[Metadata]], Scores]
 # How large the image is when written down. Maximised, these drive to noise; minimised, to flatness.
 
 
+@of_one_frame
 def jpeg_incompressibility(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:
@@ -48,6 +64,7 @@ def jpeg_incompressibility(
     return np.array([_jpeg_bytes(image) / 1000 for image in image_NHWC], dtype=np.float64)
 
 
+@of_one_frame
 def jpeg_compressibility(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:
@@ -55,6 +72,7 @@ def jpeg_compressibility(
     return -jpeg_incompressibility(image_NHWC, prompts, metadata)
 
 
+@of_one_frame
 def zlib_size(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:
@@ -68,6 +86,7 @@ def zlib_size(
     )
 
 
+@of_one_frame
 def grey_entropy(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:
@@ -89,6 +108,7 @@ def grey_entropy(
 # Moments. Dense and smooth, in [0, 1] unless said.
 
 
+@of_one_frame
 def brightness(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:
@@ -96,6 +116,7 @@ def brightness(
     return _grey(image_NHWC).mean(axis=(1, 2))
 
 
+@of_one_frame
 def contrast(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:
@@ -103,6 +124,7 @@ def contrast(
     return 2 * _grey(image_NHWC).std(axis=(1, 2))
 
 
+@of_one_frame
 def saturation(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:
@@ -112,6 +134,7 @@ def saturation(
     return ((most - least) / np.where(most > 0, most, 1)).mean(axis=(1, 2))
 
 
+@of_one_frame
 def colourfulness(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:
@@ -131,6 +154,7 @@ def colourfulness(
     return np.sqrt(spread) + 0.3 * np.sqrt(centre)
 
 
+@of_one_frame
 def symmetry(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:
@@ -144,6 +168,7 @@ def symmetry(
     return -np.square(x - x[:, :, ::-1]).mean(axis=(1, 2, 3))
 
 
+@of_one_frame
 def sharpness(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:
@@ -167,6 +192,7 @@ def sharpness(
 # Colour, by the prompt.
 
 
+@of_one_frame
 def colour_target(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:
@@ -183,6 +209,7 @@ def colour_target(
     return -np.abs(mean_NC - target_NC).mean(axis=1)
 
 
+@of_one_frame
 def colour_share(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:
@@ -270,7 +297,8 @@ class _Shown:
     image: np.ndarray
 
     def __repr__(self) -> str:
-        return f"an image of {' x '.join(map(str, self.image.shape))}, mean {self.image.mean():.1f}"
+        kind = "a video" if self.image.ndim == 4 else "an image"
+        return f"{kind} of {' x '.join(map(str, self.image.shape))}, mean {self.image.mean():.1f}"
 
 
 def score_images(
@@ -292,7 +320,7 @@ def score_images(
 
     Args:
         functions: image rewards; their names are their keys in the result.
-        image_NHWC: (N, H, W, C) uint8 with 1 or 3 channels.
+        image_NHWC: (N, H, W, C) uint8 with 1 or 3 channels, or videos (N, F, H, W, C).
         prompts: N strings.
         metadata: N dicts of the rows' other columns; None gives each an empty one.
         weights: one per function; None weights each 1. A function of weight 0 is only reported.
@@ -304,10 +332,10 @@ def score_images(
 
     Raises:
         RewardError: too many rows failed; names the first failing prompt, the function and reason.
-            Or a function returned something else than N numbers.
+            Or a function returned something else than N numbers or None.
         ValueError: images, prompts and metadata that do not fit together.
     """
-    check_images(image_NHWC)
+    check_images(image_NHWC, videos=True)
     metadata = [{}] * len(prompts) if metadata is None else metadata
     if not len(image_NHWC) == len(prompts) == len(metadata):
         raise ValueError(
@@ -342,15 +370,13 @@ def _as_text_reward(
         metadata: list[Metadata],
         row: list[int],
         **_: Any,
-    ) -> list[float]:
+    ) -> list[float | None]:
         given = function(np.stack([shown.image for shown in completions]), prompts, metadata)
-        reward_N, found = given if isinstance(given, tuple) else (given, {})
-        reward_N = np.asarray(reward_N)
-        if reward_N.shape != (len(prompts),) or reward_N.dtype.kind not in "fiub":
-            raise RewardError(
-                f"image reward {name} returned an array of shape {reward_N.shape} and type "
-                f"{reward_N.dtype} for {len(prompts)} images; expected one number per image"
-            )
+        if inspect.isawaitable(given):
+            given = asyncio.run(_awaited(given))
+        has_details = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping)
+        rewards, found = given if has_details else (given, {})
+        values = _values(rewards, name, len(prompts))
         for key, value in found.items():
             value = np.asarray(value)
             if value.shape != (len(prompts),):
@@ -360,23 +386,49 @@ def _as_text_reward(
                 )
             column = details.setdefault(name, {}).setdefault(key, np.full(num_rows, np.nan))
             column[row] = value
-        return reward_N.astype(np.float64).tolist()
+        return values
 
     reward.__name__ = name
     reward.remote = getattr(function, "remote", False)  # type: ignore[attr-defined]
     return reward
 
 
+def _values(rewards: Any, name: str, num_rows: int) -> list[float | None]:
+    """One number or None per row, of what an image reward returned."""
+    reward_N = np.asarray(rewards.detach().cpu() if isinstance(rewards, torch.Tensor) else rewards)
+    known = [value is not None for value in reward_N.flat]
+    plain = reward_N.dtype.kind in "fiub"
+    if reward_N.dtype == object and reward_N.shape == (num_rows,) and not all(known):
+        plain = np.asarray([0.0, *(v for v in reward_N if v is not None)]).dtype.kind in "fiub"
+    if reward_N.shape != (num_rows,) or not plain:
+        raise RewardError(
+            f"image reward {name} returned an array of shape {reward_N.shape} and type "
+            f"{reward_N.dtype} for {num_rows} images; expected one number per image, or None"
+        )
+    return [None if value is None else float(value) for value in reward_N.tolist()]
+
+
+async def _awaited(given: Any) -> Any:
+    return await given
+
+
 # Images as numbers.
 
 
-def check_images(image_NHWC: np.ndarray) -> None:
-    """Raise ValueError unless these are uint8 images (N, H, W, C) of 1 or 3 channels."""
+def check_images(image_NHWC: np.ndarray, *, videos: bool = False) -> None:
+    """Raise ValueError unless these are uint8 images (N, H, W, C) of 1 or 3 channels.
+
+    With `videos` they may be (N, F, H, W, C) as well.
+    """
     kind = f"{getattr(image_NHWC, 'shape', None)} {getattr(image_NHWC, 'dtype', type(image_NHWC))}"
     if not isinstance(image_NHWC, np.ndarray) or image_NHWC.dtype != np.uint8:
         raise ValueError(f"images must be a NumPy array of uint8, got {kind}")
-    if image_NHWC.ndim != 4 or image_NHWC.shape[3] not in (1, 3) or 0 in image_NHWC.shape[1:]:
-        raise ValueError(f"images must be (N, H, W, C) with C 1 or 3, got {kind}")
+    num_axes = (4, 5) if videos else (4,)
+    if image_NHWC.ndim not in num_axes or image_NHWC.shape[-1] not in (1, 3):
+        or_videos = ", or videos (N, F, H, W, C)," if videos else ""
+        raise ValueError(f"images must be (N, H, W, C){or_videos} with C 1 or 3, got {kind}")
+    if 0 in image_NHWC.shape[1:]:
+        raise ValueError(f"images must be (N, H, W, C) and not empty, got {kind}")
 
 
 def _unit(image_NHWC: np.ndarray) -> np.ndarray:

@@ -5,16 +5,18 @@ upper case. A prompt that names none, or several, is an error, not a reward of 0
 
 The *foreground* of an image is what differs from its background by at least `FOREGROUND` levels in
 some channel, and the background is the median of the border pixels, channel by channel. Both are a
-project default, not from a paper; they suit one or a few things on an even ground.
+project default, not from a paper; they suit one or a few things on an even ground. Of a video these
+rewards score the middle frame alone.
 
 Axes: N images, H rows of pixels, W columns, C channels.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -61,6 +63,24 @@ RADIUS = 0.2
 """Of a place: distance from it that counts as there, as a share of width and height."""
 
 
+Reward = TypeVar("Reward", bound=Callable[..., Any])
+
+
+def middle_frame(sample_N: np.ndarray) -> np.ndarray:
+    """Of videos (N, F, H, W, C) the frames F // 2, (N, H, W, C); images as they are."""
+    return sample_N[:, sample_N.shape[1] // 2] if sample_N.ndim == 5 else sample_N
+
+
+def of_one_frame(reward: Reward) -> Reward:
+    """A reward of images, which of videos scores the middle frame and nothing else."""
+
+    @functools.wraps(reward)
+    def score(image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Any:
+        return reward(middle_frame(np.asarray(image_NHWC)), prompts, metadata)
+
+    return score  # type: ignore[return-value]
+
+
 def words_of(prompt: str, known: Mapping[str, Any]) -> list[str]:
     """The known words in the prompt, in order; a word within a word does not count."""
     return [word for word in re.findall(r"[a-z0-9]+", prompt.lower()) if word in known]
@@ -85,6 +105,7 @@ def named_colour(prompt: str, row: Metadata) -> tuple[int, ...]:
     return channels
 
 
+@of_one_frame
 def shape(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -109,6 +130,7 @@ def shape(
     return fit_N3[np.arange(len(index_N)), index_N], {"best": best_N}
 
 
+@of_one_frame
 def shape_match(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:
@@ -119,6 +141,7 @@ def shape_match(
     return ((details["best"] == index_N) & (reward_N >= 0.75)).astype(np.float64)
 
 
+@of_one_frame
 def relation(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:
@@ -143,6 +166,7 @@ def relation(
     return reward_N
 
 
+@of_one_frame
 def count(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -167,6 +191,7 @@ def count(
     return (found_N == np.array(wanted_N, dtype=np.float64)).astype(np.float64), {"found": found_N}
 
 
+@of_one_frame
 def region(
     image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
 ) -> np.ndarray:

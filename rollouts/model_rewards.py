@@ -3,7 +3,8 @@
 Nothing is imported, downloaded or read before `load()`. Weights are read from safetensors, or by
 torch with `weights_only=True`, never unpickled. The classes keep their contract otherwise: float64
 rewards in row order, no gradient, no state between calls. A row's reward is the same up to rounding
-whatever rows are scored with it, because texts are padded to one length.
+whatever rows are scored with it, because texts are padded to one length. Of a video they score the
+middle frame.
 
 Rewards with weights are best run in a process of their own: `rollouts.remote_reward`.
 
@@ -25,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from rollouts.image_rewards import ImageReward, Metadata, check_images
+from rollouts.image_shapes import middle_frame
 
 CLIP_NAME = "openai/clip-vit-large-patch14"
 CLIP_H_NAME = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -305,8 +307,9 @@ class HumanPreference:
         Raises:
             ValueError: images that are not square.
         """
-        if image_NHWC.shape[1] != image_NHWC.shape[2]:
-            raise ValueError(f"HPSv2 needs square images, got {image_NHWC.shape[1:3]}")
+        height, width = image_NHWC.shape[-3:-1]
+        if height != width:
+            raise ValueError(f"HPSv2 needs square images, got {(height, width)}")
         cosines = [torch.zeros(0, dtype=torch.float64)]
         for pictures, texts in _batches(image_NHWC, prompts, self.batch_size):
             pixels = torch.stack([self.preprocess(picture) for picture in pictures])
@@ -381,7 +384,8 @@ def _weights_only() -> Iterator[None]:
 def _batches(
     image_NHWC: np.ndarray, prompts: Sequence[str], size: int
 ) -> Iterator[tuple[list[Image.Image], list[str]]]:
-    """Pictures and prompts, `size` rows at a time."""
+    """Pictures and prompts, `size` rows at a time; of videos the middle frames."""
+    image_NHWC = middle_frame(np.asarray(image_NHWC))
     check_images(image_NHWC)
     if len(image_NHWC) != len(prompts):
         raise ValueError(f"got {len(image_NHWC)} images for {len(prompts)} prompts")

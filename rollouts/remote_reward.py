@@ -96,7 +96,7 @@ class RemoteReward:
         self, image_NHWC: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Rewards (N,) float64 and details, as the other side computed them."""
-        check_images(image_NHWC)
+        check_images(image_NHWC, videos=True)
         if not len(prompts):
             return np.zeros(0), {}
         body = pack(image_NHWC, prompts, metadata)
@@ -208,7 +208,7 @@ def unpack(body: bytes) -> tuple[np.ndarray, list[str], list[dict[str, Any]]]:
     with np.load(io.BytesIO(body), allow_pickle=False) as file:
         image_NHWC = file["image"]
         rows = json.loads(file["rows"].tobytes())
-    check_images(image_NHWC)
+    check_images(image_NHWC, videos=True)
     prompts, metadata = rows["prompts"], rows["metadata"]
     if not len(image_NHWC) == len(prompts) == len(metadata):
         raise ValueError(f"{len(image_NHWC)} images, {len(prompts)} prompts, {len(metadata)} rows")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rl.pictures import diversity, save_grid
+from rl.pictures import diversity, save_grid, thinned
 from rl.roll_out import Scored
 
 
@@ -107,3 +107,61 @@ def test_diversity_by_hand():
 def test_diversity_of_like_or_single_samples_is_0():
     assert diversity(np.stack([flat(5), flat(5)]), np.array([0, 0])) == 0
     assert diversity(np.stack([flat(5), flat(9)]), np.array([0, 1])) == 0
+
+
+# Large samples and videos
+
+
+def test_large_images_are_thumbnails_beside_files_of_full_size(tmp_path):
+    """512 x 1024 become 128 x 256, tiles of 134 x 258; the whole ones lie in the folder of the name."""
+    ramp = np.broadcast_to(np.arange(1024) // 4, (512, 1024))[..., None].astype(np.uint8)
+    images = [flat(40, size=(512, 1024)), ramp, flat(90, size=(512, 1024))]
+    path = tmp_path / "grid.png"
+    save_grid(path, ["a", "b"], scored(images, [0, 1, 1], [0.0, 1.0, 0.5]))
+    found = picture(path)
+    assert found.shape == (2 * 134, 2 * 258, 3)
+    assert (found[:128, :256] == 40).all() and (found[134:262, 258:514] == 90).all()
+    shown = found[134:262, :256, 0].astype(int)
+    assert np.abs(shown - np.arange(256)).max() <= 2  # every fourth column, about
+    whole = tmp_path / "grid"
+    assert sorted(p.name for p in whole.iterdir()) == ["000-00.jpg", "001-00.jpg", "001-01.jpg"]
+    assert np.abs(picture(whole / "001-00.jpg").astype(int) - ramp[..., 0]).max() <= 8
+    # A picture that is made again has no files of the one before.
+    save_grid(path, ["a"], scored([flat(1, size=(300, 300))], [0], [1.0]))
+    assert [p.name for p in whole.iterdir()] == ["000-00.jpg"]
+    save_grid(path, ["a"], scored([flat(1)], [0], [1.0]))
+    assert not whole.exists()
+
+
+@pytest.mark.parametrize(("prompts", "each"), [(16, 16), (500, 4), (1, 1)])
+def test_a_picture_of_any_run_can_be_opened(tmp_path, monkeypatch, prompts, each):
+    monkeypatch.setattr("rl.pictures.FILES", 3)
+    images = [np.zeros((300, 300, 3), np.uint8)] * (prompts * each)
+    prompt_N = np.arange(prompts).repeat(each).tolist()
+    save_grid(tmp_path / "g.png", ["p"] * prompts, scored(images, prompt_N, [0.0] * len(images)))
+    with Image.open(tmp_path / "g.png") as image:
+        assert image.size[0] * image.size[1] < 1.1 * 8_000_000 + 9 * image.size[1] * each
+    assert len(list((tmp_path / "g").iterdir())) == min(3, len(images))
+    assert len((tmp_path / "g.txt").read_text().splitlines()) == prompts
+
+
+def test_long_thin_images_keep_a_pixel(tmp_path):
+    save_grid(tmp_path / "g.png", ["p"], scored([flat(7, size=(1, 4000))], [0], [1.0]))
+    assert picture(tmp_path / "g.png").shape == (1 + 6, 256 + 2, 3)
+    save_grid(tmp_path / "h.png", ["p"], scored([flat(7, size=(2, 100))], [0], [1.0]))
+    assert picture(tmp_path / "h.png").shape == (4 + 6, 200 + 2, 3)
+
+
+def test_of_a_video_the_middle_frame_is_shown_and_the_whole_is_beside_it(tmp_path):
+    video = np.stack([flat(value) for value in (10, 20, 200)])
+    save_grid(tmp_path / "g.png", ["p"], scored([video], [0], [1.0]))
+    assert (picture(tmp_path / "g.png")[:32, :32] == 20).all()
+    with Image.open(tmp_path / "g" / "000-00.webp") as whole:
+        assert whole.n_frames == 3 and whole.size == (32, 32)
+
+
+def test_samples_are_thinned_before_they_are_compared():
+    image = np.arange(256 * 128, dtype=np.int64).reshape(256, 128, 1) % 251
+    assert (thinned([image, image]) == image[::4, ::4]).all()
+    assert thinned([np.stack([image] * 3)]).shape == (1, 3, 64, 32, 1)
+    assert thinned([flat(1)]).shape == (1, 32, 32, 3)
