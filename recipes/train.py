@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,7 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
         trainer: RolloutTrainer = make_trainer(recipe, config, model_config)
     else:
         trainer = language_trainer(recipe, config, model_config)
+    trainer.recipe = asdict(recipe) | asdict(model_config)
     ended: NoSignalError | None = None
     try:
         trainer.train()

@@ -463,7 +463,8 @@ class RolloutConfig(TrainingArguments):
     if_run_exists: str = setting(
         "error",
         "What to do when output_dir already holds a run and resume_from_checkpoint is not set: "
-        "error, or resume (continue from its last whole checkpoint).",
+        "error, or resume (continue from its last whole checkpoint if model, data, rewards and "
+        "settings are the same, longer runs included; else an error).",
     )
 
     # -- defaults of TrainingArguments that reinforcement learning wants otherwise
@@ -522,6 +523,10 @@ class RolloutConfig(TrainingArguments):
         return align_total(
             self.prompts_per_step * self.rollouts_per_prompt, self.rollouts_multiple_of
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of the base class; for trackers also `of_run`, what the run is made of besides."""
+        return super().to_dict() | getattr(self, "of_run", {})
 
     def decisive_settings(self) -> dict[str, Any]:
         """Settings that decide which rollouts are made; a resumed run must share them."""

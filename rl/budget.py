@@ -50,18 +50,23 @@ class Budget(TrainerCallback):
             control.should_save = args.save_strategy != "no"
 
 
+def spent_budgets(handler: CallbackHandler) -> str:
+    """The budgets that are spent, by their settings; empty if there is none."""
+    budgets = [each for each in handler.callbacks if isinstance(each, Budget)]
+    return " and ".join(f"{each.setting}={each.most}" for each in budgets if each.is_spent)
+
+
 @contextmanager
 def no_step_if_spent(args: Any, handler: CallbackHandler, step: int) -> Iterator[None]:
     """In this block a run that goes on from `step` ends there, if a budget is spent.
 
     The base class takes a step before it looks at the control flags, so its steps are cut short.
     """
-    budgets = [each for each in handler.callbacks if isinstance(each, Budget)]
-    spent = [f"{each.setting}={each.most}" for each in budgets if each.is_spent]
+    spent = spent_budgets(handler)
     if not step or not spent:
         yield
         return
-    logger.warning(f"{' and '.join(spent)} reached by step {step}: no step is taken")
+    logger.warning(f"{spent} reached by step {step}: no step is taken")
     planned, args.max_steps = args.max_steps, step
     try:
         yield

@@ -1,8 +1,14 @@
-"""Settings of a resumed run against those it had: refused, told and remembered, or of no matter."""
+"""A resumed run against what it was: settings, model, data and rewards that are others now.
+
+They are refused, told and remembered, or of no matter. Where a run is resumed because its folder is
+there (`if_run_exists: resume`), nothing may be another: a changed setting is another run. Where it is
+asked for (`resume_from_checkpoint`), what decides the rollouts may not, and the rest is told.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.utils import logging
@@ -25,6 +31,8 @@ OTHERS = (
         "per_device_eval_batch_size",
     ),
     *("per_device_train_batch_size", "micro_batch_tokens", "generation_batch_size"),
+    *("enable_jit_checkpoint", "restore_callback_states_from_checkpoint"),
+    *("num_threads", "report"),
     *(
         "load_best_model_at_end",
         "metric_for_best_model",
@@ -33,6 +41,15 @@ OTHERS = (
     ),
 )
 """Settings that no rollout and no update depends on: paths, logs, speed, memory."""
+
+MORE = (
+    *("max_steps", "num_train_epochs", "max_generated_tokens", "max_evaluations"),
+    "max_empty_steps",
+)
+"""How long a run is: with a larger value, or none, it goes on as the same run."""
+
+PATIENCE = ("reward_timeout", "reward_retries", "max_failed_share")
+"""What ends a run early: after another value it goes on as the same run."""
 
 
 def refuse_decisive(args: Any, saved: dict[str, Any], folder: str) -> None:
@@ -58,36 +75,112 @@ def refuse_decisive(args: Any, saved: dict[str, Any], folder: str) -> None:
         )
 
 
-def changes(old: dict[str, Any], settings: dict[str, Any], *, step: int) -> list[dict[str, Any]]:
-    """How the settings of a run changed up to now: each resume that changed some, with their values.
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A run that is resumed, against what it was."""
+
+    step: int
+    """The step it goes on from."""
+    earlier: list[dict[str, Any]]
+    """Changes of earlier resumes that are still of this run: [{"step": 4, "settings": {...}}, ...]."""
+    now: dict[str, list[Any]]
+    """{name: [value it had, value now]} of this resume."""
+    libraries: dict[str, list[Any]] = field(default_factory=dict)
+    """The same, of versions."""
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """[{"step": 6, "settings": {"learning_rate": [1e-5, 1e-6]}}, ...]: from step 7 on it is 1e-6."""
+        return self.earlier + ([{"step": self.step, "settings": self.now}] if self.now else [])
+
+    def refuse_another_run(self, folder: Any) -> None:
+        """Raise if something that makes a run another one changed.
+
+        Raises:
+            ChangedRunError: naming each with its old and its new value.
+        """
+        others = {
+            name: pair
+            for name, pair in self.now.items()
+            if name not in PATIENCE and not (name in MORE and _is_more(*pair))
+        }
+        if others:
+            raise ChangedRunError(
+                f"output_dir={folder} holds another run: {_told(others)}; write another output_dir "
+                "for a run of its own, or resume_from_checkpoint: true to go on with the weights of "
+                "this one"
+            )
+
+    def refuse_nothing_left(self, folder: Any, ended_by: str) -> None:
+        """Raise if something changed in a run that takes no further step: its record would be false.
+
+        Raises:
+            ChangedRunError: naming each change, and what ended the run.
+        """
+        if self.now:
+            raise ChangedRunError(
+                f"output_dir={folder} holds a run that has ended, at step {self.step} by {ended_by}, "
+                f"and no step would be made with the changes: {_told(self.now)}; write another "
+                "output_dir, or a larger limit to go on"
+            )
+
+    def tell(self) -> None:
+        """Warn of what changed."""
+        for what, found in (("settings", self.now), ("libraries", self.libraries)):
+            if found:
+                logger.warning(
+                    f"the run goes on from step {self.step} with other {what}: {_told(found)}"
+                )
+
+
+class ChangedRunError(ValueError):
+    """What is to be resumed is another run than the one the folder holds."""
+
+
+def compare(old: dict[str, Any], about: dict[str, Any], *, step: int) -> Compared:
+    """What is another now in a run that goes on from `step`.
 
     Changes after `step` are of steps that the resumed run makes again: they are undone before
     settings are compared, and forgotten.
 
     Args:
-        old: `run.json` of the run that is resumed.
-        settings: those now.
+        old: what `run.json` said of the run, or a checkpoint of it.
+        about: what it is to say now.
         step: the step it goes on from.
-
-    Returns:
-        [{"step": 6, "settings": {"learning_rate": [1e-5, 1e-6]}}, ...]: from step 7 on it is 1e-6.
-        The last, if it is of now, is told in a warning.
     """
-    earlier, before = list(old.get("changes", [])), dict(old.get("settings", {}))
+    earlier, before = list(old.get("changes", [])), _flat(old)
     while earlier and earlier[-1]["step"] >= step:
         undone = earlier.pop()["settings"]
         before |= {name: value for name, (value, _) in undone.items()}
-    now = json.loads(json.dumps(settings, default=str))
-    found = {
+    return Compared(
+        step=step,
+        earlier=earlier,
+        now=_differences(before, _flat(about)),
+        libraries=_differences(old.get("versions") or {}, about.get("versions") or {}),
+    )
+
+
+def _flat(about: dict[str, Any]) -> dict[str, Any]:
+    """Everything that is compared, as plain values by name."""
+    parts = [about.get(name) or {} for name in ("settings", "recipe", "origins")]
+    found = {name: value for part in parts for name, value in part.items()}
+    return json.loads(json.dumps(found, default=str))
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    return {
         name: [before[name], value]
         for name, value in now.items()
         if name in before and before[name] != value and not _is_of_no_matter(name)
     }
-    if not found:
-        return earlier
-    told = "; ".join(f"{name} was {a!r}, is {b!r}" for name, (a, b) in found.items())
-    logger.warning(f"the run goes on from step {step} with other settings: {told}")
-    return [*earlier, {"step": step, "settings": found}]
+
+
+def _told(changes: dict[str, list[Any]]) -> str:
+    return "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changes.items())
+
+
+def _is_more(old: Any, new: Any) -> bool:
+    return new is None or (isinstance(old, (int, float)) and new > old)
 
 
 def _is_of_no_matter(name: str) -> bool:

@@ -150,13 +150,8 @@ class DenoisingTrainer(RolloutTrainer):
                 if getattr(denoiser, "peft_config", None):
                     save_lora(self.pipeline, denoiser, Path(folder) / "lora")
 
-    def decisive_settings(self) -> dict[str, Any]:
-        """Those of `args`, and those of adapters, without which their weights cannot be read."""
-        denoiser: Any = self.line.engine.denoiser  # type: ignore[attr-defined]
-        return self.args.decisive_settings() | adapter_settings(denoiser)
-
     def _line_state(self) -> dict[str, Any]:
-        state = super()._line_state() | {"settings": self.decisive_settings()}
+        state = super()._line_state()
         if self._average is not None:
             shadow = [weight.cpu().numpy() for weight in self._average.shadow_params]
             state["average"] = {
@@ -183,23 +178,6 @@ def diversity_of(batch: Batch) -> dict[str, float]:
         if len(prompt_N) > len(np.unique(prompt_N)):
             found.append(diversity(thinned(scored.shown_N), prompt_N))
     return {"diversity": float(np.mean(found))} if found else {}
-
-
-def adapter_settings(denoiser: Any) -> dict[str, Any]:
-    """What a denoiser's adapters are like, as plain values under the names of the settings."""
-    adapters = getattr(denoiser, "peft_config", None) or {}
-    found: dict[str, Any] = {"use_peft": bool(adapters)}
-    for name, config in adapters.items():
-        suffix = "" if name == "default" else f" of {name}"
-        modules = config.target_modules
-        found |= {
-            f"lora_r{suffix}": getattr(config, "r", None),
-            f"lora_alpha{suffix}": getattr(config, "lora_alpha", None),
-            f"lora_target_modules{suffix}": modules
-            if isinstance(modules, str)
-            else sorted(modules or []),
-        }
-    return found
 
 
 @contextmanager

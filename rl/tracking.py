@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,18 +23,31 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from rl import checkpoint
-from rl.changed_settings import changes
+from rl.changed_settings import ChangedRunError
+from rl.origins import versions
 from rollouts.prompts import Prompt, PromptReport, data_fingerprint
 
 logger = logging.get_logger(__name__)
 
 METRICS, STEPS, RUN = "metrics.jsonl", "steps.jsonl", "run.json"
+TRACKED = ("data_fingerprint", "prompts", "validation_prompts", "processes", "versions", "command")
+"""What trackers get of `run.json`, besides settings, recipe and origins."""
 FOLDERS = ("completions", "images")
 """Folders that a run may make in its own."""
 
 
-class RunExistsError(ValueError):
+class RunExistsError(ChangedRunError):
     """The output folder already holds a run, or another process is writing it."""
+
+
+def is_asked(resume: str | bool | None) -> bool:
+    """Whether `resume_from_checkpoint` asks to go on with a run."""
+    return resume not in (None, False, "") and str(resume).lower() not in ("false", "0", "no")
+
+
+def holds_run(folder: str | Path) -> bool:
+    """Whether steps of a run were made in a folder."""
+    return (Path(folder) / STEPS).exists() or bool(checkpoint.checkpoints(folder))
 
 
 def checkpoint_to_resume(args: Any, resume: str | bool | None) -> Path | None:
@@ -50,20 +64,21 @@ def checkpoint_to_resume(args: Any, resume: str | bool | None) -> Path | None:
         ValueError: if there is nothing to resume.
     """
     run_folder = Path(args.output_dir)
-    holds_run = (run_folder / STEPS).exists() or bool(checkpoint.checkpoints(run_folder))
+    found_run = holds_run(run_folder)
     if isinstance(resume, str) and resume.lower() in ("true", "1", "yes"):
         resume = True
-    if resume in (None, False, "", "false"):
-        if not holds_run:
+    if not is_asked(resume):
+        if not found_run:
             return None
         if args.if_run_exists != "resume":
             raise RunExistsError(
                 f"output_dir={run_folder} already holds a run; write resume_from_checkpoint: true to "
-                "continue it (if_run_exists: resume always does so), or another output_dir"
+                "continue it (if_run_exists: resume does so where nothing changed), or another "
+                "output_dir"
             )
         resume = True
     if resume is True:
-        if not holds_run and not (run_folder / RUN).exists():
+        if not found_run and not (run_folder / RUN).exists():
             raise ValueError(
                 f"nothing to resume: output_dir={run_folder} holds no run; leave "
                 "resume_from_checkpoint out to start one (if_run_exists: resume does either)"
@@ -73,7 +88,7 @@ def checkpoint_to_resume(args: Any, resume: str | bool | None) -> Path | None:
             logger.warning(f"{run_folder} was stopped before its first checkpoint; starting again")
         return found
     path = Path(str(resume))
-    if holds_run and path.resolve().parent != run_folder.resolve():
+    if found_run and path.resolve().parent != run_folder.resolve():
         raise RunExistsError(
             f"output_dir={run_folder} already holds a run, and resume_from_checkpoint={path} is of "
             "another; write another output_dir"
@@ -117,19 +132,56 @@ def about(
     held_out: list[Prompt],
     report: PromptReport,
     *,
+    origins: dict[str, Any],
+    recipe: dict[str, Any],
     from_step: int,
 ) -> dict[str, Any]:
-    """What `run.json` says of a run."""
-    return {
+    """What `run.json` says of a run, as plain values; trackers get it beside the settings.
+
+    Args:
+        args: the settings.
+        prompts, held_out, report: the data.
+        origins: as `rl.origins` gives them.
+        recipe: settings besides `args` by which model, data and rewards were found.
+        from_step: the step the run goes on from.
+    """
+    args.of_run = {}
+    found = {
         "settings": args.to_dict(),
+        "recipe": recipe,
+        "origins": origins,
         "data_fingerprint": data_fingerprint([prompt.key for prompt in prompts]),
         "prompts": len(prompts),
         "validation_prompts": len(held_out),
         "prompt_report": dataclasses.asdict(report),
         "processes": args.world_size,
         "threads": torch.get_num_threads(),
+        "device": str(args.device),
+        "versions": versions(),
+        "command": command_line(sys.argv),
         "resumed_from_step": from_step,
     }
+    found = json.loads(json.dumps(found, default=str))
+    args.of_run = {
+        f"run/{name}": value if isinstance(value, (str, int, float)) else json.dumps(value)
+        for part in (found["recipe"], found["origins"], {n: found[n] for n in TRACKED})
+        for name, value in part.items()
+        if value is not None
+    }
+    return found
+
+
+def command_line(words: list[str]) -> list[str]:
+    """The words of a command without what is secret in it, such as the value of `--hub_token`."""
+    shown, is_secret = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        names_one = name.startswith("--") and name.endswith(("token", "password", "secret", "key"))
+        shown.append(
+            "<secret>" if is_secret else f"{name}=<secret>" if names_one and equals else word
+        )
+        is_secret = names_one and not equals
+    return shown
 
 
 class RunFolder(TrainerCallback):
@@ -139,11 +191,9 @@ class RunFolder(TrainerCallback):
         self.folder = Path(folder)
 
     @contextmanager
-    def claimed(
-        self, args: Any, *, from_step: int, about: dict[str, Any], resumed: Path | None = None
-    ) -> Iterator[None]:
+    def claimed(self, args: Any, *, from_step: int, about: dict[str, Any]) -> Iterator[None]:
         """Hold the folder for this run; on entering, what lies after `from_step` is cleared: lines
-        are cut off, checkpoints are renamed. Settings that changed since are told and remembered.
+        are cut off, checkpoints are renamed.
 
         The lock is the operating system's and ends with the process, however it ends.
 
@@ -151,7 +201,6 @@ class RunFolder(TrainerCallback):
             args: the settings.
             from_step: the step the run goes on from; 0 for a new one.
             about: what `run.json` is to say.
-            resumed: the checkpoint it goes on from, which may be of another folder.
 
         Raises:
             RunExistsError: if another process holds it.
@@ -178,9 +227,6 @@ class RunFolder(TrainerCallback):
             for name in FOLDERS:
                 _make_way(self.folder / name, for_folder=True)
             checkpoint.set_aside(self.folder, after=from_step)
-            if resumed is not None:
-                old = read_about(resumed.parent)
-                about["changes"] = changes(old, about["settings"], step=from_step)
             _make_way(self.folder / RUN)
             _replace(self.folder / RUN, json.dumps(about, indent=1, default=str))
             yield
@@ -252,7 +298,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def _are_changes(value: Any) -> bool:
-    """Whether that is what `changed_settings.changes` gives."""
+    """Whether that is what `changed_settings.Compared.changes` gives."""
     return isinstance(value, list) and all(
         isinstance(change, dict)
         and type(change.get("step")) is int

@@ -22,11 +22,19 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from rl import checkpoint, completions, failing, metrics, tracking
 from rl.arguments import RolloutConfig
 from rl.assemble import LANGUAGE, PolicyKind, column_of, warn_of_success
-from rl.budget import Budget, NoSignalError, no_signal, no_step_if_spent, num_steps
-from rl.changed_settings import refuse_decisive
+from rl.budget import (
+    Budget,
+    NoSignalError,
+    no_signal,
+    no_step_if_spent,
+    num_steps,
+    spent_budgets,
+)
+from rl.changed_settings import Compared, compare, refuse_decisive
 from rl.evaluation import evaluate
 from rl.line import Batch
 from rl.measure import gradient_norms
+from rl.origins import DECIDED, adapter_settings, origins
 from rl.prepare import prepare
 from rl.progress import ProgressLine
 from rl.step import collect, mini_batches, update
@@ -114,6 +122,17 @@ class RolloutTrainer(Trainer):
             accelerator=self.accelerator,
         )
         self.planner, self.ledger = self.line.planner, self.line.ledger
+        self.recipe: dict[str, Any] = {}
+        """Settings besides `args` by which model, data and rewards were found, for `run.json`."""
+        self._about: dict[str, Any] = {}
+        self._adapters = adapter_settings(policy)
+        self._origins = origins(
+            policy,
+            prompts,
+            self.eval_prompts,
+            rewards,
+            has_reference=self.line.reference is not None or bool(args.beta),
+        )
         self.steps_since_log: list[dict[str, float]] = []
         self._empty_steps = 0
         self._saved_step = 0
@@ -234,18 +253,30 @@ class RolloutTrainer(Trainer):
         """
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
         find = partial(tracking.checkpoint_to_resume, self.args, resume)
-        folder, from_step = self.line.ranks.from_main(find), 0
+        ranks, from_step, state = self.line.ranks, 0, {}
+        folder = ranks.from_main(find)
         with ExitStack() as stack:
-            with self.line.ranks.together():
+            with ranks.together():
                 if folder is not None:
-                    from_step = self._load_state(checkpoint.load_state(folder), str(folder))
+                    state = checkpoint.load_state(folder)
+                    from_step = state["step"]
+            compared = ranks.from_main(partial(self._compare, folder, state))
+            with ranks.together():
+                if not tracking.is_asked(resume):
+                    compared.refuse_another_run(self.args.output_dir)
+                if folder is not None:
+                    self._load_state(state, str(folder))
                     self.args.eval_on_start = False
-            with self.line.ranks.together():
-                of_run = (self.args, self.line.prompts, self.eval_prompts, self.prompt_report)
-                about = tracking.about(*of_run, from_step=from_step)
-                claimed = partial(self.run_folder.claimed, self.args, resumed=folder)
-                stack.enter_context(claimed(from_step=from_step, about=about))
-                if self.args.save_strategy != "no" and self.line.ranks.is_main:
+                    ended_by = self._ended_by(from_step)
+                    if ended_by:
+                        compared.refuse_nothing_left(self.args.output_dir, ended_by)
+                    if ranks.is_main:
+                        compared.tell()
+                        self._about["changes"] = compared.changes
+            with ranks.together():
+                claimed = self.run_folder.claimed
+                stack.enter_context(claimed(self.args, from_step=from_step, about=self._about))
+                if self.args.save_strategy != "no" and ranks.is_main:
                     tracking.require_space(self.args, self.model_wrapped)
             stack.callback(self.progress.close)
             stack.enter_context(failing.flushed(self))
@@ -257,8 +288,28 @@ class RolloutTrainer(Trainer):
             raise no_signal(self._empty_steps, self.state.log_history)
         return result
 
+    def _compare(self, folder: Path | None, state: dict[str, Any]) -> Compared:
+        """This run against the one it goes on from, or would write over; the main process asks."""
+        of_run = (self.args, self.line.prompts, self.eval_prompts, self.prompt_report)
+        more = {"origins": self._origins, "recipe": self.recipe}
+        step = state.get("step", 0)
+        self._about = tracking.about(*of_run, **more, from_step=step)
+        run = self.run_folder.folder if folder is None else folder.parent
+        on_disk = tracking.read_about(run) if tracking.holds_run(run) else {}
+        return compare(state.get("about") or on_disk, self._about, step=step)
+
+    def _ended_by(self, step: int) -> str:
+        """Which limits of the run are reached at `step`; empty if none is."""
+        last = f"max_steps={self.args.max_steps}" if step >= self.args.max_steps else ""
+        return " and ".join(filter(None, (last, spent_budgets(self.callback_handler))))
+
+    def decisive_settings(self) -> dict[str, Any]:
+        """Those of `args`, and what a model must be for a checkpoint to be read into it."""
+        decided = {name: self._origins[name] for name in DECIDED if self._origins[name] is not None}
+        return self.args.decisive_settings() | self._adapters | decided
+
     def _load_state(self, state: dict[str, Any], folder: str) -> int:
-        refuse_decisive(self.args, state["settings"], folder)
+        refuse_decisive(self, state["settings"], folder)
         self.line.load_state_dict(state["line"])
         self._empty_steps = state["empty_steps"]
         self.steps_since_log = state["steps_since_log"]
@@ -302,7 +353,8 @@ class RolloutTrainer(Trainer):
     def _line_state(self) -> dict[str, Any]:
         return {
             "step": self.state.global_step,
-            "settings": self.args.decisive_settings(),
+            "about": self._about,
+            "settings": self.decisive_settings(),
             "line": self.line.state_dict(),
             "empty_steps": self._empty_steps,
             "steps_since_log": self.steps_since_log,

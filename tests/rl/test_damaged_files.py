@@ -248,13 +248,13 @@ RUN_FILES = {
 def claim(run, from_step=3):
     about = {"settings": {"learning_rate": 0.1}}
     folder = tracking.RunFolder(str(run))
-    resumed = run / f"checkpoint-{from_step}"
-    return folder.claimed(args_of(run), from_step=from_step, about=about, resumed=resumed)
+    return folder.claimed(args_of(run), from_step=from_step, about=about)
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_a_damaged_run_json_is_told_and_written_anew(run, told, name):
     (run / "run.json").write_bytes(RUN_FILES[name])
+    assert tracking.read_about(run) == {}
     with claim(run):
         pass
     assert json.loads((run / "run.json").read_text())["settings"] == {"learning_rate": 0.1}
