@@ -69,7 +69,7 @@ DECISIVE = (
         "stop",
     ),
     *("max_prompt_length", "overlong_prompts", "duplicates", "chat_template_kwargs"),
-    "reward_weights",
+    *("reward_weights", "skip_special_tokens"),
 )
 """Settings that decide which rollouts are made; a resumed run must share them."""
 
@@ -340,6 +340,11 @@ class RolloutConfig(TrainingArguments):
         None, "One weight per reward function. Default: 1."
     )
     reward_timeout: float | None = setting(60.0, "Seconds a call of a reward function may take.")
+    skip_special_tokens: bool = setting(
+        True,
+        "Leave special tokens out of the texts that rewards, validation and tables get, as TRL does; "
+        "nothing else is changed in them.",
+    )
     reward_retries: int = setting(0, "Calls repeated for reward functions marked remote.")
     max_failed_share: float = setting(
         0.0, "Share of a step's rollouts whose reward may fail before the run stops."

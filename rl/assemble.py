@@ -159,6 +159,7 @@ def make_line(
         stop=tuple(config.stop or ()),
     )
     micro_batches = micro_batches_of(config)
+    memory = Memory()
     return Line(
         prompts=prompts,
         planner=planner,
@@ -171,7 +172,7 @@ def make_line(
             "sampled": (config.eval_rollouts_per_prompt, sampling),
         },
         tokenizer=tokenizer,
-        reward=reward_of(config, rewards, tokenizer),
+        reward=reward_of(config, rewards, tokenizer, memory),
         advantage=advantage_of(config),
         advantage_after=advantage_after_of(config),
         down_sample=down_sampler_of(config),
@@ -193,16 +194,24 @@ def make_line(
         loss_columns=LOSS_COLUMNS.get(config.loss or "", {}),
         kl=kl_of(config),
         ledger=Ledger(),
-        memory=Memory(),
+        memory=memory,
         ranks=Ranks(accelerator),
         config=config,
     )
 
 
 def reward_of(
-    config: RolloutConfig, rewards: list[RewardFunction], tokenizer: PreTrainedTokenizerBase
+    config: RolloutConfig,
+    rewards: list[RewardFunction],
+    tokenizer: PreTrainedTokenizerBase,
+    memory: Memory,
 ) -> Callable[..., tuple[list[str], RewardResult]]:
-    """`reward(prompts, rollouts, *, max_failed_share) -> (texts, result)`: decode, then score."""
+    """`reward(prompts, rollouts, *, max_failed_share) -> (texts, result)`: decode, then score.
+
+    The texts are what was generated, to the space: a tokenizer's `clean_up_tokenization_spaces`, which
+    would take spaces before punctuation away, is not applied. Special tokens are left out, or not, by
+    `skip_special_tokens`.
+    """
     scored = partial(
         score,
         rewards,
@@ -216,8 +225,14 @@ def reward_of(
     ) -> tuple[list[str], RewardResult]:
         pairs = zip(rollouts.token_NT, rollouts.mask_NT, strict=True)
         ids = [token_T[mask_T].tolist() for token_T, mask_T in pairs]
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return texts, scored(prompts, texts, ids, max_failed_share=max_failed_share)
+        texts = tokenizer.batch_decode(
+            ids,
+            skip_special_tokens=config.skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+        shared = {"trainer_state": memory.trainer_state}
+        result = scored(prompts, texts, ids, max_failed_share=max_failed_share, shared=shared)
+        return texts, result
 
     return reward
 

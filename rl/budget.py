@@ -97,6 +97,14 @@ def num_steps(args: Any, num_prompts: int) -> int:
 
 def no_signal(num_empty: int, history: list[dict[str, float]]) -> NoSignalError:
     """The error of a run that ended for want of signal, after so many steps; `history` is its log."""
+    first = max((row.get("step", 0) for row in history), default=0) - num_empty
+    steps = [row for row in history if row.get("step", 0) > first and "rounds" in row]
+    if steps and not any("reward" in row for row in steps):
+        return NoSignalError(
+            f"no reward could be had in the last {num_empty} steps: every reward failed or was None; "
+            "steps.jsonl of the run folder has the reasons under failures. Repair the reward or its "
+            "columns, and write resume_from_checkpoint: true to go on"
+        )
     rewards = [row["reward"] for row in history if "reward" in row]
     last = f"; last mean reward {rewards[-1]:.3f}" if rewards else ""
     return NoSignalError(

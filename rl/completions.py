@@ -28,7 +28,8 @@ def table_of(batch: Batch, *, rows: int, step: int) -> list[dict[str, Any]]:
     The prompts are spread evenly over those of the step, in the order they were drawn; a prompt's
     rollouts stand together, in the order of their slots. Columns: step, prompt_key, prompt (chat as
     text), answer (if the data set has one), completion, reward, reward/NAME of each function, advantage
-    (None: the row did not train), tokens, truncated.
+    (None: the row did not train), tokens, truncated, and logged/NAME of what reward functions gave to
+    `log_extra`.
     """
     groups: dict[str, list[tuple[Prompt, Scored, int]]] = {}
     for wave in batch.waves:
@@ -64,7 +65,13 @@ def _row(
         "advantage": advantages.get((prompt.key, _tokens(rollouts, i))),
         "tokens": int(rollouts.length_N[i]),
         "truncated": bool(rollouts.truncated_N[i]),
+        **{f"logged/{name}": _cell(values[i]) for name, values in scored.logged_columns.items()},
     }
+
+
+def _cell(value: Any) -> str | None:
+    """What a reward function gave to `log_extra`, as text: columns of a table are of one type."""
+    return None if value is None else str(value)
 
 
 def text_of(prompt: str | list[dict[str, Any]]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rl.metrics import with_logged
 from rl.roll_out import Request, Scored, roll_out
 from rollouts.prompts import Prompt
 from samplers.keys import rollout_seeds
@@ -88,6 +89,7 @@ def evaluate(
             "pass_rate": float(share_P.mean()),
             "pass_rate_se": float(share_P.std() / max(len(share_P) - 1, 1) ** 0.5),
         }
+        metrics = with_logged(metrics, [scored])
     metrics["rollouts"] = float(made)
     line.rest()
     training.seconds("validation", time.perf_counter() - started)

@@ -27,6 +27,8 @@ class Memory:
 
     pivot: EntropyPivot | None = None  # of the last step's entropies, for the temperature
     loaded_version: int | None = None  # of the weights the engine has
+    trainer_state: Any = None  # of transformers, for reward functions that ask for it
+    has_warned_of_unrewarded: bool = False
     evaluations: int = 0  # of a denoiser in rows, for rollouts to train on; a guidance pair is one
 
 

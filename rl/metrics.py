@@ -17,6 +17,7 @@ from samplers.downsampling import selection_metrics
 
 if TYPE_CHECKING:
     from rl.line import Batch, Line
+    from rl.roll_out import Scored
     from rl.waves import Wave
 
 
@@ -76,6 +77,17 @@ def of_rollouts(waves: list[Wave], kept: Rollouts) -> dict[str, float]:
         values = [v for s in rounds for v in s.reward_by_function[name] if v is not None]
         if values:
             metrics[f"rewards/{name}/mean"] = float(np.mean(values))
+    return with_logged(metrics, rounds)
+
+
+def with_logged(metrics: dict[str, float], rounds: list[Scored]) -> dict[str, float]:
+    """`metrics` and the mean of what rewards gave to `log_metric`, over calls and processes.
+
+    A name that is taken, such as "reward", is written logged/NAME.
+    """
+    for name in sorted({name for scored in rounds for name in scored.logged_metrics}):
+        values = [v for scored in rounds for v in scored.logged_metrics.get(name, [])]
+        metrics[name if name not in metrics else f"logged/{name}"] = float(np.mean(values))
     return metrics
 
 
@@ -190,6 +202,7 @@ def record_of(line: Line, batch: Batch, *, step: int) -> dict[str, Any]:
             )
         ),
         "failures": [failure for scored in rounds for failure in scored.failures],
+        "unrewarded": sum(len(s.unrewarded) for s in rounds if s.unrewarded is not None),
         "posterior_histogram": np.histogram(mean_D, bins=20, range=(0, 1))[0].tolist(),
     }
 

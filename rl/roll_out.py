@@ -7,11 +7,12 @@ everywhere. Axes: P prompts, N rollouts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from rollouts.batch import Rollouts, concatenate
 from rollouts.prompts import Prompt
@@ -19,6 +20,8 @@ from rollouts.rewards import RewardError
 
 if TYPE_CHECKING:
     from rl.line import Line
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +41,16 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Rollouts with rewards; rows whose reward failed stand apart and are in no statistic."""
+    """Rollouts with rewards; rows that failed or have no reward stand apart and are in no statistic."""
 
     rollouts: Rollouts
     shown_N: list[Any]  # what the reward saw of each row: a text, or an image
     reward_by_function: dict[str, list[float | None]]
     failed: Rollouts | None
     failures: list[dict[str, str]]  # prompt key and reason of each failed row
+    unrewarded: Rollouts | None = None  # rows to which no reward function applied
+    logged_columns: dict[str, list[Any]] = field(default_factory=dict)  # of `log_extra`, per row
+    logged_metrics: dict[str, list[float]] = field(default_factory=dict)  # of `log_metric`
 
     @property
     def reward_N(self) -> torch.Tensor:
@@ -70,24 +76,42 @@ def roll_out(line: Line, request: Request, params: Any, *, version: int) -> Scor
         version: optimizer steps taken.
 
     Raises:
-        RewardError: if more than `max_failed_share` of all rows could not be scored. A rank that
-            sees so many by itself stops scoring at once, and the others get a RuntimeError.
-        RuntimeError: on the other ranks, if one rank fails.
+        RewardError: if more than `max_failed_share` of all rows could not be scored, or a reward
+            function broke its contract: on all ranks at the same point (`on_all_ranks`). A rank that
+            sees so many by itself stops scoring at once.
+        RuntimeError: on the other ranks, if one rank fails for any other reason.
     """
     keys, lengths = [prompt.key for prompt in request.prompts], line.ranks.lengths
     together = getattr(params, "leaves_per_root", 1)
     mine = line.ranks.share_of(request.budget_P, lengths.of(keys), together=together)
-    error, share = None, None
+    error: Exception | None = None
+    share: tuple | None = None
+    unscored: RewardError | None = None
     try:
         share = _generate_and_score(line, request, mine, params, version)
+    except RewardError as caught:
+        unscored = caught
     except Exception as caught:
         error = caught
     with line.ledger.phase("gather"):
-        shares = line.ranks.gather(share, error=error)
-    shares = [s for s in shares if s is not None]
+        item = share if unscored is None else str(unscored)
+        gathered = line.ranks.gather(item, error=error)
+    _raise_together(gathered, unscored)
+    shares = [s for s in gathered if s is not None]
     for _, rollouts, _, _ in shares:
         lengths.observe(keys, rollouts.prompt_N.numpy(), rollouts.length_N.numpy())
     return _merge(line, request, shares)
+
+
+def _raise_together(gathered: list[Any], own: RewardError | None) -> None:
+    """Raise RewardError on every rank if one rank brings the text of one; its own with its cause."""
+    failed = [(rank, item) for rank, item in enumerate(gathered) if isinstance(item, str)]
+    if not failed:
+        return
+    rank, text = failed[0]
+    error = own or RewardError(f"on process {rank}: {text}")
+    error.on_all_ranks = True
+    raise error
 
 
 def _generate_and_score(
@@ -142,17 +166,32 @@ def _merge(line: Line, request: Request, shares: list[tuple]) -> Scored:
         for row, reason in sorted(reasons.items())
     ]
     if len(failures) > line.config.max_failed_share * len(row_N) + 1e-9:
-        raise RewardError(
+        error = RewardError(
             f"{len(failures)} of {len(row_N)} rollouts could not be scored, more than "
             f"max_failed_share={line.config.max_failed_share} allows; first, prompt "
             f"{failures[0]['prompt']}: {failures[0]['reason']}"
         )
-    good = torch.tensor(
-        [i for i in order.tolist() if int(row_N[i]) not in reasons], dtype=torch.long
+        error.on_all_ranks = True
+        raise error
+    unrewarded = {int(rows[row]) for rows, _, _, result in shares for row in result.unrewarded}
+    _warn_of_unrewarded(line, request, unrewarded)
+    without = reasons.keys() | unrewarded
+    good, bad, none = (
+        torch.tensor([i for i in order.tolist() if is_in(int(row_N[i]))], dtype=torch.long)
+        for is_in in (lambda row: row not in without, reasons.__contains__, unrewarded.__contains__)
     )
-    bad = torch.tensor([i for i in order.tolist() if int(row_N[i]) in reasons], dtype=torch.long)
     columns = [[math.nan if v is None else v for v in values] for values in by_function.values()]
     reward_NF = torch.tensor(columns, dtype=torch.float64).reshape(len(columns), len(row_N)).T
+    logged = {name: None for *_, result in shares for name in result.columns}
+    logged_columns = {
+        name: [
+            value
+            for *_, part, result in shares
+            for value in result.columns.get(name, [None] * len(part))
+        ]
+        for name in sorted(logged)
+    }
+    names = sorted({name for *_, result in shares for name in result.metrics})
     return Scored(
         rollouts=replace(
             rollouts.take(good), reward_N=reward_N[good], reward_NF=reward_NF[good].contiguous()
@@ -161,4 +200,20 @@ def _merge(line: Line, request: Request, shares: list[tuple]) -> Scored:
         reward_by_function={n: [v[i] for i in good.tolist()] for n, v in by_function.items()},
         failed=rollouts.take(bad) if len(bad) else None,
         failures=failures,
+        unrewarded=rollouts.take(none) if len(none) else None,
+        logged_columns={n: [v[i] for i in good.tolist()] for n, v in logged_columns.items()},
+        logged_metrics={n: [v for *_, r in shares for v in r.metrics.get(n, [])] for n in names},
+    )
+
+
+def _warn_of_unrewarded(line: Line, request: Request, rows: set[int]) -> None:
+    """Say once in a run that there are rows to which no reward function applies."""
+    if not rows or line.memory.has_warned_of_unrewarded or not line.ranks.is_main:
+        return
+    line.memory.has_warned_of_unrewarded = True
+    key = request.prompts[request.prompt_N[min(rows)]].key
+    logger.warning(
+        f"all reward functions returned None for {len(rows)} of {len(request.seed_N)} rollouts, first "
+        f"of prompt {key}: such rollouts are in no mean and train nothing (said once; the ledger counts "
+        "them as filtered_unrewarded)"
     )

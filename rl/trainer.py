@@ -165,6 +165,7 @@ class RolloutTrainer(Trainer):
     ) -> torch.Tensor:
         """One collection and its updates; the last optimizer step is the base class's."""
         started = time.perf_counter()
+        self.line.memory.trainer_state = self.state
         with failing.kept(self) as last_step:
             batch = collect(self.line, version=self.state.global_step)
             last_step.is_whole = False
@@ -221,6 +222,7 @@ class RolloutTrainer(Trainer):
 
     def validate(self, prompts: list[Prompt]) -> dict[str, float]:
         """The figures of `evaluate`, without prefix."""
+        self.line.memory.trainer_state = self.state
         return evaluate(self.line, prompts, version=self.state.global_step)
 
     def evaluate(

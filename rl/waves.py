@@ -89,6 +89,9 @@ def roll_out_wave(line: Line, *, version: int, **which: Any) -> Wave:
         if scored.failed is not None:
             ledger.drawn(*size(scored.failed))
             ledger.account("failed", *size(scored.failed))
+        if scored.unrewarded is not None:
+            ledger.drawn(*size(scored.unrewarded))
+            ledger.account("filtered", *size(scored.unrewarded), reason="unrewarded")
         success_N = planner.observe(
             proposal,
             scored.reward_N.numpy(),
@@ -201,7 +204,8 @@ class GroupBuffer:
             self.refill.dispatch(prompt.key, int(draw))
             for prompt, draw in zip(wave.prompts, proposal.draw_P, strict=True)
         ]
-        failed = [scored.failed for scored in wave.rounds if scored.failed is not None]
+        unscored = [part for scored in wave.rounds for part in (scored.failed, scored.unrewarded)]
+        failed = [part for part in unscored if part is not None]
         for place, number in enumerate(numbers):
             rollouts = _only(groups.rollouts, place)
             assert rollouts.reward_N is not None and rollouts.success_N is not None

@@ -148,10 +148,9 @@ def wants_more(completions, solution, **_):
         (short, r"reward function short returned 35 rewards for 36 completions"),
         (returns(float("nan")), "odd.*returned nan"),
         (returns(float("inf")), "odd.*returned inf"),
-        (returns(None), "no reward function applied"),
         (returns("1"), "'1' of type str"),
     ],
-    ids=["raises", "hangs", "short", "nan", "inf", "none", "text"],
+    ids=["raises", "hangs", "short", "nan", "inf", "text"],
 )
 def test_a_failing_reward_stops_the_run_and_names_function_and_prompt(tmp_path, reward, message):
     made = tiny.trainer(tmp_path, reward=reward, reward_timeout=0.2)
