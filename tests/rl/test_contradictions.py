@@ -6,8 +6,6 @@ import torch
 from rl.arguments import RolloutConfig
 from rl.methods import ADVANTAGES, LOSS_DEFAULTS, LOSSES, PRESETS
 from rl.validation import LOSS_SETTINGS, NEVER_NEGATIVE, PER_TOKEN, WITHIN_GROUP
-from rollouts.prompts import Prompt
-from rollouts.rewards import RewardError, check_columns
 from tests import tiny
 
 WHITENED_TOKENS = {"advantage": "batch_whitened_tokens", "reward_kl": 0.1, "trainer": "grpo"}
@@ -169,15 +167,6 @@ def test_two_rewards_of_one_name_are_refused_before_any_rollout(tmp_path):
 
     with pytest.raises(ValueError, match="two reward functions are called 'first_digit'"):
         tiny.trainer(tmp_path, reward=[tiny.first_digit, first_digit])
-
-
-def test_an_asynchronous_reward_is_refused_before_any_rollout():
-    async def slow(**_):
-        return [0.0]
-
-    prompt = Prompt(key="k", prompt="a", token_ids=(1,), columns={})
-    with pytest.raises(RewardError, match="reward function slow is asynchronous"):
-        check_columns([slow], [prompt])
 
 
 @pytest.mark.parametrize(
