@@ -77,6 +77,7 @@ def evaluate(
                 "reward": float(scored.reward_N.mean()),
                 "mean_length": float(rollouts.length_N.double().mean()),
             }
+            metrics = with_logged(metrics, [scored])
     # All at once: before training, rewards that are no fractions are compared with each other.
     success = _split(read, rewards, marks)
     for name, success_N in success.items():
@@ -89,7 +90,6 @@ def evaluate(
             "pass_rate": float(share_P.mean()),
             "pass_rate_se": float(share_P.std() / max(len(share_P) - 1, 1) ** 0.5),
         }
-        metrics = with_logged(metrics, [scored])
     metrics["rollouts"] = float(made)
     line.rest()
     training.seconds("validation", time.perf_counter() - started)
