@@ -230,7 +230,7 @@ def test_a_step_in_which_every_reward_failed_is_a_step_without_signal(tmp_path):
         assert len(step["failures"]) == log["ledger/rollouts_failed"] == 36
         assert "reward" not in log
     (validation,) = [r for r in tiny.lines(tmp_path, "metrics.jsonl") if r["step"] == 2][1:2]
-    assert set(validation) == {"step", "epoch"}  # nothing was measured, so nothing is said
+    assert set(validation) == {"step", "epoch", "eval_rollouts"}  # nothing else was measured
 
 
 def test_one_function_may_not_apply_where_another_does(tmp_path):
