@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,8 +31,26 @@ TASKS = {"digits": "recipes.images.task"}
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 """What LoRA adapts unless lora_target_modules says otherwise: the attention of diffusers' models."""
 
-NOISE_LEVELS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-"""Settings of schedulers that say which noise level a timestep has."""
+DDIM_CAN_REPLACE = (
+    *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
+    *("PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
+    *("KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler"),
+    *("DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"),
+    *("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
+)
+"""Schedulers of diffusers that solve the same diffusion, in more or other steps. Models of others, such
+as LCM's and TCD's, are distilled to jump."""
+
+SOLVER_ONLY = (
+    *("skip_prk_steps", "solver_order", "solver_type", "algorithm_type", "lower_order_final"),
+    *("euler_at_final", "predict_x0", "disable_corrector", "solver_p", "interpolation_type"),
+    *("variance_type", "final_sigmas_type", "noise_sampler_seed", "lambda_min_clipped"),
+)
+"""Settings that say how another scheduler solves, not which noise levels the model knows."""
+
+IN_THE_LEVELS = ("snr_shift_scale",)
+"""Settings that act on the table of noise levels alone, which `ddim_of` takes whole."""
 
 
 def make_trainer(
@@ -157,11 +176,16 @@ def load_pipeline(config: DenoisingConfig, model_config: ModelConfig) -> Any:
     )
     assert isinstance(config.plan, dict)
     if config.plan["rule"] == "ddim" and type(pipeline.scheduler) is not DDIMScheduler:
+        own = pipeline.scheduler
+        pipeline.scheduler = ddim_of(own)
+        spacing = (
+            "leading, not by linspace" if own.config.get("timestep_spacing") == "linspace" else ""
+        )
         print(
-            f"{type(pipeline.scheduler).__name__} is replaced by DDIMScheduler for rule ddim",
+            f"{type(own).__name__} is replaced by DDIMScheduler for rule ddim"
+            + (f", its timesteps spaced {spacing}" if spacing else ""),
             file=sys.stderr,
         )
-        pipeline.scheduler = ddim_of(pipeline.scheduler)
     return pipeline.to(PartialState().device)
 
 
@@ -172,32 +196,65 @@ def ddim_of(scheduler: Any) -> Any:
     in every release of Stable Diffusion, and not at alpha 1 as is DDIMScheduler's own default: the
     last step then draws noise and can be trained. Timesteps spaced by linspace become Stable
     Diffusion's, leading with an offset of 1: DDIM goes down by whole strides, so that its steps would
-    not end where the next one begins.
+    not end where the next one begins. Levels that betas do not say, as of CogVideoX, whose
+    `snr_shift_scale` shifts them, are taken from the other scheduler's table.
 
     Raises:
-        ConfigError: if the scheduler has no betas, or is set up for a flow model.
+        ConfigError: if the scheduler has no betas, is set up for a flow model, is made for a model
+            that is sampled in another way, or has a setting that DDIM would drop.
     """
     from diffusers import DDIMScheduler
 
     given: Any = scheduler.config
+    name = type(scheduler).__name__
     fits = given.get("prediction_type", "epsilon") in VARIANCE_PRESERVING
     if "beta_start" not in given or given.get("use_flow_sigmas") or not fits:
         raise ConfigError(
             f"rule ddim is for models that predict {', '.join(VARIANCE_PRESERVING)}, and the "
-            f"{type(scheduler).__name__} of this one is not of that kind; for a flow-matching model "
+            f"{name} of this one is not of that kind; for a flow-matching model "
             f"write rule: flow_sde, constant_sde or cps in plan"
         )
-    # Settings left at the other class's defaults would give way to DDIMScheduler's.
-    kept = {name: given[name] for name in NOISE_LEVELS if name in given}
+    if name not in DDIM_CAN_REPLACE:
+        raise ConfigError(
+            f"rule ddim cannot replace {name}: a model that comes with it is sampled in another way "
+            f"than by small steps of a diffusion, or at other noise levels. Schedulers it replaces: "
+            f"{', '.join(DDIM_CAN_REPLACE)}"
+        )
+    _refuse_dropped(scheduler)
+    kept: dict[str, Any] = {}
     if given.get("timestep_spacing") == "linspace":
         kept |= {"timestep_spacing": "leading", "steps_offset": 1}
-    return DDIMScheduler.from_config(
-        given,
-        clip_sample=False,
-        thresholding=False,
-        set_alpha_to_one=given.get("set_alpha_to_one", False),
-        **kept,
-    )
+    known = inspect.signature(DDIMScheduler.__init__).parameters
+    settings = {key: value for key, value in given.items() if key in known}
+    settings |= {"clip_sample": False, "thresholding": False}
+    settings["set_alpha_to_one"] = given.get("set_alpha_to_one", False)
+    try:
+        made = DDIMScheduler(**settings | kept)
+    except NotImplementedError as error:
+        raise ConfigError(f"rule ddim cannot replace this {name}: {error}") from error
+    levels = scheduler.alphas_cumprod.double()
+    if (levels - made.alphas_cumprod).abs().max() > 1e-6:
+        before = torch.cat([torch.ones(1, dtype=torch.float64), levels[:-1]])
+        kept |= {"trained_betas": (1 - levels / before).tolist(), "rescale_betas_zero_snr": False}
+        made = DDIMScheduler(**settings | kept)
+    return made
+
+
+def _refuse_dropped(scheduler: Any) -> None:
+    """Raise ConfigError for a setting of a scheduler that DDIM does not have and that says something."""
+    from diffusers import DDIMScheduler
+
+    known = {*inspect.signature(DDIMScheduler.__init__).parameters, *SOLVER_ONLY, *IN_THE_LEVELS}
+    own = inspect.signature(type(scheduler).__init__).parameters
+    for key, value in scheduler.config.items():
+        if key.startswith("_") or key in known or not value:
+            continue
+        if key not in own or value != own[key].default:
+            raise ConfigError(
+                f"{key}={value!r} of {type(scheduler).__name__} is no setting of DDIMScheduler, which "
+                f"replaces it for rule ddim: the model would be sampled in another way than it says. "
+                f"Save the pipeline with a DDIMScheduler of your choice and name that folder"
+            )
 
 
 def lora_config(model_config: ModelConfig) -> Any:

@@ -371,6 +371,8 @@ def make_denoising_line(
     if engine is None:
         engine = DiffusersEngine(processor, **config.engine_settings())
     record_used(config, engine)
+    validations = validations_of(config)
+    engine.check(prompts, [*config.step_plans(), *(plan for _, plan in validations.values())])
     rows = {prompt.key: row for row, prompt in enumerate(prompts)}
     history = None
     if config.baseline == "history":
@@ -386,7 +388,7 @@ def make_denoising_line(
         policy=policy,
         generating=lambda: nullcontext(model),  # type: ignore[arg-type,return-value]
         sampling=config.step_plan,
-        validations=validations_of(config),
+        validations=validations,
         tokenizer=None,
         reward=reward_of(config, rewards, engine),
         advantage=advantage_of(config, rows, history),  # type: ignore[arg-type]

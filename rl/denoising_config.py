@@ -35,7 +35,8 @@ NOISE_WEIGHTS = ("none", "std")
 
 DENOISING_DECISIVE = (
     *("plan", "guidance_scale", "height", "width", "sibling_within_share", "baseline"),
-    *("shift", "shared_start_noise"),
+    *("shift", "shared_start_noise", "negative_prompt", "negative_prompt_column"),
+    "pipeline_kwargs",
     *("history_steps", "credit_scale", "branch_threshold", "ema_decay"),
 )
 """Settings of this kind that decide which rollouts are made and trained on, what their credits
@@ -76,8 +77,21 @@ class DenoisingConfig(RolloutConfig):
         "End after the step in which the denoiser has been evaluated so often for rollouts, in rows; "
         "a guidance pair is one.",
     )
-    guidance_scale: float = setting(
-        5.0, "Classifier-free guidance, in rollouts and in training; 1: none."
+    guidance_scale: float | None = setting(
+        5.0,
+        "Classifier-free guidance, in rollouts and in training; 1: none. null: the pipeline's default, "
+        "for pipelines without this argument.",
+    )
+    negative_prompt: str | None = setting(
+        None, "What guidance leads away from, one text for all prompts. Default: the pipeline's."
+    )
+    negative_prompt_column: str | None = setting(
+        None, "Column of the data with a negative prompt for each prompt."
+    )
+    pipeline_kwargs: dict[str, Any] | str | None = setting(
+        None,
+        "Further arguments of the pipeline's call and of its encode_prompt, such as {true_cfg_scale: "
+        "4.0}, {num_frames: 49} or {clip_skip: 1}; those that would have no effect are refused.",
     )
     height: int | None = setting(None, "Pixels. Default: the pipeline's.")
     width: int | None = setting(None, "Pixels. Default: the pipeline's.")
@@ -155,6 +169,10 @@ class DenoisingConfig(RolloutConfig):
         budget_min = self.budget_min
         super().__post_init__()
         plans = self._read_plan()
+        if self.pipeline_kwargs is not None:
+            self.pipeline_kwargs = _plain(
+                "pipeline_kwargs", self.pipeline_kwargs, "a mapping such as {true_cfg_scale: 4.0}"
+            )
         choice("baseline", self.baseline, BASELINES)
         choice("credit_scale", self.credit_scale, CREDIT_SCALES)
         choice("logprob_reduction", self.logprob_reduction, REDUCTIONS)
@@ -172,22 +190,9 @@ class DenoisingConfig(RolloutConfig):
 
     def _read_plan(self) -> list[StepPlan]:
         """Make `plan` plain and give the plans of all steps: one that could not be run is told now."""
-        if isinstance(self.plan, str):
-            try:
-                self.plan = json.loads(self.plan)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"plan must be a mapping or JSON, got {self.plan!r}") from error
-        if not isinstance(self.plan, dict):
-            raise ValueError(
-                f"plan must be a mapping such as {{num_steps: 20, rule: ddim, level: 1.0}}, got "
-                f"{self.plan!r}"
-            )
-        try:
-            plan = self.plan = json.loads(json.dumps(self.plan))  # as a checkpoint gives it back
-        except TypeError as error:
-            raise ValueError(
-                f"plan must hold numbers, names and lists alone, got {self.plan!r}: {error}"
-            ) from error
+        plan = self.plan = _plain(
+            "plan", self.plan, "a mapping such as {num_steps: 20, rule: ddim, level: 1.0}"
+        )
         if self.max_steps < 1 and (names := that_vary(plan)):
             raise ValueError(
                 f"plan.{names[0]}={plan[names[0]]!r} changes from step to step, so that the steps must "
@@ -288,8 +293,28 @@ class DenoisingConfig(RolloutConfig):
             "width": self.width,
             "batch_size": self.generation_batch_size,
             "shift": self.shift,
+            "negative_prompt": self.negative_prompt,
+            "negative_prompt_column": self.negative_prompt_column,
+            "pipeline_kwargs": self.pipeline_kwargs,
         }
 
     def decisive_settings(self) -> dict[str, Any]:
         """Settings that decide which rollouts are made; a resumed run must share them."""
         return {name: getattr(self, name) for name in (*DECISIVE, *DENOISING_DECISIVE)}
+
+
+def _plain(name: str, value: Any, wanted: str) -> dict[str, Any]:
+    """A setting that is a mapping, or JSON of one on the command line, as a checkpoint gives it back."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} must be a mapping or JSON, got {value!r}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError as error:
+        raise ValueError(
+            f"{name} must hold numbers, names and lists alone, got {value!r}: {error}"
+        ) from error

@@ -19,6 +19,9 @@ from torch.nn.functional import pad
 
 from rollouts.step_plan import StepPlan
 
+Condition = Tensor | list[Tensor]
+"""What is told of P prompts: (P, ...), or a list of P tensors whose lengths may differ."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollouts:
@@ -211,8 +214,9 @@ class StateTree:
     """(T,) as the scheduler made them."""
     plan: StepPlan
     """Where noise was drawn, and where the tree branches."""
-    conditions: Mapping[str, Tensor]
-    """(P, ...) each: what the pipeline was told of every prompt, by the name of its argument."""
+    conditions: Mapping[str, Condition]
+    """(P, ...) each, or a list of P tensors of different lengths: what the pipeline was told of every
+    prompt, by the name of its argument."""
 
     def __post_init__(self) -> None:
         num_states = len(self.latent_M)
@@ -240,6 +244,14 @@ class StateTree:
 
     def __len__(self) -> int:
         return len(self.parent_M)
+
+
+def rows_of(conditions: Mapping[str, Condition], index_N: Tensor) -> dict[str, Condition]:
+    """The conditions of the prompts `index_N`, in that order."""
+    return {
+        name: [value[i] for i in index_N.tolist()] if isinstance(value, list) else value[index_N]
+        for name, value in conditions.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -380,7 +392,7 @@ def _joined_trees(batches: Sequence[Any], offsets: Sequence[int] | None) -> dict
                 raise ValueError(f"trees of one batch must have one {name}")
     if offsets is None:
         for name, value in first.conditions.items():
-            if not all(torch.equal(tree.conditions[name], value) for tree in trees):
+            if not all(_same(tree.conditions[name], value) for tree in trees):
                 raise ValueError("batches of different prompts need offsets for their prompt_N")
         shifts, conditions = [0] * len(trees), first.conditions
     else:
@@ -393,7 +405,7 @@ def _joined_trees(batches: Sequence[Any], offsets: Sequence[int] | None) -> dict
             )
         shifts = totals
         conditions = {
-            name: torch.cat([t.conditions[name] for t in trees]) for name in first.conditions
+            name: _joined([t.conditions[name] for t in trees]) for name in first.conditions
         }
 
     states = [sum(len(tree) for tree in trees[:i]) for i in range(len(trees))]
@@ -420,3 +432,15 @@ def _joined_trees(batches: Sequence[Any], offsets: Sequence[int] | None) -> dict
     )
     nodes = [batch.node_NS + start for batch, start in zip(batches, states, strict=True)]
     return {"tree": joined, "node_NS": torch.cat(nodes), "branch_N": torch.cat(branches)}
+
+
+def _same(one: Condition, other: Condition) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(torch.equal, one, other))
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+
+
+def _joined(values: Sequence[Condition]) -> Condition:
+    if all(isinstance(value, list) for value in values):
+        return [row for value in values for row in value]
+    return torch.cat([value for value in values if isinstance(value, Tensor)])

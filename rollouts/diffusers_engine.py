@@ -14,7 +14,6 @@ M distinct states, U distinct states at one step.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
-from rollouts.batch import DenoisingRollouts, StateTree
+from rollouts.batch import Condition, DenoisingRollouts, StateTree, rows_of
 from rollouts.denoising_tree import (
     requested_trees,
     row_columns,
@@ -34,7 +33,17 @@ from rollouts.denoising_tree import (
     segments,
     tree_columns,
 )
-from rollouts.pipeline_prompts import encode_with_pipeline
+from rollouts.pipeline_arguments import (
+    missing_arguments,
+    parameters,
+    split_arguments,
+    texts_to_leave_out,
+)
+from rollouts.pipeline_prompts import (
+    encode_with_pipeline,
+    encodes_negative_apart,
+    require_known_encoder,
+)
 from rollouts.prompts import Prompt
 from rollouts.recording_scheduler import (
     Recording,
@@ -46,22 +55,12 @@ from rollouts.recording_scheduler import (
 from rollouts.sde import gaussian_step, step_logprob
 from rollouts.step_plan import StepPlan
 
-Encode = Callable[[Sequence[Prompt]], Mapping[str, Tensor]]
-"""`encode(prompts)`: (P, ...) tensors by the name of the pipeline argument that takes them."""
+Encode = Callable[[Sequence[Prompt]], Mapping[str, Condition]]
+"""`encode(prompts)`: by the name of the pipeline argument that takes them (P, ...) tensors, or lists of
+P tensors where the pipeline takes lists, as Z-Image does."""
 
-_RESERVED = (
-    "callback_on_step_end",
-    "generator",
-    "guidance_scale",
-    "height",
-    "latents",
-    "num_images_per_prompt",
-    "num_inference_steps",
-    "output_type",
-    "prompt",
-    "return_dict",
-    "width",
-)
+_IP_ADAPTERS = ("ip_image_proj", "text_image_proj", "image_proj")
+"""Kinds of `encoder_hid_dim_type` that read an image."""
 
 
 class DiffusersEngine:
@@ -80,19 +79,24 @@ class DiffusersEngine:
         pipeline: with a `DDIMScheduler` or a `FlowMatchEulerDiscreteScheduler`, and without a safety
             checker, which would have black images rewarded.
         encode: prompts to embeddings. None: the pipeline's text encoders read `prompt.prompt`.
-        guidance_scale: None takes the pipeline's default. Where the model ignores it, as Qwen-Image's
-            does, a warning says so.
+        guidance_scale: None takes the pipeline's default. Where the pipeline ignores it, as
+            Qwen-Image's does, a warning says so.
         height: of the images, in pixels; None, with `width`, takes the pipeline's default.
         width: likewise.
         batch_size: rows of one call of the pipeline (a guidance pair is one row).
         shift: of a flow-matching scheduler, in the place of its own shift, static or dynamic. The
             pipeline gets a scheduler that has it, so that it is saved with it.
-        pipeline_kwargs: further arguments of every call, such as `true_cfg_scale`.
+        negative_prompt: what guidance leads away from, one text for all prompts. None: the pipeline's
+            default.
+        negative_prompt_column: column of the prompts that holds each one's negative prompt.
+        pipeline_kwargs: further arguments of every call and of `encode_prompt`, such as
+            `true_cfg_scale` or `clip_skip`.
 
     Raises:
         ValueError: if the pipeline cannot be recorded: another scheduler, a scheduler that clips,
-            dropout in the denoiser, or a call without `latents` or that cannot be differentiated. If
-            it has a safety checker, or `height` and `width` are not a size of its images.
+            dropout in the denoiser, a second denoiser, or a call without `latents`, that needs an
+            image or that cannot be differentiated. If it has a safety checker, `height` and `width`
+            are not a size of its images, or an argument would have no effect.
     """
 
     def __init__(
@@ -105,6 +109,8 @@ class DiffusersEngine:
         width: int | None = None,
         batch_size: int = 16,
         shift: float | None = None,
+        negative_prompt: str | None = None,
+        negative_prompt_column: str | None = None,
         pipeline_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if batch_size < 1:
@@ -117,29 +123,33 @@ class DiffusersEngine:
         """Likewise by `replay` and `logprobs`."""
         settings = {"guidance_scale": guidance_scale, "height": height, "width": width}
         self._arguments = {name: value for name, value in settings.items() if value is not None}
-        further = dict(pipeline_kwargs or {})
-        taken = sorted(set(further) & set(_RESERVED))
-        if taken:
-            raise ValueError(f"pipeline_kwargs must not contain {taken}: the engine sets them")
+        self.negative_prompt = negative_prompt
+        self.negative_prompt_column = negative_prompt_column
+        self._encode = encode
+        if encode is None:
+            require_known_encoder(pipeline)
+        elif negative_prompt is not None or negative_prompt_column is not None:
+            raise ValueError(
+                "negative_prompt is for the pipeline's own text encoders, and encode= gives the "
+                "embeddings: let it give negative_prompt_embeds"
+            )
+        if negative_prompt is not None and negative_prompt_column is not None:
+            raise ValueError(
+                f"negative_prompt={negative_prompt!r} and negative_prompt_column="
+                f"{negative_prompt_column!r} say the same thing: write one"
+            )
+        self._pipeline_kwargs = None if pipeline_kwargs is None else dict(pipeline_kwargs)
+        self._shift = shift
+        further, self._encoder_arguments = split_arguments(
+            pipeline, pipeline_kwargs or {}, encodes=encode is None
+        )
         self._arguments |= further
-        self._encode = encode or functools.partial(encode_with_pipeline, pipeline)
         if shift is not None:
             pipeline.scheduler = with_shift(pipeline.scheduler, shift)
         self._check_pipeline()
         self._check_size(height, width)
-        if guidance_scale is not None and not self._reads_guidance():
-            del self._arguments["guidance_scale"]
-            warnings.warn(
-                f"guidance_scale={guidance_scale} has no effect: the model of "
-                f"{type(pipeline).__name__} does not read it. It is guided by "
-                f"pipeline_kwargs={{'true_cfg_scale': ...}} with an encode= that gives "
-                f"negative_prompt_embeds, and not at all without these",
-                stacklevel=2,
-            )
-        if encode is None and further.get("true_cfg_scale", 1) > 1:
-            raise ValueError(
-                "true_cfg_scale needs embeddings of a negative prompt, which only encode= can give"
-            )
+        self._check_guidance(guidance_scale)
+        self._texts_to_leave_out = texts_to_leave_out(pipeline)
         pipeline.set_progress_bar_config(disable=True)
 
     @property
@@ -152,23 +162,58 @@ class DiffusersEngine:
 
     @property
     def used(self) -> dict[str, Any]:
-        """Guidance, height and width of every call, by argument; None where the pipeline decides.
+        """What the settings of a run may say of the engine, as it is; None where the pipeline decides.
 
-        A guidance that the model does not read is None too; one that was not given is the pipeline's
-        own default.
+        A guidance that the pipeline does not read is None too; one that was not given is the
+        pipeline's own default.
         """
-        found = {name: self._arguments.get(name) for name in ("height", "width")}
-        default = inspect.signature(type(self.pipeline).__call__).parameters.get("guidance_scale")
-        guidance = None
-        if default is not None and self._reads_guidance():
-            guidance = self._arguments.get("guidance_scale", default.default)
-        return {"guidance_scale": guidance, **found}
+        guidance = self._default("guidance_scale")
+        if not isinstance(guidance, int | float) or not self._reads_guidance(guidance):
+            guidance = None
+        return {
+            "guidance_scale": guidance,
+            "height": self._arguments.get("height"),
+            "width": self._arguments.get("width"),
+            "shift": self._shift,
+            "negative_prompt": self.negative_prompt,
+            "negative_prompt_column": self.negative_prompt_column,
+            "pipeline_kwargs": self._pipeline_kwargs,
+        }
 
     def load_weights(self, model: Any) -> None:
         """Take the weights of `model`; nothing to do where it is the pipeline's own denoiser."""
         model = getattr(model, "module", model)
         if model is not self.denoiser:
             self.denoiser.load_state_dict(model.state_dict())
+
+    @torch.no_grad()
+    def check(self, prompts: Sequence[Prompt], plans: Sequence[StepPlan]) -> None:
+        """Find out before the first rollout what cannot be run: encode, and run no step of each plan.
+
+        The pipeline checks its arguments and makes its timesteps; the denoiser is not evaluated.
+
+        Args:
+            prompts: at least one, of which the first is encoded; negative prompts are checked of all.
+            plans: those of the run. Of one length and rule the first stands for all but the edges
+                that are split and trained.
+
+        Raises:
+            ValueError: if a plan does not fit the scheduler's table, or a prompt has no negative one.
+        """
+        if self._encode is None:
+            self._negative_prompts(prompts)
+        conditions = self._conditions(prompts[:1])
+        tables: dict[int, Recording] = {}
+        for plan in plans:
+            known = tables.get(plan.num_steps)
+            recording = Recording(plan=plan, window=(0, 0))
+            if known is not None:
+                assert known.levels is not None and known.timesteps is not None
+                recording.begin(known.levels, known.timesteps, known.prediction)
+                continue
+            arguments = {"output_type": "latent", "generator": [seeded_generator(0, "root", 0)]}
+            self._call(recording, conditions, None, arguments)
+            tables[plan.num_steps] = recording
 
     @torch.no_grad()
     def generate(
@@ -234,7 +279,7 @@ class DiffusersEngine:
                 recording = self._run(
                     plan,
                     (first, last),
-                    {name: value[prompt_N[leaf_U]] for name, value in conditions.items()},
+                    rows_of(conditions, prompt_N[leaf_U]),
                     latents=latents[first][state_U] if first else None,
                     seeds=seed_N[leaf_U].tolist(),
                     start_seeds=start_N[leaf_U].tolist(),
@@ -350,7 +395,7 @@ class DiffusersEngine:
                 image = (x.float().permute(0, 2, 3, 1).clamp(-1, 1) / 2 + 0.5).numpy()
             else:
                 end = tree.plan.num_steps
-                conditions = {k: v[tree.prompt_M[node_U]] for k, v in tree.conditions.items()}
+                conditions = rows_of(tree.conditions, tree.prompt_M[node_U])
                 arguments = {"output_type": "np"}
                 image = self._call(
                     Recording(plan=tree.plan, window=(end, end)), conditions, x, arguments
@@ -375,7 +420,7 @@ class DiffusersEngine:
         means, stds = [], []
         with self._adapters_off() if reference else contextlib.nullcontext():
             for chunk in state_U.split(self.batch_size):
-                conditions = {k: v[tree.prompt_M[chunk]] for k, v in tree.conditions.items()}
+                conditions = rows_of(tree.conditions, tree.prompt_M[chunk])
                 recording = self._run(
                     tree.plan, (step, step + 1), conditions, tree.latent_M[chunk], capture=True
                 )
@@ -443,7 +488,7 @@ class DiffusersEngine:
         self,
         plan: StepPlan,
         window: tuple[int, int],
-        conditions: Mapping[str, Tensor],
+        conditions: Mapping[str, Condition],
         latents: Tensor | None,
         *,
         seeds: Sequence[int] = (),
@@ -455,7 +500,7 @@ class DiffusersEngine:
 
         def count(module: Any, args: Any, kwargs: Any) -> None:
             nonlocal pending
-            pending += len(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
+            pending += len(next(filter(_of_rows, (*args, *kwargs.values()))))
 
         def check(num_rows: int) -> None:
             nonlocal pending
@@ -491,7 +536,7 @@ class DiffusersEngine:
     def _call(
         self,
         recording: Recording,
-        conditions: Mapping[str, Tensor],
+        conditions: Mapping[str, Condition],
         latents: Tensor | None,
         arguments: Mapping[str, Any],
     ) -> Any:
@@ -503,10 +548,14 @@ class DiffusersEngine:
         pipeline.scheduler = ours
         # The function under the decorator that turns gradients off.
         call: Any = type(pipeline).__call__
+        given: dict[str, Any] = {name: _moved(value, device) for name, value in conditions.items()}
+        for name in self._texts_to_leave_out:
+            if not name.startswith("negative_") or any(c.startswith("negative_") for c in given):
+                given.setdefault(name, None)
         try:
             return call.__wrapped__(
                 pipeline,
-                **{name: value.to(device) for name, value in conditions.items()},
+                **given,
                 **self._arguments,
                 **arguments,
                 latents=None if latents is None else latents.to(device),
@@ -516,14 +565,31 @@ class DiffusersEngine:
         finally:
             pipeline.scheduler = scheduler
 
-    def _conditions(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        conditions = {name: value.detach().cpu() for name, value in self._encode(prompts).items()}
-        for name, value in conditions.items():
-            if len(value) != len(prompts):
+    def _conditions(self, prompts: Sequence[Prompt]) -> dict[str, Condition]:
+        if self._encode is None:
+            encoded: Mapping[str, Condition] = encode_with_pipeline(
+                self.pipeline,
+                prompts,
+                negative=self._negative_prompts(prompts),
+                settings=self._encoder_arguments,
+            )
+        else:
+            encoded = self._encode(prompts)
+        conditions: dict[str, Condition] = {}
+        for name, value in encoded.items():
+            if isinstance(value, Sequence) and all(isinstance(v, Tensor) for v in value):
+                conditions[name] = [v.detach().cpu() for v in value]
+            elif isinstance(value, Tensor):
+                conditions[name] = value.detach().cpu()
+            else:
                 raise ValueError(
-                    f"encode gave {name} of shape {tuple(value.shape)} for {len(prompts)} prompts"
+                    f"encode must give tensors or lists of one tensor for each prompt, got {name} of "
+                    f"type {type(value).__name__}"
                 )
-        scale = self._arguments.get("true_cfg_scale", 1)
+            if len(value) != len(prompts):
+                shape = tuple(value.shape) if isinstance(value, Tensor) else f"({len(value)}, ...)"
+                raise ValueError(f"encode gave {name} of shape {shape} for {len(prompts)} prompts")
+        scale = self._true_guidance(given=True)
         needed = (name for name in ("prompt_embeds", "pooled_prompt_embeds") if name in conditions)
         absent = [f"negative_{name}" for name in needed if f"negative_{name}" not in conditions]
         if scale > 1 and absent:
@@ -532,6 +598,20 @@ class DiffusersEngine:
                 f"give; it gave {', '.join(conditions)}"
             )
         return conditions
+
+    def _negative_prompts(self, prompts: Sequence[Prompt]) -> list[str] | None:
+        """What each prompt is led away from; None where nothing was said."""
+        column = self.negative_prompt_column
+        if column is None:
+            return None if self.negative_prompt is None else [self.negative_prompt] * len(prompts)
+        for prompt in prompts:
+            if not isinstance(prompt.columns.get(column), str):
+                raise ValueError(
+                    f"negative_prompt_column={column!r} must be a text of every prompt, but prompt "
+                    f"{prompt.key} has {prompt.columns.get(column)!r}; its columns are "
+                    f"{', '.join(prompt.columns) or 'none'}"
+                )
+        return [prompt.columns[column] for prompt in prompts]
 
     def _check_pipeline(self) -> None:
         pipeline, name = self.pipeline, type(self.pipeline).__name__
@@ -545,15 +625,51 @@ class DiffusersEngine:
         needed = ("latents", "output_type", "num_inference_steps", "generator")
         unknown = sorted({*needed, *self._arguments} - set(accepted))
         if unknown:  # by name: some calls swallow any others
-            raise ValueError(f"the call of {name} takes no {', '.join(unknown)}")
+            more = "; write guidance_scale: null" if "guidance_scale" in unknown else ""
+            raise ValueError(f"the call of {name} takes no {', '.join(unknown)}{more}")
         if "mask_image" in accepted:
             raise ValueError(f"{name} overwrites part of the latents: its steps are not Gaussian")
+        missing = missing_arguments(pipeline)
+        missing += [part for part in ("controlnet", "adapter") if getattr(pipeline, part, None)]
+        if missing:
+            raise ValueError(
+                f"{name} needs {', '.join(missing)} beside a text, and rollouts start from a text and "
+                f"noise: take the text-to-image or text-to-video pipeline of this model"
+            )
         if getattr(pipeline, "safety_checker", None) is not None:
             raise ValueError(
                 f"{name} has a safety checker, which makes images black that would then be rewarded; "
                 f"load it with safety_checker=None, requires_safety_checker=False"
             )
+        self._check_denoiser()
         self._check_dropout()
+
+    def _check_denoiser(self) -> None:
+        """Refuse what would make the model of an update another than that of the rollout."""
+        pipeline, denoiser, name = self.pipeline, self.denoiser, type(self.denoiser).__name__
+        for second in ("transformer_2", "unet_2"):
+            if getattr(pipeline, second, None) is not None:
+                raise ValueError(
+                    f"{type(pipeline).__name__} has two denoisers, of which {second} makes some of the "
+                    f"steps and would never train, as in Wan 2.2 A14B: take a model of one denoiser"
+                )
+        if getattr(getattr(denoiser, "config", None), "encoder_hid_dim_type", None) in _IP_ADAPTERS:
+            raise ValueError(
+                f"the {name} has an IP-Adapter, which needs an image for each prompt: call the "
+                f"pipeline's unload_ip_adapter() first"
+            )
+        if getattr(denoiser, "is_cache_enabled", False):
+            raise ValueError(
+                f"the {name} has a cache that carries activations from step to step, so that a step "
+                f"replayed alone has another output: call its disable_cache() first"
+            )
+        fused = [n for n, m in denoiser.named_modules() if getattr(m, "merged_adapters", None)]
+        if fused:
+            raise ValueError(
+                f"the {name} has a LoRA that is fused into {fused[0]} and {len(fused) - 1} other "
+                f"layers, where it neither trains nor can be turned off: call the pipeline's "
+                f"unfuse_lora() to keep it apart, or unload_lora_weights() to keep it in the weights"
+            )
 
     def _check_size(self, height: int | None, width: int | None) -> None:
         if height is None and width is None:
@@ -569,10 +685,77 @@ class DiffusersEngine:
                 f"{type(pipeline).__name__}, or neither; got height={height} and width={width}"
             )
 
-    def _reads_guidance(self) -> bool:
-        """Whether guidance_scale changes what the model puts out; guidance-distilled models tell."""
+    def _check_guidance(self, guidance_scale: float | None) -> None:
+        """Warn about guidance that does nothing, and refuse what cannot be done."""
+        name = type(self.pipeline).__name__
+        if guidance_scale is not None and not self._reads_guidance(guidance_scale):
+            del self._arguments["guidance_scale"]
+            apart = "true_cfg_scale" in parameters(type(self.pipeline).__call__)
+            warnings.warn(
+                f"guidance_scale={guidance_scale} has no effect: the model of {name} does not read it. "
+                + (
+                    "It is guided by pipeline_kwargs={'true_cfg_scale': ...} with a negative_prompt, or "
+                    "with an encode= that gives negative_prompt_embeds, and not at all without these"
+                    if apart
+                    else "It was distilled to do without: write guidance_scale: 1"
+                ),
+                stacklevel=3,
+            )
+        negative = self.negative_prompt is not None or self.negative_prompt_column is not None
+        if self._encode is None and self._true_guidance(given=True) > 1 and not negative:
+            raise ValueError(
+                f"true_cfg_scale={self._true_guidance(given=True)} needs a negative prompt: write "
+                f"negative_prompt (a blank is one), or give encode="
+            )
+        if negative and not self._guides_by_pair():
+            warnings.warn(
+                f"negative_prompt has no effect: {name} is guided by a pair only with "
+                + (
+                    "pipeline_kwargs={'true_cfg_scale': ...} above 1"
+                    if encodes_negative_apart(self.pipeline)
+                    else "guidance_scale above 1"
+                ),
+                stacklevel=3,
+            )
+
+    def _default(self, name: str) -> Any:
+        """What the call takes for an argument: as given, or its own default; None if it has none."""
+        own = parameters(type(self.pipeline).__call__).get(name)
+        return self._arguments.get(name, None if own is None else own.default)
+
+    def _true_guidance(self, *, given: bool) -> float:
+        """true_cfg_scale, if it is given, or as the call has it by default; else 1."""
+        if given and "true_cfg_scale" not in self._arguments:
+            return 1.0
+        value = self._default("true_cfg_scale")
+        return float(value) if isinstance(value, int | float) else 1.0
+
+    def _guides_by_pair(self) -> bool:
+        """Whether the model is evaluated at a negative prompt as well."""
+        if encodes_negative_apart(self.pipeline) and self._default("true_cfg_scale") is not None:
+            return self._true_guidance(given=False) > 1
+        scale = self._default("guidance_scale")
+        return not isinstance(scale, int | float) or scale > 1
+
+    def _reads_guidance(self, scale: float) -> bool:
+        """Whether guidance_scale changes what the pipeline does.
+
+        Guidance-distilled models tell by `guidance_embeds` whether they read it, but a pipeline may
+        guide by a pair all the same, as those of Sana and FLUX.2 klein do.
+        """
         config = getattr(self.denoiser, "config", {})
-        return not hasattr(config, "guidance_embeds") or config.guidance_embeds
+        pair = getattr(type(self.pipeline), "do_classifier_free_guidance", None)
+        if pair is not None and scale > 1:
+            self.pipeline._guidance_scale = scale
+            try:
+                if self.pipeline.do_classifier_free_guidance:
+                    return True
+            except AttributeError:  # it asks for what only a call sets
+                return True
+            finally:
+                del self.pipeline._guidance_scale
+            return bool(getattr(config, "guidance_embeds", False))
+        return pair is not None or getattr(config, "guidance_embeds", True)
 
     def _check_dropout(self) -> None:
         for name, module in self.denoiser.named_modules():
@@ -581,3 +764,14 @@ class DiffusersEngine:
                     f"{name} of the denoiser has dropout {module.p}: with it the ratio of two "
                     f"evaluations is noise; set it to 0, LoRA's included"
                 )
+
+
+def _of_rows(value: Any) -> bool:
+    """Whether an argument of a denoiser is a tensor of rows, or a list of one tensor a row."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(isinstance(v, Tensor) for v in value)
+    return isinstance(value, Tensor)
+
+
+def _moved(value: Condition, device: torch.device) -> Condition:
+    return [v.to(device) for v in value] if isinstance(value, list) else value.to(device)

@@ -2,58 +2,107 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
+from rollouts.batch import Condition
+from rollouts.pipeline_arguments import parameters
 from rollouts.prompts import Prompt
 
-_OUTPUTS: dict[str, tuple[str | None, ...]] = {
-    "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
-    "StableDiffusionXLPipeline": (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
-    "StableDiffusion3Pipeline": (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
+_PAIR = ("prompt_embeds", "negative_prompt_embeds")
+_MASKED_PAIR = (
+    *("prompt_embeds", "prompt_attention_mask"),
+    *("negative_prompt_embeds", "negative_prompt_attention_mask"),
+)
+_POOLED_PAIR = (
+    *("prompt_embeds", "negative_prompt_embeds"),
+    *("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+)
+
+OUTPUTS: dict[str, tuple[str | None, ...]] = {
+    "StableDiffusionPipeline": _PAIR,
+    "StableDiffusionXLPipeline": _POOLED_PAIR,
+    "StableDiffusion3Pipeline": _POOLED_PAIR,
     "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", None),
     "QwenImagePipeline": ("prompt_embeds", "prompt_embeds_mask"),
 }
-"""What `encode_prompt` returns, by the names of the call's arguments."""
+"""What `encode_prompt` returns, by the names of the call's arguments; None: the call makes it anew."""
 
 
-def encode_with_pipeline(pipeline: Any, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """The pipeline's embeddings of the prompts, and of the empty negative prompt where it makes one.
+def encodes_negative_apart(pipeline: Any) -> bool:
+    """Whether a negative prompt takes a second `encode_prompt`, as of Qwen-Image and FLUX."""
+    return "negative_prompt" not in parameters(pipeline.encode_prompt) and (
+        "negative_prompt_embeds" in parameters(type(pipeline).__call__)
+    )
 
-    Returns:
-        (P, ...) tensors by the names of the arguments of the pipeline's call.
 
-    Raises:
-        ValueError: if the order of what `encode_prompt` returns is not known for this pipeline.
-    """
-    names = _OUTPUTS.get(type(pipeline).__name__)
-    if names is None:
+def require_known_encoder(pipeline: Any) -> None:
+    """Raise ValueError unless it is known what `encode_prompt` of this pipeline returns."""
+    if type(pipeline).__name__ not in OUTPUTS:
         raise ValueError(
             f"what encode_prompt of {type(pipeline).__name__} returns is not known here; pass encode=, "
             f"which returns the embeddings by the names of the call's arguments"
         )
-    settings: dict[str, Any] = {
+
+
+def encode_with_pipeline(
+    pipeline: Any,
+    prompts: Sequence[Prompt],
+    *,
+    negative: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Condition]:
+    """The pipeline's embeddings of the prompts, and of the negative prompts where it takes some.
+
+    Args:
+        pipeline: of a class in `OUTPUTS`.
+        prompts: P prompts.
+        negative: P texts. None: the empty text where `encode_prompt` encodes both, else none.
+        settings: further arguments of `encode_prompt`, such as `clip_skip`.
+
+    Returns:
+        P values each, by the names of the arguments of the pipeline's call.
+
+    Raises:
+        ValueError: if what `encode_prompt` returns is not known for this pipeline, or it fails with
+            these settings.
+    """
+    require_known_encoder(pipeline)
+    texts = [str(prompt.prompt) for prompt in prompts]
+    if negative is None or not encodes_negative_apart(pipeline):
+        return _encoded(pipeline, texts, negative, settings)
+    other = _encoded(pipeline, list(negative), None, settings)
+    return _encoded(pipeline, texts, None, settings) | {
+        f"negative_{n}": v for n, v in other.items()
+    }
+
+
+def _encoded(
+    pipeline: Any,
+    texts: list[str],
+    negative: Sequence[str] | None,
+    settings: Mapping[str, Any] | None,
+) -> dict[str, Condition]:
+    arguments: dict[str, Any] = {
         "device": pipeline._execution_device,
         "num_images_per_prompt": 1,
+        "num_videos_per_prompt": 1,
         "do_classifier_free_guidance": True,
         "prompt_2": None,
         "prompt_3": None,
+        "prompt_4": None,
     }
-    accepted = inspect.signature(pipeline.encode_prompt).parameters
-    settings = {name: value for name, value in settings.items() if name in accepted}
-    values = pipeline.encode_prompt(prompt=[prompt.prompt for prompt in prompts], **settings)
-    pairs = zip(names, values, strict=True)
+    if negative is not None:
+        arguments["negative_prompt"] = list(negative)
+    accepted = parameters(pipeline.encode_prompt)
+    arguments = {name: value for name, value in arguments.items() if name in accepted}
+    try:
+        values = pipeline.encode_prompt(prompt=texts, **arguments | dict(settings or {}))
+    except (AttributeError, IndexError, TypeError) as error:
+        if not settings:
+            raise
+        raise ValueError(
+            f"encode_prompt of {type(pipeline).__name__} fails with {dict(settings)}: {error}"
+        ) from error
+    pairs = zip(OUTPUTS[type(pipeline).__name__], values, strict=True)
     return {name: value for name, value in pairs if name and value is not None}

@@ -24,7 +24,13 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 from torch import Tensor
 
-from rollouts.sde import gaussian_step, step_logprob, step_noise
+from rollouts.sde import (
+    VARIANCE_PRESERVING,
+    gaussian_step,
+    require_fitting_rule,
+    step_logprob,
+    step_noise,
+)
 from rollouts.step_plan import StepPlan
 
 # Diffusers annotates its schedulers more narrowly than its pipelines use them.
@@ -90,13 +96,22 @@ class Recording:
         """Take the scheduler's table and what the model predicts, and check the plan against them.
 
         Raises:
-            ValueError: if the chain has another number of steps than the plan, or an edge that is
-                split or trained has std 0.
+            ValueError: if the chain has another number of steps than the plan, the rule is not for
+                what the model predicts, a step starts from pure noise of which the model predicts the
+                noise, or an edge that is split or trained has std 0.
         """
         if len(timesteps) != self.plan.num_steps:
             raise ValueError(
                 f"the plan has num_steps={self.plan.num_steps}, but the scheduler made "
                 f"{len(timesteps)} timesteps"
+            )
+        require_fitting_rule(self.plan.rule, prediction)
+        blind = (levels[:, 0] == 0).nonzero().flatten().tolist()
+        if blind and prediction == "epsilon":
+            raise ValueError(
+                f"edge {blind[0]} starts from pure noise (alpha 0), where a model that predicts the "
+                f"noise (prediction_type epsilon) says nothing about the image; build the scheduler "
+                f"with rescale_betas_zero_snr=False, or with the prediction_type of the model"
             )
         self.levels, self.timesteps, self.prediction = levels, timesteps, prediction
         self.std = edge_std(self.plan, levels)
@@ -260,6 +275,13 @@ class LogProbDDIMScheduler(_RecordingMixin, _DDIM):
 
     def _levels(self) -> Tensor:
         now_T = self.timesteps.cpu()
+        if now_T.max() >= self.config.num_train_timesteps:
+            raise ValueError(
+                f"timestep {now_T.max()} of {len(now_T)} steps is beyond the model's "
+                f"{self.config.num_train_timesteps}: timesteps are spaced by "
+                f"{self.config.timestep_spacing} with steps_offset={self.config.steps_offset}; take "
+                f"fewer steps or another spacing"
+            )
         before_T = now_T - self.config.num_train_timesteps // self.num_inference_steps
         abar = self.alphas_cumprod.cpu().double()
         final = self.final_alpha_cumprod.cpu().double()
@@ -313,7 +335,8 @@ def recording_scheduler(scheduler: Any) -> LogProbDDIMScheduler | LogProbFlowMat
     Raises:
         ValueError: if its steps are not first-order Gaussian actions: another class of scheduler
             than the two supported, clipping or thresholding of the clean prediction (the mean would
-            not be smooth in the model output), its own noise, or an inverted table.
+            not be smooth in the model output), its own noise, an inverted table, steps that are
+            spaced by linspace, or settings that DDIM drops although they move its noise levels.
     """
     if type(scheduler) in (DDIMScheduler, LogProbDDIMScheduler):
         for name in ("clip_sample", "thresholding"):
@@ -322,6 +345,7 @@ def recording_scheduler(scheduler: Any) -> LogProbDDIMScheduler | LogProbFlowMat
                     f"{name}=True makes the mean of a step non-smooth in the model output; build the "
                     f"scheduler with {name}=False"
                 )
+        _check_ddim(scheduler.config)
         return LogProbDDIMScheduler.from_config(scheduler.config)
     if type(scheduler) in (FlowMatchEulerDiscreteScheduler, LogProbFlowMatchScheduler):
         reasons = {
@@ -339,6 +363,28 @@ def recording_scheduler(scheduler: Any) -> LogProbDDIMScheduler | LogProbFlowMat
         f"a DDIMScheduler (variance-preserving models) or a FlowMatchEulerDiscreteScheduler (flow "
         f"models), for instance DDIMScheduler.from_config(pipeline.scheduler.config)"
     )
+
+
+def _check_ddim(config: Any) -> None:
+    """Refuse settings with which DDIM's steps are not those of one chain, or not the model's."""
+    if config.prediction_type not in VARIANCE_PRESERVING:
+        raise ValueError(
+            f"prediction_type={config.prediction_type!r} is not of DDIM; it must be one of "
+            f"{', '.join(VARIANCE_PRESERVING)}"
+        )
+    if config.timestep_spacing == "linspace":
+        raise ValueError(
+            "timestep_spacing='linspace': DDIM goes down by whole strides, so that no step would end "
+            "where the next begins, and the last would go nowhere; build the scheduler with "
+            "timestep_spacing='leading' and steps_offset=1 (Stable Diffusion), or 'trailing'"
+        )
+    # `from_config` keeps settings of the scheduler it was given that DDIMScheduler does not know.
+    if config.get("trained_betas") is None and config.get("snr_shift_scale", 1.0) != 1.0:
+        raise ValueError(
+            f"snr_shift_scale={config['snr_shift_scale']} shifts the noise levels of CogVideoX and "
+            f"CogView3-Plus, and DDIMScheduler does not know it: give it trained_betas with the "
+            f"levels of the model's own scheduler, as `ddim_of` of recipes/diffusion.py does"
+        )
 
 
 def with_shift(scheduler: Any, shift: float) -> Any:

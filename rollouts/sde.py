@@ -151,6 +151,15 @@ def clean_and_noise(
     raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
 
 
+def require_fitting_rule(rule: str, prediction: str) -> None:
+    """Raise ValueError unless the rule is for models that predict this."""
+    if (rule == "ddim") != (prediction in VARIANCE_PRESERVING):
+        wanted = ("flow",) if rule != "ddim" else VARIANCE_PRESERVING
+        raise ValueError(
+            f"rule {rule} is for models that predict {', '.join(wanted)}, got {prediction!r}"
+        )
+
+
 def gaussian_step(
     output: Tensor, x: Tensor, levels: Tensor, *, rule: str, level: float, prediction: str
 ) -> tuple[Tensor, Tensor]:
@@ -184,11 +193,7 @@ def gaussian_step(
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
     std, weight = step_noise(levels, rule=rule, level=level)
-    if (rule == "ddim") != (prediction in VARIANCE_PRESERVING):
-        wanted = ("flow",) if rule != "ddim" else VARIANCE_PRESERVING
-        raise ValueError(
-            f"rule {rule} is for models that predict {', '.join(wanted)}, got {prediction!r}"
-        )
+    require_fitting_rule(rule, prediction)
     if std.ndim > 1 or (std.ndim == 1 and len(std) != len(x)):
         raise ValueError(
             f"levels must have shape (4,) or ({len(x)}, 4) for {len(x)} rows, got {tuple(levels.shape)}"

@@ -3,7 +3,10 @@
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMParallelScheduler,
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
@@ -11,6 +14,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -106,8 +110,8 @@ def test_ddim_takes_the_noise_levels_and_its_last_step_draws_noise(scheduler, tm
 
 
 def test_defaults_of_another_scheduler_and_its_own_end_are_kept():
-    # Distilled models close at alpha 1, by the default of their scheduler; so are their betas.
-    given = LCMScheduler()
+    # The default of this class is to close at alpha 1, and its betas are not DDIMScheduler's.
+    given = DDIMParallelScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     ours = ddim_of(given)
     torch.testing.assert_close(ours.alphas_cumprod, given.alphas_cumprod)
     assert not torch.equal(ours.alphas_cumprod, DDIMScheduler().alphas_cumprod)
@@ -143,3 +147,45 @@ def test_rule_ddim_is_refused_for_a_flow_matching_pipeline(tmp_path, monkeypatch
     assert (
         type(load(tmp_path / "sd3", rule="flow_sde").scheduler) is FlowMatchEulerDiscreteScheduler
     )
+
+
+@pytest.mark.parametrize("shift", [3.0, 4.0])
+@pytest.mark.parametrize("zero", [False, True])
+def test_levels_that_betas_do_not_say_are_taken_whole(shift, zero):
+    given = CogVideoXDDIMScheduler(
+        snr_shift_scale=shift,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=zero,
+        timestep_spacing="trailing",
+    )
+    ours = ddim_of(given)
+    torch.testing.assert_close(
+        ours.alphas_cumprod, given.alphas_cumprod.float(), rtol=1e-4, atol=1e-6
+    )
+    assert recording_scheduler(ours).config.trained_betas is not None
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (LCMScheduler(), "cannot replace LCMScheduler: .* sampled in another way.*PNDMScheduler"),
+        (TCDScheduler(), "cannot replace TCDScheduler"),
+        (EulerDiscreteScheduler(use_karras_sigmas=True), "use_karras_sigmas=True of EulerDiscrete"),
+        (EulerDiscreteScheduler(timestep_type="continuous"), "timestep_type='continuous' of Euler"),
+        (DPMSolverMultistepScheduler(use_lu_lambdas=True), "use_lu_lambdas=True of DPMSolver"),
+        (DPMSolverMultistepScheduler(use_beta_sigmas=True), "use_beta_sigmas=True of DPMSolver"),
+        (
+            DDPMScheduler(beta_schedule="sigmoid"),
+            "cannot replace this DDPMScheduler: sigmoid is not",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_a_scheduler_whose_settings_ddim_would_drop_is_refused(scheduler, message):
+    with pytest.raises(ConfigError, match=message):
+        ddim_of(scheduler)
+
+
+def test_how_another_scheduler_solves_is_no_matter():
+    ddim_of(PNDMScheduler(skip_prk_steps=True))
+    ddim_of(DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=3))

@@ -221,7 +221,7 @@ def test_a_plan_that_fails_at_a_later_step_is_refused_at_once():
         ({"validation_steps": 1.5}, "validation_steps must be a whole number or None, got 1.5"),
         ({"history_steps": 2.5}, "history_steps must be a whole number, got 2.5"),
         ({"max_evaluations": 1.5}, "max_evaluations must be a whole number or None, got 1.5"),
-        ({"guidance_scale": "5"}, "guidance_scale must be a number, got '5'"),
+        ({"guidance_scale": "5"}, "guidance_scale must be a number or None, got '5'"),
         (
             {"per_device_train_batch_size": 0},
             "per_device_train_batch_size must be at least 1, got 0",
@@ -452,3 +452,22 @@ def test_shared_start_noise_is_of_training_and_not_of_validation():
     made = config(plan=tiny.CHAIN, shared_start_noise=True)
     assert all(plan.shared_start for plan in made.step_plans())
     assert not any(plan.shared_start for _, plan in validations_of(made).values())
+
+
+def test_arguments_of_the_pipeline_are_a_mapping_or_json_and_go_to_the_engine():
+    for given in (
+        {"num_frames": 9, "true_cfg_scale": 4.0},
+        '{"num_frames": 9, "true_cfg_scale": 4.0}',
+    ):
+        made = config(pipeline_kwargs=given, negative_prompt="dark", guidance_scale=None)
+        settings = made.engine_settings()
+        assert settings["pipeline_kwargs"] == {"num_frames": 9, "true_cfg_scale": 4.0}
+        assert settings["negative_prompt"] == "dark" and settings["guidance_scale"] is None
+        assert made.decisive_settings() != config().decisive_settings()
+    for wrong, message in (
+        ("{num_frames: 9", "pipeline_kwargs must be a mapping or JSON, got '{num_frames: 9'"),
+        ("9", "pipeline_kwargs must be a mapping such as .*, got 9"),
+        ({"day": date(2020, 1, 1)}, "pipeline_kwargs must hold numbers, names and lists alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(pipeline_kwargs=wrong)

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -318,6 +319,17 @@ def test_windows_are_checked():
         (DPMSolverMultistepScheduler(), "DPMSolverMultistepScheduler are not first-order Gaussian"),
         (sd_scheduler(clip_sample=True), "clip_sample=True makes the mean.*non-smooth"),
         (sd_scheduler(thresholding=True), "thresholding=True makes the mean.*non-smooth"),
+        (sd_scheduler(timestep_spacing="linspace"), "timestep_spacing='linspace'.*whole strides"),
+        (
+            sd_scheduler(prediction_type="flow_prediction"),
+            "prediction_type='flow_prediction' is not",
+        ),
+        (
+            DDIMScheduler.from_config(
+                CogVideoXDDIMScheduler(snr_shift_scale=4.0).config, clip_sample=False
+            ),
+            r"snr_shift_scale=4\.0 shifts the noise levels",
+        ),
         (sd3_scheduler(stochastic_sampling=True), "stochastic_sampling=True adds noise of its own"),
         (sd3_scheduler(invert_sigmas=True), "invert_sigmas=True runs the table backwards"),
     ],
@@ -333,3 +345,30 @@ def test_a_timestep_per_token_is_refused():
     scheduler.set_timesteps(STEPS)
     with pytest.raises(ValueError, match="a timestep per token cannot be recorded"):
         scheduler.step(x_0(), scheduler.timesteps[0], x_0(), per_token_timesteps=torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta"])
+def test_other_spacings_of_a_flow_are_the_schedulers_own(spacing):
+    scheduler = sd3_scheduler(**{f"use_{spacing}_sigmas": True})
+    recording = Recording(plan=plan("cps", 0.7, stochastic=()), window=(0, STEPS), noise=noise)
+    last = run(recording_scheduler(scheduler), recording, x_0())
+    scheduler.set_timesteps(STEPS)
+    assert torch.equal(recording.levels[:, 1], scheduler.sigmas[:-1].double())
+    x = x_0()
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t), t, x).prev_sample
+    assert torch.equal(last, x)
+
+
+def test_more_steps_than_the_model_has_levels_for_are_refused():
+    scheduler = recording_scheduler(sd_scheduler(num_train_timesteps=6))
+    scheduler.recording = Recording(plan=plan("ddim", 1.0), window=(0, 0))
+    with pytest.raises(ValueError, match="timestep 6 of 6 steps is beyond the model's 6.*offset=1"):
+        scheduler.set_timesteps(STEPS)
+
+
+def test_a_rule_for_other_models_is_refused_before_a_step():
+    scheduler = recording_scheduler(sd3_scheduler())
+    scheduler.recording = Recording(plan=plan("ddim", 1.0), window=(0, 0))
+    with pytest.raises(ValueError, match="rule ddim is for models that predict .*, got 'flow'"):
+        scheduler.set_timesteps(STEPS)
