@@ -12,6 +12,7 @@ import base64
 import html
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -103,7 +104,7 @@ def report(
     except ModuleNotFoundError as error:
         notes.append(f"no pictures: {error}; pip install 'apportion[recipes]'")
     headlines = headlines_of(groups)
-    page.write_text(page_of(runs, tables, pictures, headlines, notes), encoding="utf-8")
+    page.write_text(page_of(runs, tables, pictures, headlines, notes, page), encoding="utf-8")
 
     def shown(title: str, rows: list[dict[str, str]], caption: str) -> table.Table:
         made = table.Table(
@@ -196,6 +197,9 @@ def tables_of(runs: list[Run], groups: Groups) -> list[Table]:
         for name in ("drawn", "trained", "filtered"):
             title = f"{unit} {name.replace('drawn', 'generated')}"
             row[title] = number(total(f"tokens_{name}", members))
+        if images:  # a branch is evaluated once until it parts
+            title = "denoiser evaluations"
+            row[title] = number(last[run.name].get("denoiser_evaluations") for run in members)
         cost.append(row | {"optimizer updates": number(total("updates", members))})
         spent = {p: [last[run.name].get(p) for run in members] for p in phases}
         sums = [sum(v for v in one if v is not None) for one in zip(*spent.values(), strict=True)]
@@ -292,6 +296,7 @@ def page_of(
     pictures: dict[str, Path],
     headlines: list[str],
     notes: list[str],
+    page: Path | None = None,
 ) -> str:
     """The page as HTML: no scripts, nothing loaded, all text escaped. Headlines first, notes last."""
     title = html.escape(f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs compared")
@@ -314,6 +319,9 @@ def page_of(
             data = base64.b64encode(path.read_bytes()).decode("ascii")
             image = f'<img alt="samples" src="data:image/png;base64,{data}">'
             title_of = f"{html.escape(run.name)}, {caption}"
+            if (whole := path.with_suffix("")).is_dir():  # the picture has thumbnails
+                link = html.escape(os.path.relpath(whole, page.parent if page else Path.cwd()))
+                title_of += f'; <a href="{link}">in full size</a>'
             parts.append(f"<figure>{image}<figcaption>{title_of}</figcaption></figure>")
     parts.append("<h2>Settings</h2>")
     settings = {run.name: run.about["settings"] for run in runs}

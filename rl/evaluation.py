@@ -50,7 +50,8 @@ def evaluate(
     """
     started = time.perf_counter()
     read = line.planner.success if success_above is None else Success(above=success_above).of
-    training, line = line.ledger, replace(line, ledger=Ledger())  # nothing here is drawn to train
+    training, success_line = line.ledger, line.success_line
+    line = replace(line, ledger=Ledger())  # nothing here is drawn to train
     metrics: dict[str, float] = {}
     made = 0
     rewards: dict[str, np.ndarray] = {}
@@ -78,6 +79,8 @@ def evaluate(
                 "mean_length": float(rollouts.length_N.double().mean()),
             }
             metrics = with_logged(metrics, [scored])
+    if rewards and line.ranks.is_main and success_above is None:
+        success_line.validated(np.concatenate(list(rewards.values())))
     # All at once: before training, rewards that are no fractions are compared with each other.
     success = _split(read, rewards, marks)
     for name, success_N in success.items():

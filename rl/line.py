@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from rl.arguments import RolloutConfig
 from rl.distributed import Ranks
 from rl.hapo import EntropyPivot
 from rl.reference import Reference
+from rl.success_line import SuccessLine
 from rl.waves import GroupBuffer, Wave
 from rollouts.batch import Rollouts
 from rollouts.engine import Engine, SamplingParams
@@ -85,6 +87,11 @@ class Line:
     memory: Memory
     ranks: Ranks
     config: RolloutConfig
+
+    @cached_property
+    def success_line(self) -> SuccessLine:
+        """Tells of a `success_above` beside all rewards."""
+        return SuccessLine(self.config.success_above)
 
     def progress(self, version: int) -> float:
         """Share of the run that is done, in [0, 1]: of its steps or its tokens, whichever is more.

@@ -199,6 +199,8 @@ class RolloutTrainer(Trainer):
         self._empty_steps = 0 if len(batch.rollouts) else self._empty_steps + 1
         if self.line.ranks.is_main:
             self.run_folder.write_step(metrics.record_of(self.line, batch, step=step))
+            for scored in (scored for wave in batch.waves for scored in wave.rounds):
+                self.line.success_line.trained(scored.reward_N.numpy())
             self.show(batch, step=step)
 
     def show(self, batch: Batch, *, step: int) -> None:

@@ -1,5 +1,6 @@
 """The report of run folders: what the tables say, what is drawn, and runs that are not whole."""
 
+import io
 import json
 import math
 import re
@@ -589,3 +590,20 @@ def test_the_learning_curves_are_named_after_the_validation_there_was(tmp_path, 
     legend = figure.axes[1].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["pass rate", f"{name} accuracy"]
     assert len(figure.axes[0].get_lines()) == 2
+
+
+def test_a_diffusion_run_shows_its_evaluations_and_where_its_full_size_samples_are(tmp_path):
+    from PIL import Image
+
+    run = tmp_path / "run"
+    (run / "images" / "sampled-000001").mkdir(parents=True)
+    for name in ("sampled-000001", "deterministic-000001"):
+        Image.new("RGB", (8, 8)).save(run / "images" / f"{name}.png")
+    line = {"step": 1, "loss": 0.1, "reward": 0.5, "denoiser_evaluations": 1234.0}
+    line |= {"ledger_total/tokens_drawn": 1600, "ledger_total/tokens_trained": 400}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    page = report([run], console=Console(file=io.StringIO())).read_text()
+    for text in ("denoiser evaluations", "1,234", "denoising steps generated", "1,600"):
+        assert text in page
+    assert page.count('<a href="images/sampled-000001">in full size</a>') >= 1  # first, and last
+    assert "images/deterministic-000001" not in page
