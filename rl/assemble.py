@@ -40,9 +40,10 @@ from rl.reference import Reference
 from rl.scorer import Scorer
 from rl.waves import GroupBuffer
 from rollouts.batch import TokenRollouts
+from rollouts.classifier_reward import ClassifierReward
 from rollouts.engine import Engine, SamplingParams, num_positions
 from rollouts.prompts import Prompt, PromptReport, ensure_pad_token, make_prompts
-from rollouts.reward_functions import load_reward
+from rollouts.reward_functions import load_reward, names_model
 from rollouts.rewards import RewardFunction, RewardResult, check_columns, score
 from rollouts.transformers_engine import TransformersEngine
 from samplers.allocation import Allocator, Scale
@@ -141,6 +142,10 @@ def make_line(
         RewardError: if a reward function needs a column the prompts do not have.
     """
     check_columns(rewards, prompts)
+    for reward in rewards:
+        if isinstance(reward, ClassifierReward):
+            reward.to(accelerator.device)
+            reward.chat_template_kwargs = config.chat_template_kwargs or reward.chat_template_kwargs
     tokenizer = processor
     generating = policy
     if engine is None and config.engine == "vllm":
@@ -357,12 +362,20 @@ def prompt_maker(
 
 
 def load_rewards(
-    rewards: RewardFunction | str | Sequence[RewardFunction | str], weights: list[float] | None
+    rewards: RewardFunction | str | Sequence[RewardFunction | str],
+    weights: list[float] | None,
+    processing_classes: Any = None,
 ) -> list[RewardFunction]:
-    """The reward functions behind names, paths and callables.
+    """The reward functions behind names, paths, callables and reward models.
+
+    Args:
+        rewards: one or several.
+        weights: one per reward, or None.
+        processing_classes: the tokenizers of reward models, one per reward (None for other rewards);
+            of one reward also alone. Default: those the models were saved with.
 
     Raises:
-        ValueError: if there is none, or `weights` has another length.
+        ValueError: if there is none, or `weights` or `processing_classes` has another length.
     """
     rewards = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
     if not rewards:
@@ -371,7 +384,26 @@ def load_rewards(
         raise ValueError(
             f"reward_weights has {len(weights)} entries for {len(rewards)} reward functions"
         )
-    return [load_reward(reward) if isinstance(reward, str) else reward for reward in rewards]
+    if not isinstance(processing_classes, list | tuple):
+        given = processing_classes is not None
+        processing_classes = [processing_classes] * (1 if given else len(rewards))
+    if len(processing_classes) != len(rewards):
+        raise ValueError(
+            f"reward_processing_classes has {len(processing_classes)} entries for {len(rewards)} reward "
+            "functions; give one each, None where it is no model"
+        )
+    pairs = zip(rewards, processing_classes, strict=True)
+    return [_load_reward(reward, tokenizer) for reward, tokenizer in pairs]
+
+
+def _load_reward(reward: RewardFunction | str, tokenizer: Any) -> RewardFunction:
+    """A reward function; a reward model becomes one."""
+    if isinstance(reward, str) and names_model(reward):
+        return ClassifierReward.load(reward, tokenizer)
+    function = load_reward(reward) if isinstance(reward, str) else reward
+    if isinstance(function, torch.nn.Module):
+        return ClassifierReward(function, tokenizer)
+    return function
 
 
 def without_dropout(model: torch.nn.Module) -> None:

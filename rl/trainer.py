@@ -52,8 +52,9 @@ class RolloutTrainer(Trainer):
 
     Args:
         model: a model, or a folder or hub id to load one from.
-        reward_funcs: one or several: functions of TRL's signature, names of built-in rewards, or
-            `path/to/file.py:function`.
+        reward_funcs: one or several: functions of TRL's signature, `async def` too, names of built-in
+            rewards, `path/to/file.py:function`, or reward models: classifiers of one output, as
+            modules or as the folders or hub ids to load them from.
         args: the settings.
         train_dataset: rows with a `prompt` (text or messages); other columns go to the rewards.
         eval_dataset: held-out rows of the same form, or None.
@@ -61,6 +62,8 @@ class RolloutTrainer(Trainer):
         peft_config: trains an adapter instead of the weights.
         planner: `planner(keys) -> Planner` to use instead of the one `args` describes.
         engine: an engine of your own. Default: `TransformersEngine` on the training model.
+        reward_processing_classes: the tokenizers of reward models, one per reward. Default: those the
+            models were saved with.
 
     Raises:
         ValueError: for anything wrong with settings or data, before any training.
@@ -81,12 +84,14 @@ class RolloutTrainer(Trainer):
         peft_config: Any = None,
         planner: Callable[[list[str]], Planner] | None = None,
         engine: Engine | None = None,
+        reward_processing_classes: Any = None,
         **kwargs: Any,
     ) -> None:
         kind = self.kind
         set_seed(args.seed)  # adapters are drawn by it
         policy, processing_class = kind.load(model, processing_class, peft_config)
-        rewards = kind.load_rewards(reward_funcs, args.reward_weights)
+        tokenizers = [] if reward_processing_classes is None else [reward_processing_classes]
+        rewards = kind.load_rewards(reward_funcs, args.reward_weights, *tokenizers)
         self._make_prompts = kind.prompt_maker(args, processing_class, policy)
         prompts, self.prompt_report = self._make_prompts(train_dataset)
         self.eval_prompts: list[Prompt] = (

@@ -1,14 +1,17 @@
 """Reward functions that need no weights, and how a setting names one.
 
-Each has TRL's signature (`rollouts.rewards`) and gives rewards in [0, 1]. Columns such as `answer` are
-those of the data set.
+Each has TRL's signature (`rollouts.rewards`) and gives rewards in [0, 1], but for the penalty
+`soft_overlong`. Columns such as `answer` are those of the data set. All but the mathematics take time
+linear in the length of a completion, whatever it says.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -79,9 +82,11 @@ def format_answer(completions: list[Any], **columns: Any) -> list[float | None]:
     """1 where the completion has exactly one <answer>...</answer>, and it is not empty; else 0."""
 
     def follows(text: str) -> bool:
-        pair = re.search(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
-        once = text.count("<answer>") == text.count("</answer>") == 1
-        return once and pair is not None and bool(pair[1].strip())
+        if not text.count("<answer>") == text.count("</answer>") == 1:
+            return False
+        _, _, rest = text.partition("<answer>")
+        answer, closed, _ = rest.partition("</answer>")
+        return bool(closed) and bool(answer.strip())
 
     return [float(follows(_text(completion))) for completion in completions]
 
@@ -98,7 +103,7 @@ def math_verify(
     answer is its last \boxed{...} if it has one, otherwise what math-verify finds in
     `final_answer(completion)`. A completion in which nothing can be parsed is wrong, not failed.
     A comparison that takes longer than `MATH_SECONDS` gives NaN, so `score` marks the row failed;
-    a policy that writes 9^{9^{9}} gets there.
+    a policy that writes 9^{9^{9}} gets there. Of a long completion `MATH_CHARACTERS` are read.
 
     Columns `answer` or `solution`: the reference, with or without LaTeX delimiters, or a worked
     solution that ends in \boxed{...} or "#### answer". Where it is None or cannot be parsed, the
@@ -128,6 +133,10 @@ def math_verify(
             rewards.append(None if equal is None else float(equal))
     return rewards
 
+
+MATH_CHARACTERS = 4000
+"""Characters of a completion that are read as mathematics: of a longer one those from its last boxed
+formula on, or its last ones. Project default."""
 
 MATH_SECONDS = 5.0
 """Seconds that the comparison of two mathematical answers may take."""
@@ -161,6 +170,35 @@ def reasoning_gym(
     return rewards
 
 
+def soft_overlong(max_completion_len: int, soft_punish_cache: int) -> RewardFunction:
+    """DAPO's penalty for long completions (Yu et al., 2025, arXiv:2503.14476, equation 13).
+
+        0                                    length <= max - cache
+        (max - cache - length) / cache       max - cache < length <= max
+        -1                                   length > max
+
+    with the length in tokens, the end token included. The arguments have TRL's names
+    (`get_soft_overlong_punishment`). A reward of its own, to be added to one that says what is right.
+
+    Args:
+        max_completion_len: tokens from which on the penalty is whole; DAPO: 20480.
+        soft_punish_cache: over how many tokens before it grows; DAPO: 4096. 0: not at all.
+    """
+    largest, cache = max_completion_len, soft_punish_cache
+    if not (isinstance(largest, int) and isinstance(cache, int) and 0 <= cache <= largest > 0):
+        raise ValueError(
+            "soft_overlong needs whole numbers 0 <= soft_punish_cache <= max_completion_len, got "
+            f"max_completion_len={largest!r} and soft_punish_cache={cache!r}"
+        )
+
+    def penalty(completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
+        over = [len(ids) - (largest - cache) for ids in completion_ids]
+        return [0.0 if n <= 0 else -1.0 if n > cache else -n / cache for n in over]
+
+    penalty.__name__ = "soft_overlong"
+    return penalty
+
+
 BUILT_IN: dict[str, RewardFunction] = {
     "exact_match": exact_match,
     "f1": f1,
@@ -170,13 +208,24 @@ BUILT_IN: dict[str, RewardFunction] = {
 }
 """The reward functions that a configuration names."""
 
+WITH_ARGUMENTS: dict[str, Callable[..., RewardFunction]] = {"soft_overlong": soft_overlong}
+"""Those that it names with arguments: "soft_overlong(max_completion_len=256, soft_punish_cache=64)"."""
+
+
+def names_model(spec: str) -> bool:
+    """Whether a setting names a reward model: a folder, or a hub id "owner/name"."""
+    if spec in BUILT_IN or ".py" in spec:
+        return False
+    return Path(spec).expanduser().is_dir() or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", spec))
+
 
 def load_reward(spec: str) -> RewardFunction:
     """The reward function that a configuration asks for.
 
     Args:
-        spec: a name in `BUILT_IN`, or "path/to/file.py:function". The file is loaded by itself; its
-            folder is not put on the import path.
+        spec: a name in `BUILT_IN`, one in `WITH_ARGUMENTS` with its arguments, or
+            "path/to/file.py:function". The file is loaded by itself; its folder is not put on the
+            import path. Of "path/to/file.py:Class" an instance is made.
 
     Raises:
         ValueError: no such name, file or function (with the nearest one there is), or not callable.
@@ -184,11 +233,15 @@ def load_reward(spec: str) -> RewardFunction:
     """
     if spec in BUILT_IN:
         return BUILT_IN[spec]
+    start = spec.partition("(")[0].strip()
+    if start in WITH_ARGUMENTS:
+        return _with_arguments(spec, start)
     path_text, colon, name = spec.rpartition(":")
     if not colon or not path_text.endswith(".py"):
+        names = [*BUILT_IN, *WITH_ARGUMENTS]
         raise ValueError(
-            f"no reward function {spec!r}{nearest(spec, BUILT_IN)}: write one of "
-            f"{sorted(BUILT_IN)}, or 'path/to/file.py:function'"
+            f"no reward function {spec!r}{nearest(spec, names)}: write one of {sorted(names)}, "
+            "'path/to/file.py:function', or the folder or hub id of a reward model"
         )
     path = Path(path_text).expanduser()
     if not path.is_file():
@@ -210,9 +263,40 @@ def load_reward(spec: str) -> RewardFunction:
             f"{path} has no function {name!r}{nearest(name, functions)}; it has {functions}"
         )
     function = getattr(module, name)
+    if inspect.isclass(function):
+        function = _instance(function, f"{path}:{name}")
     if not callable(function):
         raise ValueError(f"{name!r} in {path} is {start_of(function)}, not a function")
     return function
+
+
+def _instance(kind: type, where: str) -> Any:
+    """An object of a class that needs no arguments."""
+    try:
+        inspect.signature(kind).bind()
+    except TypeError as error:
+        raise ValueError(
+            f"{where} is a class whose objects need arguments ({error}): write a line such as "
+            f"reward = {kind.__name__}(...) in the file, and name that: "
+            f"{where.rpartition(':')[0]}:reward"
+        ) from error
+    return kind()
+
+
+def _with_arguments(spec: str, name: str) -> RewardFunction:
+    """The reward behind "name(argument, other=argument)" with plain values."""
+    make = WITH_ARGUMENTS[name]
+    wanted = f"{name}({', '.join(f'{each}=...' for each in inspect.signature(make).parameters)})"
+    try:
+        call = ast.parse(spec.strip(), mode="eval").body
+        if not isinstance(call, ast.Call):
+            raise TypeError("no arguments")
+        values = [ast.literal_eval(each) for each in call.args]
+        named = {each.arg or "**": ast.literal_eval(each.value) for each in call.keywords}
+        inspect.signature(make).bind(*values, **named)
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"reward {spec!r} must be written {wanted}; {error}") from error
+    return make(*values, **named)
 
 
 def _text(completion: Any) -> str:
@@ -244,9 +328,21 @@ def _readings(text: str, *, is_reference: bool) -> list[str]:
         shortened = final_answer(text)
         is_short = is_short or shortened != text.strip()
         text = shortened
+    text = _mathematical_part(text)
     has_delimiters = any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed", "\\begin"))
     # A bare answer is all mathematics: without delimiters 2^{10} would be read as 2.
     return [f"${text}$", text] if is_short and not has_delimiters else [text]
+
+
+def _mathematical_part(text: str) -> str:
+    """The part of a long text with its answer: from the last boxed formula that is closed, else its end.
+
+    math-verify takes more than quadratic time for some texts, such as 10^5 opening delimiters.
+    """
+    if len(text) <= MATH_CHARACTERS:
+        return text
+    start = text.rfind("\\boxed", 0, text.rfind("}") + 1)
+    return text[start : start + MATH_CHARACTERS] if start >= 0 else text[-MATH_CHARACTERS:]
 
 
 _TUPLE_TASKS = ("arc_agi", "rearc")

@@ -14,6 +14,7 @@ library alone. POSIX only.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
@@ -77,9 +78,16 @@ class _Watchdog:
             bufsize=0,
         )
         self._owner = os.getpid()
-        assert self._process.stdout is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
+        atexit.register(self._end, self._process)
         if not self._process.stdout.read(1):
             raise RuntimeError(f"the process that times rewards ended with {self._process.wait()}")
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        if self._owner == os.getpid():
+            process.kill()
+            with process:  # closes its pipes
+                pass
 
     def _send(self, line: bytes) -> None:
         assert self._process is not None and self._process.stdin is not None
