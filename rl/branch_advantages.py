@@ -13,7 +13,8 @@ of an edge is V(child) - b, and the estimators differ in b alone:
 
 (`prompt_mean` and `branch_mean` take r_leaf for V(child).) There is one row per leaf, so an edge
 that k leaves share occurs in k rows, and row weight 1 is its right weight; a loss over unique
-edges would multiply by the leaf count.
+edges would multiply by the leaf count. BranchGRPO's release does not: it trains every distinct edge
+once (`edge_weight: once`, `denoising_weights.once_per_edge`).
 
 As (N,) columns the first two are `advantages.centred` with the prompt or the root as its key, and
 `advantages.leave_one_out` with the root as its key is the comparison within a branch.

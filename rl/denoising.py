@@ -245,11 +245,14 @@ def down_sample_of(config: DenoisingConfig) -> Callable[[DenoisingRollouts, floa
 
 
 def decisions_of(config: DenoisingConfig) -> Callable[[DenoisingRollouts], torch.Tensor]:
-    """(N, T) weights of the steps that train: 1, or their noise scaled to mean 1."""
+    """(N, T) weights of the steps that train: 1, or scaled by their noise or by distinct edges."""
 
     def decisions(rollouts: DenoisingRollouts) -> torch.Tensor:
         plan, one_N = rollouts.tree.plan, torch.ones(len(rollouts), dtype=torch.float64)
         weight_NT = denoising_weights.trained_steps(one_N, rollouts.mask_NT, plan.trained)
+        if config.edge_weight == "once":
+            distinct_T = torch.tensor([plan.states_at(step + 1) for step in range(plan.num_steps)])
+            weight_NT = denoising_weights.once_per_edge(weight_NT, distinct_T, steps=plan.trained)
         if config.noise_weight == "none":
             return weight_NT
         # Of the whole chain but its last edge: a plan of one trained edge would have factor 1.

@@ -32,6 +32,7 @@ BASELINES = ("prompt", "history", "buffer", "siblings", *CREDITS)
 CREDIT_SCALES = ("none", "prompt", "batch")
 REDUCTIONS = ("sum", "mean")
 NOISE_WEIGHTS = ("none", "std")
+EDGE_WEIGHTS = ("leaves", "once")
 
 DENOISING_DECISIVE = (
     *("plan", "guidance_scale", "height", "width", "sibling_within_share", "baseline"),
@@ -144,6 +145,11 @@ class DenoisingConfig(RolloutConfig):
         "none",
         "Weight of a denoising step: none, or std (its noise, mean 1 over all steps but the last).",
     )
+    edge_weight: str = setting(
+        "leaves",
+        "Weight of a denoising step that several samples of a branch share: leaves (once for each, its "
+        "share of the expected reward's gradient) or once (as BranchGRPO's release trains it).",
+    )
     sibling_within_share: float = setting(
         1.0,
         "Share of the variance of a prompt's rewards that lies within branches; siblings count that "
@@ -180,6 +186,7 @@ class DenoisingConfig(RolloutConfig):
         if self.kl_reduction is None:
             self.kl_reduction = self.logprob_reduction
         choice("noise_weight", self.noise_weight, NOISE_WEIGHTS)
+        choice("edge_weight", self.edge_weight, EDGE_WEIGHTS)
         choice("loss", self.loss, ("grpo",))
         choice("length_weight", self.length_weight, ("row_mean", "row_sum"))
         check_numbers(self)

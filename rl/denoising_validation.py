@@ -113,6 +113,11 @@ def check_credit(config: DenoisingConfig, plans: Sequence[StepPlan]) -> None:
 
 def _unbranched(config: DenoisingConfig) -> None:
     what = None
+    if config.edge_weight == "once":
+        raise ValueError(
+            "edge_weight='once' is about steps that samples of a branch share, but plan does not "
+            "branch: write edge_weight: leaves"
+        )
     if config.baseline in WITHIN_BRANCH:
         what, instead = f"baseline {config.baseline!r}", "baseline: prompt"
     elif config.branch_threshold is not None:

@@ -5,6 +5,7 @@ noise makes of it:
 
     weight_NT = trained_steps(row_weight_N, mask_NT, plan.trained)
     weight_NT = noise_weighted(weight_NT, std_T, edges=plan.stochastic)
+    weight_NT = once_per_edge(weight_NT, distinct_T, steps=plan.trained)
     loss      = sum(weight_NT * surrogate_NT) / denominator
 
 No length rule is needed, as every row of a plan trains the same edges: over rows and trained steps,
@@ -123,6 +124,47 @@ def kl_factor(reduction: str, levels: Tensor, *, elements: int) -> Tensor:
     if reduction == "mean":
         return one_T / elements
     return (levels[:, 1].double() - levels[:, 3].double()).abs() / elements
+
+
+def once_per_edge(weight_NT: Tensor, distinct_T: Tensor, *, steps: Sequence[int]) -> Tensor:
+    """Weights with which an edge that several samples share counts once, and not once for each.
+
+        w_nt  <-  w_nt * m_t / (mean of m over the trained edges)
+
+    with m_t the distinct edges of one tree at step t. There is one row per leaf, so an edge above
+    k leaves occurs in k rows: by itself it counts k times, its share of the leaves, which is its
+    weight in the gradient of the expected reward. With the factor every distinct edge of a tree has
+    one weight, and that of all together is what it was. The advantage of an edge is then the mean of
+    its rows'; rows that were dropped count as 0. (BranchGRPO, arXiv:2509.06040, whose released code
+    trains a list of distinct edges; shallow edges then have up to the leaves of a tree times less
+    weight than in the gradient of the expected reward.)
+
+    Args:
+        weight_NT: (N, T) weights.
+        distinct_T: (T,) positive numbers of distinct edges of one tree.
+        steps: the trained edges in 0 .. T - 1, at least one.
+
+    Returns:
+        (N, T) weights in the dtype of `weight_NT`. Where trees do not branch, nothing changes.
+
+    Raises:
+        ValueError: if shapes differ, a number is below 1, or `steps` are none, outside the chain or
+            not distinct.
+    """
+    if weight_NT.ndim != 2 or distinct_T.shape != weight_NT.shape[1:]:
+        raise ValueError(
+            f"weight_NT must be (N, T) and distinct_T (T,), "
+            f"got {tuple(weight_NT.shape)} and {tuple(distinct_T.shape)}"
+        )
+    if not (distinct_T >= 1).all() or not len(steps):
+        raise ValueError(
+            f"distinct_T must be at least 1 and steps not empty, got {distinct_T.tolist()} and "
+            f"{tuple(steps)}"
+        )
+    among_T = _edges("steps", steps, len(distinct_T)).to(distinct_T.device)
+    distinct_T = distinct_T.double()
+    factor_T = (distinct_T / distinct_T[among_T].mean()).to(weight_NT.device)
+    return (weight_NT.double() * factor_T).to(weight_NT.dtype)
 
 
 def _edges(name: str, edges: Sequence[int], num_steps: int) -> Tensor:

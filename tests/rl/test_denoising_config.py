@@ -5,10 +5,11 @@ from dataclasses import fields
 from datetime import date
 
 import pytest
+import torch
 import yaml
 
 from rl.arguments import RolloutConfig
-from rl.denoising import validations_of
+from rl.denoising import decisions_of, validations_of
 from rl.denoising_config import BASELINES, CREDITS, LANGUAGE_ONLY, DenoisingConfig
 from rl.denoising_validation import WITHIN_BRANCH
 from rl.methods import PRESETS
@@ -471,3 +472,15 @@ def test_arguments_of_the_pipeline_are_a_mapping_or_json_and_go_to_the_engine():
     ):
         with pytest.raises(ValueError, match=message):
             config(pipeline_kwargs=wrong)
+
+
+def test_an_edge_counts_once_where_trees_branch():
+    made = config(edge_weight="once")
+    decisions = decisions_of(made)(tiny.drawn(plan=made.step_plan(0))[1])
+    # BRANCHED trains edges 0 to 2 and splits in three at edge 1: 1, 3 and 3 distinct edges.
+    expected = torch.tensor([3 / 7, 9 / 7, 9 / 7, 0], dtype=torch.float64)
+    torch.testing.assert_close(decisions, expected.expand(9, 4))
+    with pytest.raises(ValueError, match="edge_weight='once' is about steps .* does not branch"):
+        config(edge_weight="once", plan=tiny.CHAIN)
+    with pytest.raises(ValueError, match="edge_weight must be one of leaves, once"):
+        config(edge_weight="twice")

@@ -3,10 +3,12 @@ import math
 import pytest
 import torch
 
-from rl.denoising_weights import kl_factor, noise_weighted, trained_steps
+from rl.denoising_weights import kl_factor, noise_weighted, once_per_edge, trained_steps
 from rl.losses import clipped_surrogate
 from rl.step_weights import token_weight
 from rollouts.sde import gaussian_kl, step_noise
+from rollouts.step_plan import StepPlan
+from tests import tiny_denoising as tiny
 
 
 def masked(num_rows=3, num_steps=5):
@@ -141,3 +143,56 @@ def test_flow_grpos_kl_is_the_mean_over_elements_by_the_coefficient_without_the_
     assert ours.item() == pytest.approx(released.item(), rel=1e-12)
     # In nats of the latent it is D / |dt| = 640 times as large.
     assert gaussian_kl(mean, reference, std).item() == pytest.approx(640 * released.item())
+
+
+def test_once_per_edge_by_hand():
+    # Edges 0 and 1 of a tree are one each, after a split in two and another in two there are 2 and 4;
+    # edge 1 is not trained. The mean of 1, 2 and 4 is 7 / 3.
+    weight_NT = torch.tensor([[1.0, 0.0, 1.0, 1.0], [2.0, 0.0, 2.0, 0.0]], dtype=torch.float64)
+    found_NT = once_per_edge(weight_NT, torch.tensor([1, 1, 2, 4]), steps=(0, 2, 3))
+    expected = [[3 / 7, 0, 6 / 7, 12 / 7], [6 / 7, 0, 12 / 7, 0]]
+    torch.testing.assert_close(found_NT, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_once_per_edge_is_the_mean_over_the_list_of_distinct_edges():
+    _, rollouts = tiny.drawn(
+        budgets=(6, 12),
+        plan=StepPlan(
+            num_steps=4,
+            rule="ddim",
+            level=1.0,
+            stochastic=(0, 1, 2),
+            splits=((1, 2), (2, 3)),
+            trained=(0, 1, 2),
+        ),
+    )
+    plan, tree = rollouts.tree.plan, rollouts.tree
+    value_M = torch.randn(len(tree), dtype=torch.float64)  # of the edge into each state
+    weight_NT = trained_steps(torch.ones(18, dtype=torch.float64), rollouts.mask_NT, plan.trained)
+    distinct_T = torch.tensor([plan.states_at(t + 1) for t in range(4)])
+    once_NT = once_per_edge(weight_NT, distinct_T, steps=plan.trained)
+    value_NT = value_M[rollouts.node_NS[:, 1:]]
+    listed = [
+        value_M[m]
+        for m in range(len(tree))
+        if tree.parent_M[m] >= 0 and tree.step_M[m] - 1 in (0, 1, 2)
+    ]
+    assert len(listed) == 3 * (1 + 2 + 6)
+    mean = (once_NT * value_NT).sum() / (18 * 3)
+    torch.testing.assert_close(mean, torch.stack(listed).mean())
+    assert not torch.allclose((weight_NT * value_NT).sum() / (18 * 3), mean)
+
+
+def test_trees_that_do_not_branch_have_their_edges_once():
+    weight_NT = torch.rand(3, 4)
+    assert torch.equal(once_per_edge(weight_NT, torch.ones(4).long(), steps=(0, 1)), weight_NT)
+
+
+def test_once_per_edge_says_what_is_wrong():
+    weight_NT, ones_T = torch.ones(2, 3), torch.ones(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"got \(2, 3\) and \(2,\)"):
+        once_per_edge(weight_NT, ones_T[:2], steps=(0,))
+    with pytest.raises(ValueError, match="at least 1 and steps not empty, got .*0"):
+        once_per_edge(weight_NT, ones_T * 0, steps=(0,))
+    with pytest.raises(ValueError, match=r"not empty, got .* and \(\)"):
+        once_per_edge(weight_NT, ones_T, steps=())
