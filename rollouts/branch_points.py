@@ -28,8 +28,12 @@ class BranchPoint:
     within_share: float | None
     """w in [0, 1]: share of the reward's variance at a fixed prompt that lies within branches. None
     if all rewards of every prompt were equal."""
+    within_share_se: float | None
+    """Standard error of w over prompts, of `share_errors`. None without w, or for too few prompts."""
     informative_share: float
     """Branches whose rewards are not all equal. The others tell siblings nothing."""
+    informative_share_se: float | None
+    """Likewise, of the informative share."""
     effective_count: float | None
     """Independent samples that the leaves of one prompt are worth for its mean reward:
     n / (w + k (1 - w)). None without w."""
@@ -98,12 +102,17 @@ def probe_branch_points(
         share, informative = branch_statistics(
             result.reward_N, rollouts.prompt_N, rollouts.branch_N
         )
+        share_se, informative_se = share_errors(
+            result.reward_N, rollouts.prompt_N, rollouts.branch_N
+        )
         num_leaves = branches * children
         found.append(
             BranchPoint(
                 step=step,
                 within_share=share,
+                within_share_se=share_se,
                 informative_share=informative,
+                informative_share_se=informative_se,
                 effective_count=(
                     None if share is None else num_leaves / (share + children * (1 - share))
                 ),
@@ -173,6 +182,43 @@ def branch_statistics(
         value_N[group_N == p].max() > value_N[group_N == p].min() for p in range(num_prompts)
     )
     return (within / (within + between) if varied else None), informative
+
+
+def share_errors(
+    reward_N: Tensor, prompt_N: Tensor, branch_N: Tensor
+) -> tuple[float | None, float | None]:
+    """Standard errors of the two shares of `branch_statistics`, by leaving out one group at a time.
+
+        se^2 = (G - 1) / G * sum_g (value without g - mean of these)^2
+
+    with the G prompts as groups: they are what was drawn, and their branches are alike. With one
+    prompt the groups are its branches, and the error is of this prompt's shares alone. (Jackknife:
+    Tukey, 1958.)
+
+    Args, Raises: as `branch_statistics`.
+
+    Returns:
+        Of w and of the informative share. None where there are too few groups, or w is None without
+        one of them.
+    """
+    group_N = prompt_N if len(prompt_N.unique()) > 1 else branch_N
+    groups = group_N.unique()
+    shares, informative = [], []
+    for group in groups:
+        rest_N = group_N != group
+        try:
+            share, differs = branch_statistics(reward_N[rest_N], prompt_N[rest_N], branch_N[rest_N])
+        except ValueError:  # too few are left to say anything
+            return None, None
+        shares.append(share)
+        informative.append(differs)
+    known = [share for share in shares if share is not None]
+    return (_jackknife(known) if len(known) == len(groups) else None), _jackknife(informative)
+
+
+def _jackknife(values: Sequence[float]) -> float:
+    value_G = torch.tensor(values, dtype=torch.float64)
+    return math.sqrt((len(value_G) - 1) * value_G.var(correction=0).item())
 
 
 def _sums(value_N: Tensor, index_N: Tensor) -> Tensor:

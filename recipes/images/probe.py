@@ -4,8 +4,10 @@
 
 Takes the YAML of a run, branches its chain at several steps in turn, and prints for each the share w
 of the reward's variance that lies within branches, the share of branches whose samples differ in
-reward, and how many children measure a prompt's mean best for the evaluations they cost. Late branches
-are cheap and alike: branch where w is still near 1. `sibling_within_share` of the YAML is this w.
+reward, and how many children measure a prompt's mean best for the evaluations they cost. Shares stand
+with their standard errors over prompts: take more --probe_prompts where these are too wide to choose
+by. Late branches are cheap and alike: branch where w is still near 1. `sibling_within_share` of the
+YAML is this w.
 """
 
 from __future__ import annotations
@@ -74,13 +76,19 @@ def probe(arguments: list[str] | None = None) -> list[BranchPoint]:
     for point in found:
         table.add_row(
             str(point.step),
-            "–" if point.within_share is None else f"{point.within_share:.2f}",
-            f"{point.informative_share:.2f}",
+            _with_error(point.within_share, point.within_share_se),
+            _with_error(point.informative_share, point.informative_share_se),
             "–" if point.best_children is None else f"{point.best_children:.1f}",
             str(point.evaluations),
         )
     Console().print(table)
     return found
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if error is None else f"{value:.2f} ± {error:.2f}"
 
 
 if __name__ == "__main__":

@@ -198,7 +198,9 @@ def test_the_probe_prints_how_much_is_still_open_at_each_step(digits_run, capsys
     assert [point.step for point in found] == [0, 8]
     assert found[0].evaluations == 10 * 2 * (1 + 2 * 9)
     assert found[0].within_share > found[1].within_share
-    assert "within share" in capsys.readouterr().out
+    assert all(point.within_share_se > 0 for point in found)
+    shown = capsys.readouterr().out
+    assert "within share" in shown and "±" in shown
     with pytest.raises(ConfigError, match="points must be steps such as 0,2,4, got 'x'"):
         probe_module.probe(words(given | {"points": "x"}))
 

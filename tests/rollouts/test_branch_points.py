@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from rollouts.branch_points import best_children, branch_statistics, probe_branch_points
+from rollouts.branch_points import (
+    best_children,
+    branch_statistics,
+    probe_branch_points,
+    share_errors,
+)
 from rollouts.rewards import RewardError
 from rollouts.step_plan import StepPlan
 from tests import tiny_denoising
@@ -174,3 +179,39 @@ def test_probes_are_checked():
         probe_branch_points(
             engine(), image_prompts(1), brightness, **settings | {"params": branching}
         )
+
+
+def test_standard_errors_by_hand():
+    # Informative shares of the prompts' two branches: 1, 1/2, 0. Without one prompt each: 1/4, 1/2,
+    # 3/4; the squared deviations from 1/2 sum to 1/8, times 2/3.
+    reward_N = torch.tensor([0.0, 1, 0, 1, 0, 1, 1, 1, 0, 0, 1, 1])
+    branch_N = torch.arange(6).repeat_interleave(2)
+    prompt_N = torch.arange(3).repeat_interleave(4)
+    _, informative = share_errors(reward_N, prompt_N, branch_N)
+    assert informative == pytest.approx(math.sqrt(2 / 3 / 8))
+
+
+def test_standard_errors_are_the_spread_over_repeated_probes():
+    """True w of these rewards is .5; the std of 60 estimates is known to 9 %, and this is 3 of that."""
+    generator = torch.Generator().manual_seed(0)
+    branch_N = torch.arange(12 * 4).repeat_interleave(3)
+    prompt_N = torch.arange(12).repeat_interleave(12)
+    shares, errors = [], []
+    for _ in range(60):
+        between = torch.randn(48, generator=generator, dtype=torch.float64)
+        within = torch.randn(144, generator=generator, dtype=torch.float64)
+        reward_N = between[branch_N] + within
+        shares.append(branch_statistics(reward_N, prompt_N, branch_N)[0])
+        errors.append(share_errors(reward_N, prompt_N, branch_N)[0])
+    spread = torch.tensor(shares).std().item()
+    assert torch.tensor(errors).mean().item() == pytest.approx(spread, rel=0.27)
+
+
+def test_one_prompt_has_errors_over_its_branches_and_too_few_groups_have_none():
+    reward_N = torch.tensor([0.0, 1, 0, 0.2, 1, 0.9])
+    one_N, branch_N = torch.zeros(6, dtype=torch.int64), torch.tensor([0, 0, 1, 1, 2, 2])
+    share, informative = share_errors(reward_N, one_N, branch_N)
+    assert share is not None and share > 0 and informative == 0  # all three differ
+    assert share_errors(reward_N[:4], one_N[:4], branch_N[:4]) == (None, None)
+    flat_N = torch.zeros(6)
+    assert share_errors(flat_N, one_N, branch_N) == (None, 0.0)
