@@ -112,14 +112,15 @@ class DenoisingTrainer(RolloutTrainer):
             wave.rounds[0],
         )
 
-    def validate(self, prompts: list[Prompt]) -> dict[str, float]:
+    def validate(self, prompts: list[Prompt], *, name: str = "") -> dict[str, float]:
         """Rewards of samples with the noise of training and without any, and pictures of them."""
         step, folder = self.state.global_step, Path(str(self.args.output_dir)) / "images"
+        data_set = f"{name}-" if name else ""
 
         def seen(name: str, scored: Scored) -> dict[str, float]:
             texts = [str(prompt.prompt) for prompt in prompts]
             if self.line.ranks.is_main:
-                save_grid(folder / f"{name}-{step:06d}.png", texts, scored)
+                save_grid(folder / f"{data_set}{name}-{step:06d}.png", texts, scored)
             found = diversity(thinned(scored.shown_N), scored.rollouts.prompt_N.numpy())
             extra = {} if name == "sampled" else {f"{name}_reward": float(scored.reward_N.mean())}
             return extra | {f"{name}_diversity": found}

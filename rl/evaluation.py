@@ -7,13 +7,13 @@ with the same random numbers. Rollouts made here are counted as validation, neve
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rl.metrics import with_logged
+from rl.metrics import of_functions, spread, with_logged
 from rl.roll_out import Request, Scored, roll_out
 from rollouts.prompts import Prompt
 from samplers.keys import rollout_seeds
@@ -37,7 +37,8 @@ def evaluate(
         greedy_accuracy   share of prompts whose greedy completion passes: its success is 1
                           (of a diffusion model deterministic_accuracy: no noise along the chain)
         pass_rate         mean over prompts of the mean success of their sampled completions
-        reward            mean reward of the sampled completions
+        reward            mean reward of the sampled completions, and reward_std
+        rewards/NAME/mean and /std of each reward function by itself, over the sampled completions
         pass_rate_se      standard error of pass_rate over prompts
         rollouts          how many were made, of all validations, those that failed included
 
@@ -76,8 +77,9 @@ def evaluate(
         if name == "sampled":
             metrics |= {
                 "reward": float(scored.reward_N.mean()),
+                "reward_std": spread(rewards[name]),
                 "mean_length": float(rollouts.length_N.double().mean()),
-            }
+            } | of_functions([scored])
             metrics = with_logged(metrics, [scored])
     if rewards and line.ranks.is_main and success_above is None:
         success_line.validated(np.concatenate(list(rewards.values())))
@@ -97,6 +99,24 @@ def evaluate(
     line.rest()
     training.seconds("validation", time.perf_counter() - started)
     return metrics
+
+
+def check_best_metric(args: Any, sets: Mapping[str, Any]) -> None:
+    """Refuse a best model by a metric that sets with names do not have.
+
+    Raises:
+        ValueError: saying what to write.
+    """
+    best = (args.metric_for_best_model or "").removeprefix("eval_")
+    named = [name for name in sets if name]
+    reads_best = args.load_best_model_at_end or args.save_strategy == "best"
+    if not named or not reads_best or any(best.startswith(f"{name}_") for name in named):
+        return
+    raise ValueError(
+        f"metric_for_best_model is {best!r}, but eval_dataset has sets with names: write "
+        f"metric_for_best_model: {named[0]}_pass_rate, or another metric of one of "
+        f"{', '.join(named)}"
+    )
 
 
 def _split(

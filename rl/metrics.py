@@ -1,11 +1,12 @@
 """What is logged about a step. Reward stands before and after filtering, and units are in the names.
 
 Names that users of TRL know keep their meaning: reward, reward_std, frac_reward_zero_std,
-rewards/{name}/mean, completions/mean_length, completions/clipped_ratio, clip_ratio/*.
+rewards/{name}/mean and /std, completions/mean_length, completions/clipped_ratio, clip_ratio/*.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,9 +37,8 @@ def of_rollouts(waves: list[Wave], kept: Rollouts) -> dict[str, float]:
     reward_N, success_N, prompt_N = rollouts.reward_N, rollouts.success_N, rollouts.prompt_N
     assert reward_N is not None and success_N is not None
     rows = [prompt_N == p for p in prompt_N.unique().tolist()]
-    groups = [reward_N[group_N] for group_N in rows]
     constant = [group_N for group_N in rows if reward_N[group_N].max() == reward_N[group_N].min()]
-    num_groups = max(len(groups), 1)
+    num_groups = max(len(rows), 1)
     num_all_pass = sum(bool((success_N[group_N] == 1).all()) for group_N in constant)
     length_N = rollouts.length_N.double()
     metrics = {
@@ -46,14 +46,14 @@ def of_rollouts(waves: list[Wave], kept: Rollouts) -> dict[str, float]:
         "groups/all_pass_share": num_all_pass / num_groups,
         "groups/all_fail_share": (len(constant) - num_all_pass) / num_groups,
         "frac_reward_zero_std": len(constant) / num_groups,
-        "groups/unscored_prompts": float(num_prompts - len(groups)),
+        "groups/unscored_prompts": float(num_prompts - len(rows)),
         "rows/trained_share": len(kept) / max(len(rollouts), 1),
         "rounds": float(len(rounds)),
     }
     if len(rollouts):
         metrics |= {
             "reward": reward_N.mean().item(),
-            "reward_std": float(np.mean([g.std(correction=0).item() for g in groups])),
+            "reward_std": spread(reward_N.numpy()),
         }
     if len(rollouts) and isinstance(rollouts, TokenRollouts):
         metrics |= {
@@ -73,14 +73,24 @@ def of_rollouts(waves: list[Wave], kept: Rollouts) -> dict[str, float]:
         metrics["branches/informative_share"] = float(np.mean(mixed))
     if len(kept) and isinstance(kept, TokenRollouts):
         metrics["completions/mean_length_trained"] = kept.length_N.double().mean().item()
+    return with_logged(metrics | of_functions(rounds), rounds)
+
+
+def of_functions(rounds: Sequence[Scored]) -> dict[str, float]:
+    """Mean and std of each reward function by itself, before its weight, over rows it applies to.
+
+    A function that applied to no row is absent.
+    """
+    metrics: dict[str, float] = {}
     for name in rounds[0].reward_by_function:
         values = [v for s in rounds for v in s.reward_by_function[name] if v is not None]
         if values:
             metrics[f"rewards/{name}/mean"] = float(np.mean(values))
-    return with_logged(metrics, rounds)
+            metrics[f"rewards/{name}/std"] = spread(np.array(values, dtype=np.float64))
+    return metrics
 
 
-def with_logged(metrics: dict[str, float], rounds: list[Scored]) -> dict[str, float]:
+def with_logged(metrics: dict[str, float], rounds: Sequence[Scored]) -> dict[str, float]:
     """`metrics` and the mean of what rewards gave to `log_metric`, over calls and processes.
 
     A name that is taken, such as "reward", is written logged/NAME.
@@ -89,6 +99,14 @@ def with_logged(metrics: dict[str, float], rounds: list[Scored]) -> dict[str, fl
         values = [v for scored in rounds for v in scored.logged_metrics.get(name, [])]
         metrics[name if name not in metrics else f"logged/{name}"] = float(np.mean(values))
     return metrics
+
+
+def spread(value_N: np.ndarray) -> float:
+    """Unbiased std, as TRL logs it; 0 of one number. Large numbers do not overflow."""
+    scale = float(np.abs(value_N).max(initial=0.0))
+    if len(value_N) < 2 or scale == 0:
+        return 0.0
+    return float((value_N / scale).std(ddof=1) * scale)
 
 
 def drawn(waves: list[Wave]) -> Rollouts:

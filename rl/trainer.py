@@ -7,7 +7,7 @@ trackers, hub, LoRA, precision, DDP, DeepSpeed. GRPO and RAFT are presets of `Ro
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
@@ -31,13 +31,14 @@ from rl.budget import (
     spent_budgets,
 )
 from rl.changed_settings import Compared, compare, refuse_decisive
-from rl.evaluation import evaluate
+from rl.evaluation import check_best_metric, evaluate
 from rl.line import Batch
 from rl.measure import gradient_norms
 from rl.origins import DECIDED, adapter_settings, origins
 from rl.prepare import prepare
 from rl.progress import ProgressLine
 from rl.step import collect, mini_batches, update
+from rl.validation import choice
 from rollouts.engine import Engine
 from rollouts.prompts import Prompt
 from rollouts.rewards import RewardFunction
@@ -57,7 +58,8 @@ class RolloutTrainer(Trainer):
             modules or as the folders or hub ids to load them from.
         args: the settings.
         train_dataset: rows with a `prompt` (text or messages); other columns go to the rewards.
-        eval_dataset: held-out rows of the same form, or None.
+        eval_dataset: held-out rows of the same form, or None; a dict of several such sets by name is
+            validated set by set, its metrics being `eval_NAME_...`.
         processing_class: the tokenizer. Default: the model's.
         peft_config: trains an adapter instead of the weights.
         planner: `planner(keys) -> Planner` to use instead of the one `args` describes.
@@ -94,12 +96,13 @@ class RolloutTrainer(Trainer):
         rewards = kind.load_rewards(reward_funcs, args.reward_weights, *tokenizers)
         self._make_prompts = kind.prompt_maker(args, processing_class, policy)
         prompts, self.prompt_report = self._make_prompts(train_dataset)
-        self.eval_prompts: list[Prompt] = (
-            self._make_prompts(eval_dataset)[0] if eval_dataset is not None else []
-        )
-        kind.refuse_overlap(prompts, self.eval_prompts)
-        if kind is LANGUAGE and self.eval_prompts:
-            failing.check_held_out(rewards, self.eval_prompts)
+        self.eval_sets = self._sets_of(eval_dataset)
+        self.eval_prompts = [p for held_out in self.eval_sets.values() for p in held_out]
+        for held_out in self.eval_sets.values():
+            kind.refuse_overlap(prompts, held_out)
+            if kind is LANGUAGE:
+                failing.check_held_out(rewards, held_out)
+        check_best_metric(args, self.eval_sets)
         args.max_steps = num_steps(args, len(prompts))
         super().__init__(
             policy,
@@ -227,8 +230,23 @@ class RolloutTrainer(Trainer):
             self.steps_since_log = []
         super().log(logs, start_time)
 
-    def validate(self, prompts: list[Prompt]) -> dict[str, float]:
-        """The figures of `evaluate`, without prefix."""
+    def _sets_of(self, eval_dataset: Any) -> dict[str, list[Prompt]]:
+        """Held-out prompts by the name of their set; rows that come without a name have the name ''."""
+        if eval_dataset is None:
+            return {}
+        rows = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+        sets: dict[str, list[Prompt]] = {}
+        for name, each in rows.items():
+            try:
+                sets[str(name)] = self._make_prompts(each)[0]
+            except ValueError as error:
+                if not name:
+                    raise
+                raise ValueError(f"eval_dataset[{name!r}]: {error}") from error
+        return {name: prompts for name, prompts in sets.items() if prompts}
+
+    def validate(self, prompts: list[Prompt], *, name: str = "") -> dict[str, float]:
+        """The figures of `evaluate`, without prefix; `name` is that of the set, if it has one."""
         self.line.memory.trainer_state = self.state
         return evaluate(self.line, prompts, version=self.state.global_step)
 
@@ -238,14 +256,29 @@ class RolloutTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Greedy accuracy and pass rate on the held-out prompts; logged, and given to callbacks."""
-        given = eval_dataset is not None
-        prompts = self._make_prompts(eval_dataset)[0] if given else self.eval_prompts
-        if not prompts:
+        """Greedy accuracy and pass rate on the held-out prompts; logged, and given to callbacks.
+
+        Args:
+            eval_dataset: rows, a dict of them by name, or the name of a set given to the trainer, in
+                the place of all those given to the trainer.
+            ignore_keys: not used; of the base class.
+            metric_key_prefix: of each metric; that of a set with a name is followed by the name.
+        """
+        if eval_dataset is None:
+            sets = self.eval_sets
+        elif isinstance(eval_dataset, str):
+            choice("eval_dataset", eval_dataset, self.eval_sets)
+            sets = {eval_dataset: self.eval_sets[eval_dataset]}
+        else:
+            sets = self._sets_of(eval_dataset)
+        if not sets:
             raise ValueError("evaluate needs held-out prompts: pass eval_dataset to the trainer")
-        with failing.kept(self):
-            found = self.validate(prompts)
-        logs = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        logs: dict[str, float] = {}
+        for name, prompts in sets.items():
+            with failing.kept(self):
+                found = self.validate(prompts, name=name)
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            logs |= {f"{prefix}_{metric}": value for metric, value in found.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs

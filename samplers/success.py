@@ -182,7 +182,7 @@ class Success:
         reward, marks = outside
         warnings.warn(
             f"a reward of {reward:g} is outside [0, {marks:g}], so a rollout now counts as a success "
-            "if its reward is above the mean of all rewards of earlier steps; write success_above: "
-            "<reward> for a fixed line",
+            "if its reward is above the mean of all rewards of earlier steps, and pass rates of "
+            "different steps do not compare; write success_above: <reward> for a fixed line",
             stacklevel=4,
         )

@@ -303,7 +303,7 @@ def test_metrics_of_one_step_by_hand(tmp_path):
     expected = {
         "reward": 3 / 6,
         "reward_trained": 1 / 2,  # of the mixed group alone
-        "reward_std": (0.5 + 0 + 0) / 3,
+        "reward_std": (6 / 5 * 0.25) ** 0.5,  # of all rewards, unbiased
         "frac_reward_zero_std": 2 / 3,
         "groups/mixed_share": 1 / 3,
         "groups/all_pass_share": 1 / 3,
@@ -311,6 +311,7 @@ def test_metrics_of_one_step_by_hand(tmp_path):
         "groups/unscored_prompts": 0,
         "rows/trained_share": 2 / 6,
         "rewards/first_digit/mean": 3 / 6,
+        "rewards/first_digit/std": (6 / 5 * 0.25) ** 0.5,
         "completions/mean_length": (2 + 4 + 3 + 3 + 2 + 5) / 6,
         "completions/max_length": 5,
         "completions/clipped_ratio": 1 / 6,
@@ -537,6 +538,9 @@ def test_evaluation_by_hand(tmp_path):
             "test_pass_rate": np.mean(shares),
             "test_pass_rate_se": np.std(shares, ddof=1) / 3**0.5,
             "test_reward": 5 / 12,
+            "test_reward_std": (12 / 11 * 5 / 12 * 7 / 12) ** 0.5,
+            "test_rewards/first_digit/mean": 5 / 12,
+            "test_rewards/first_digit/std": (12 / 11 * 5 / 12 * 7 / 12) ** 0.5,
             "test_mean_length": 2,
             "test_rollouts": 3 + 12,
         }
