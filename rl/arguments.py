@@ -28,6 +28,7 @@ from rl.methods import (
     loss_of,
     preset_advantage,
 )
+from rl.settings_act import warn_of_idle
 from rl.validation import as_mapping, choice, nearest, validate
 from samplers.allocation import align_total
 
@@ -513,6 +514,7 @@ class RolloutConfig(TrainingArguments):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "pass_rate"
         validate(self)
+        warn_of_idle(self)
         super().__post_init__()
 
     @property

@@ -16,6 +16,7 @@ from rl.branch_advantages import (
 )
 from rl.denoising_validation import OVER_STEPS, check_credit, check_kl, check_numbers
 from rl.methods import BUDGET_MINIMA
+from rl.settings_act import ACTS_DENOISING, warn_of_idle
 from rl.step_plans import plan_at, that_vary
 from rl.validation import choice
 from rollouts.step_plan import StepPlan
@@ -194,6 +195,7 @@ class DenoisingConfig(RolloutConfig):
         self._check_shift()
         self._check_branches(budget_min)
         check_credit(self, plans)
+        warn_of_idle(self, ACTS_DENOISING)
 
     def _read_plan(self) -> list[StepPlan]:
         """Make `plan` plain and give the plans of all steps: one that could not be run is told now."""

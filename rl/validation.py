@@ -106,32 +106,78 @@ def as_mapping(name: str, value: Any) -> dict[str, Any] | None:
 
 
 def _numbers(config: RolloutConfig) -> None:
-    """Refuse 2.5 where a whole number is wanted, and text or nothing where a number is."""
-    for name, hint in _own_hints(type(config)).items():
+    """Refuse 2.5 where a whole number is wanted, text or nothing where a number is, NaN and infinity."""
+    for name, hint in _number_hints(type(config)).items():
         kinds = get_args(hint) or (hint,)
-        wanted = Integral if int in kinds else Real
+        wanted = Integral if float not in kinds else Real
         value = getattr(config, name)
+        if isinstance(value, Real) and not np.isfinite(float(value)):
+            raise ValueError(f"{name} must be finite, got {value}")
         if isinstance(value, wanted) or (value is None and type(None) in kinds):
             continue
-        what = ("a whole number" if int in kinds else "a number") + " or None" * (len(kinds) > 1)
+        if name in OF_TRANSFORMERS and value is None:
+            continue  # its own defaults
+        what = ("a number" if float in kinds else "a whole number") + " or None" * (len(kinds) > 1)
         raise ValueError(f"{name} must be {what}, got {value!r} ({type(value).__name__})")
 
 
-def _own_hints(kind: type) -> dict[str, Any]:
-    """Numbers among the settings that TrainingArguments does not know, and the three that count most."""
-    theirs = {*TrainingArguments.__dataclass_fields__} - {
-        "max_steps",
-        "seed",
-        "per_device_train_batch_size",
-    }
-    numbers = (int, float, int | None, float | None)
+OF_TRANSFORMERS = {*TrainingArguments.__dataclass_fields__} - {
+    "max_steps",
+    "seed",
+    "per_device_train_batch_size",
+}
+"""Fields of TrainingArguments, without the three that count most."""
+
+
+def _number_hints(kind: type) -> dict[str, Any]:
+    """The types of those settings that are numbers."""
+    numbers = ({int}, {float}, {int, float}, {int, type(None)}, {float, type(None)})
     # Of the class, not of `fields`: parsers of command lines rewrite the types in there.
     hints = get_type_hints(kind)
     return {
         f.name: hints[f.name]
         for f in fields(kind)
-        if hints[f.name] in numbers and f.name not in theirs
+        if set(get_args(hints[f.name]) or (hints[f.name],)) in numbers
     }
+
+
+def _of_transformers(config: RolloutConfig) -> None:
+    """Ranges of settings that TrainingArguments takes as they are."""
+    _at_least(config, 0, "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm")
+    _at_least(config, 0, "warmup_steps", "eval_delay")
+    _at_least(config, 1, "per_device_train_batch_size", "per_device_eval_batch_size")
+    _at_least(config, 1, "save_total_limit")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
+    if config.max_steps != -1 and config.max_steps < 1:
+        raise ValueError(
+            f"max_steps must be at least 1, or -1 to go by num_train_epochs, got {config.max_steps}"
+        )
+    if config.max_steps < 1 and not config.num_train_epochs > 0:
+        raise ValueError(f"num_train_epochs must be positive, got {config.num_train_epochs}")
+    for what in ("logging", "eval", "save"):
+        steps, strategy = getattr(config, f"{what}_steps"), getattr(config, f"{what}_strategy")
+        if steps is not None and steps <= 0 and str(getattr(strategy, "value", strategy)) != "no":
+            raise ValueError(
+                f"{what}_steps must be positive, got {steps}; to turn it off write "
+                f"{what}_strategy: 'no'"
+            )
+    metric = config.metric_for_best_model
+    if metric is not None and "/" not in metric:  # with one, of a reward function
+        name = metric.removeprefix("eval_")
+        if not any(name == known or name.endswith(f"_{known}") for known in VALIDATION_METRICS):
+            raise ValueError(
+                f"metric_for_best_model must be one of {', '.join(VALIDATION_METRICS)}, got "
+                f"{metric!r}.{nearest(name, VALIDATION_METRICS)}"
+            )
+
+
+VALIDATION_METRICS = (
+    *("pass_rate", "greedy_accuracy", "deterministic_accuracy", "reward", "mean_length"),
+    "pass_rate_se",
+)
+"""What validation measures of a set, whose name may stand in front; see `rl.evaluation.evaluate`."""
 
 
 def _at_least(config: RolloutConfig, least: float, *names: str) -> None:
@@ -181,6 +227,7 @@ def _engine(config: RolloutConfig) -> None:
 def validate(config: RolloutConfig) -> None:
     """Raise ValueError for the first setting that is out of range or does not fit another."""
     _numbers(config)
+    _of_transformers(config)
     choice("allocator", config.allocator, ALLOCATORS)
     choice("advantage", config.advantage, ADVANTAGES)
     choice("objective", config.objective, OBJECTIVES)

@@ -1,10 +1,14 @@
 """Settings: presets, defaults and every refusal."""
 
+import math
+
 import pytest
 
 from rl import losses
 from rl.arguments import RolloutConfig, allocator_of, loss_of
+from rl.validation import _number_hints
 from samplers import allocation
+from tests import tiny
 
 
 def config(**settings):
@@ -103,7 +107,7 @@ def test_losses_get_their_clip_ranges():
         ({"pilot_rollouts": 9}, "pilot_rollouts=9 leaves nothing of rollouts_per_prompt=8"),
         ({"allocator": "leave_one_out", "budget_min": 1}, "needs budget_min >= 2, got 1"),
         ({"temperature": 0.0}, "temperature must be positive"),
-        ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
+        ({"temperature": float("nan")}, "temperature must be finite, got nan"),
         ({"top_p": 1.5}, "top_p must be at most 1, got 1.5"),
         ({"top_p": 0.0}, "top_p must be positive"),
         ({"posterior_decay_chosen": 1.2}, "posterior_decay_chosen must be at most 1"),
@@ -198,3 +202,51 @@ def test_every_field_has_a_help_text():
     from dataclasses import fields
 
     assert all(f.metadata.get("help") for f in fields(RolloutConfig) if f.init)
+
+
+# Numbers that are none, and ranges of the base class's settings
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_every_number_is_finite(tmp_path, value):
+    for name in _number_hints(RolloutConfig):
+        with pytest.raises(ValueError, match=f"{name} must be finite, got {value}"):
+            tiny.config(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"save_steps": 0, "save_strategy": "steps"},
+            "save_steps must be positive, got 0; .*save_st",
+        ),
+        ({"logging_steps": 0}, "logging_steps must be positive, got 0"),
+        ({"eval_steps": -1, "eval_strategy": "steps"}, "eval_steps must be positive, got -1"),
+        ({"learning_rate": -1e-6}, "learning_rate must be at least 0, got -1e-06"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0"),
+        ({"adam_beta2": 1.0}, r"adam_beta2 must lie in \\[0, 1\\), got 1.0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
+        ({"save_total_limit": 0}, "save_total_limit must be at least 1, got 0"),
+        ({"max_steps": -2}, "max_steps must be at least 1, or -1"),
+        ({"max_steps": -1, "num_train_epochs": -1.0}, "num_train_epochs must be positive"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        (
+            {"metric_for_best_model": "nope"},
+            "metric_for_best_model must be one of pass_rate, .*'nope'",
+        ),
+        ({"metric_for_best_model": "eval_loss"}, "metric_for_best_model must be one of"),
+        ({"metric_for_best_model": "eval_pas_rate"}, "Did you mean 'pass_rate'?"),
+    ],
+)
+def test_settings_of_the_base_class_have_ranges_too(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    "metric", ["pass_rate", "eval_pass_rate", "eval_hard_pass_rate", "reward", "rewards/f1/mean"]
+)
+def test_metrics_of_validation_choose_the_best_model(tmp_path, metric):
+    assert tiny.config(tmp_path, metric_for_best_model=metric).metric_for_best_model == metric

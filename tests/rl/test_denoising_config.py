@@ -213,7 +213,7 @@ def test_a_plan_that_fails_at_a_later_step_is_refused_at_once():
         ({"ema_decay": 1.0}, "ema_decay must be below 1: an average with decay 1 never moves"),
         ({"guidance_scale": -1.0}, r"guidance_scale must lie in \[0.0, inf\], got -1.0"),
         ({"branch_threshold": -0.5}, r"branch_threshold must lie in \[0.0, inf\], got -0.5"),
-        ({"branch_threshold": float("nan")}, "branch_threshold must lie in .*, got nan"),
+        ({"branch_threshold": float("nan")}, "branch_threshold must be finite, got nan"),
         ({"images_every": -1}, r"images_every must lie in \[0, inf\], got -1"),
         ({"history_steps": -1}, r"history_steps must lie in \[0, inf\], got -1"),
         ({"max_evaluations": 0}, r"max_evaluations must lie in \[1, inf\], got 0"),
@@ -443,7 +443,7 @@ def test_a_shift_is_positive_and_of_flow_models():
     flow = tiny.CHAIN | {"rule": "flow_sde", "level": 0.7}
     assert config(plan=flow, shift=3.0).engine_settings()["shift"] == 3.0
     for wrong in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"shift must be positive and finite, got {wrong}"):
+        with pytest.raises(ValueError, match=f"shift must be .*finite, got {wrong}"):
             config(plan=flow, shift=wrong)
     with pytest.raises(ValueError, match=r"shift=3\.0 is of flow-matching models, and rule ddim"):
         config(shift=3.0)

@@ -312,8 +312,8 @@ def test_a_column_that_only_validation_lacks_is_missed_before_training(tmp_path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
-        ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0 of 24 prompts are no step"),
+        ({"max_steps": 0}, "max_steps must be at least 1, or -1 .*, got 0"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs must be positive, got 0"),
         ({"max_steps": -1, "num_train_epochs": 0.01}, "num_train_epochs=0.01 of 24 prompts"),
     ],
 )
