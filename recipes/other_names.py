@@ -116,10 +116,6 @@ TRL: dict[str, tuple[tuple[str, ...], str]] = {
         ("dtype", "attn_implementation"),
         "not offered: write dtype and attn_implementation, or give RolloutTrainer a model",
     ),
-    "trust_remote_code": (
-        (),
-        "not offered: load such a model yourself and give it to RolloutTrainer",
-    ),
     # of its scripts, and names of earlier versions
     "reward_funcs": (("rewards",), "rewards, a list of names or path/to/file.py:function"),
     "reward_model_name_or_path": (("rewards",), "rewards"),

@@ -35,6 +35,7 @@ from trl import ModelConfig, get_peft_config
 from recipes.config import ConfigError, parse, peek
 from recipes.data import load_rows, split_validation
 from rl.arguments import RolloutConfig, nearest
+from rl.assemble import pretrained
 from rl.budget import NoSignalError
 from rl.checkpoint import TornCheckpointError
 from rl.distributed import leave
@@ -108,6 +109,10 @@ class RecipeArguments:
     pad_token: str | None = field(
         default=None, metadata={"help": "Pad token, for a tokenizer without one."}
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the Python code that comes with a language model or its tokenizer."},
+    )
     rewards: list[str] = field(
         default_factory=list,
         metadata={"help": "Reward functions: built-in names or path/to/file.py:function."},
@@ -143,6 +148,8 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
     if recipe.policy not in ("language", "diffusion"):
         raise ConfigError(f"policy must be language or diffusion, got {recipe.policy!r}")
     recipe.task_settings = _task_settings(recipe)
+    if peek("lora_dropout", arguments) is None:  # TRL's default is .05, which would be told as off
+        model_config.lora_dropout = 0.0
     _check_model(model_config)
     state = PartialState()
     _set_threads(recipe, state)
@@ -206,7 +213,7 @@ def language_trainer(
     """The trainer of a causal language model that the settings describe."""
     rows, validation, rewards = task_or_data(recipe, config, model_config)
     return RolloutTrainer(
-        load_model(model_config),
+        load_model(model_config, trust_remote_code=recipe.trust_remote_code),
         rewards,
         config,
         rows,
@@ -287,8 +294,11 @@ def task_or_data(
 
 def load_tokenizer(recipe: RecipeArguments, model_config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the chat template and pad token the settings name."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_config.model_name_or_path, revision=model_config.model_revision
+    tokenizer = pretrained(
+        AutoTokenizer,
+        model_config.model_name_or_path or "",
+        revision=model_config.model_revision,
+        trust_remote_code=recipe.trust_remote_code,
     )
     if recipe.chat_template is not None:
         if not Path(recipe.chat_template).is_file():
@@ -301,12 +311,14 @@ def load_tokenizer(recipe: RecipeArguments, model_config: ModelConfig) -> PreTra
     return tokenizer
 
 
-def load_model(model_config: ModelConfig) -> PreTrainedModel:
+def load_model(model_config: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model the settings name, by TRL's conventions."""
     assert model_config.model_name_or_path is not None
     dtype = model_config.dtype
-    return AutoModelForCausalLM.from_pretrained(
+    return pretrained(
+        AutoModelForCausalLM,
         model_config.model_name_or_path,
+        trust_remote_code=trust_remote_code,
         revision=model_config.model_revision,
         dtype=dtype if dtype in (None, "auto") else getattr(torch, dtype),
         attn_implementation=model_config.attn_implementation,

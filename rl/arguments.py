@@ -436,6 +436,12 @@ class RolloutConfig(TrainingArguments):
         3.0, "Largest ratio trainer / engine that counts in full (TRL: 3)."
     )
     importance_floor: float | None = setting(None, "Smallest one. Default: none.")
+    max_mismatch: float | None = setting(
+        None,
+        "Largest mean |log-probability of the trainer - of the engine| before a step's first update, in "
+        "nats per token (diffusion: per element of a latent); above it the run stops, or warns with "
+        "importance_correction. Default: 1e-3 in float32, else 0.05. inf: no limit.",
+    )
     updates_per_step: int = setting(
         1, "Optimizer updates on one collection of rollouts; each takes its part of the rows."
     )
@@ -485,7 +491,9 @@ class RolloutConfig(TrainingArguments):
         None, "bf16 autocast. Default: on a GPU that has it, yes; else no."
     )
     activation_checkpointing: bool | None = setting(
-        False, "Recompute activations in the backward pass: less memory, slower."
+        None,
+        "Recompute activations in the backward pass: less memory, slower. gradient_checkpointing, its "
+        "older name, is the same.",
     )
 
     def __post_init__(self) -> None:
@@ -495,6 +503,9 @@ class RolloutConfig(TrainingArguments):
         for name in ("chat_template_kwargs", "generation_kwargs"):
             setattr(self, name, as_mapping(name, getattr(self, name)))
         apply_generation_kwargs(self)
+        for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
+            if getattr(self, name) is None:  # the base class would do the same, and warn
+                setattr(self, name, getattr(self, name.replace("activation", "gradient")))
         choice("trainer", self.trainer, PRESETS)
         preset = dict(PRESETS[self.trainer])
         loss = self.loss if self.loss is not None else preset["loss"]
@@ -516,6 +527,13 @@ class RolloutConfig(TrainingArguments):
         validate(self)
         warn_of_idle(self)
         super().__post_init__()
+        reentrant = dict(self.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
+        may_look = self.activation_checkpointing and not reentrant
+        if may_look and self.ddp_find_unused_parameters is None:
+            # The base class says no, for the sake of checkpointing that is reentrant. DDP would then end
+            # at the second step of a model with weights that get no gradient, as a vision tower beside
+            # text.
+            self.ddp_find_unused_parameters = True
 
     @property
     def vllm_address(self) -> str:

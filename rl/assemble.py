@@ -42,6 +42,7 @@ from rl.waves import GroupBuffer
 from rollouts.batch import TokenRollouts
 from rollouts.classifier_reward import ClassifierReward
 from rollouts.engine import Engine, SamplingParams, num_positions
+from rollouts.model_limits import check_prompts, num_embeddings
 from rollouts.prompts import Prompt, PromptReport, ensure_pad_token, make_prompts
 from rollouts.reward_functions import load_reward, names_model
 from rollouts.rewards import RewardFunction, RewardResult, check_columns, score
@@ -146,6 +147,7 @@ def make_line(
         if isinstance(reward, ClassifierReward):
             reward.to(accelerator.device)
             reward.chat_template_kwargs = config.chat_template_kwargs or reward.chat_template_kwargs
+    warn_of_rounding(config, model, accelerator)
     tokenizer = processor
     generating = policy
     if engine is None and config.engine == "vllm":
@@ -190,8 +192,9 @@ def make_line(
         reference=Reference(model, accelerator) if config.beta or config.reward_kl else None,
         score=Scorer(
             temperature=config.temperature,
-            pad_id=tokenizer.pad_token_id,
+            pad_id=_pad_id(tokenizer, model),
             fused=config.fused_logprobs,
+            autocast=accelerator.mixed_precision != "no",
         ),
         micro_batches=micro_batches,
         cut=lambda rollouts: [rollouts.take(rows) for rows in micro_batches(rollouts)],
@@ -203,6 +206,43 @@ def make_line(
         ranks=Ranks(accelerator),
         config=config,
     )
+
+
+def warn_of_rounding(
+    config: RolloutConfig, model: torch.nn.Module, accelerator: Accelerator
+) -> None:
+    """Say that weights are too coarse for the learning rate: it is lost in most of them.
+
+    An update of Adam is about as large as the learning rate; bfloat16 keeps 8 bits of a weight, so that
+    1e-6 is lost in any above 5e-4. DeepSpeed, and FSDP with mixed precision, keep copies in float32.
+    """
+    plain = accelerator.state.deepspeed_plugin is None
+    plain &= not (
+        getattr(accelerator.state, "fsdp_plugin", None) and accelerator.mixed_precision != "no"
+    )
+    if not plain:
+        return
+    lost, kinds = [], set()
+    for weight in model.parameters():
+        if weight.requires_grad and weight.numel() and not weight.is_meta:
+            some = weight.detach().flatten()[:4096]
+            lost.append((some + config.learning_rate == some).float().mean().item())
+            kinds |= {str(weight.dtype).removeprefix("torch.")} if lost[-1] > 0.5 else set()
+    share = sum(lost) / max(len(lost), 1)
+    if share > 0.5:
+        logger.warning(
+            f"learning_rate={config.learning_rate:g} is less than what {' and '.join(sorted(kinds))} "
+            f"can add to {share:.0%} of the weights that train, so that hardly anything will be learnt: "
+            "load the model in float32 (dtype: float32) and write bf16: true to compute in half "
+            "precision all the same, or train an adapter (use_peft: true)"
+        )
+
+
+def _pad_id(tokenizer: Any, model: Any) -> int:
+    """What padding of the update holds: the pad token, or any id if that has no embedding."""
+    num_ids = num_embeddings(model)
+    pad = tokenizer.pad_token_id
+    return pad if num_ids is None or pad < num_ids else 0
 
 
 def reward_of(
@@ -316,24 +356,80 @@ def load_policy(
     With `peft_config` it has an adapter, which alone trains. Dropout is off.
 
     Raises:
-        ValueError: if the tokenizer has no pad token, or the model does not say where its own is.
+        ValueError: if the tokenizer has no pad token, the model does not say where its own is, nothing
+            of the model trains, or it has an adapter already and is given another.
     """
     source = model if isinstance(model, str) else model.config._name_or_path
     if tokenizer is None:
         if not source:
             raise ValueError("this model was not loaded from anywhere; give its tokenizer too")
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = pretrained(AutoTokenizer, source)
     policy: PreTrainedModel = (
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        pretrained(AutoModelForCausalLM, model, dtype=torch.float32)
         if isinstance(model, str)
         else model
     )
     if peft_config is not None:
-        from peft import get_peft_model
-
-        policy = get_peft_model(policy, peft_config)  # type: ignore[assignment]
+        policy = _with_adapter(policy, peft_config)
     without_dropout(policy)
+    require_trainable(policy)
     return policy, ensure_pad_token(tokenizer)
+
+
+def pretrained(kind: Any, source: str, *, trust_remote_code: bool = False, **settings: Any) -> Any:
+    """`kind.from_pretrained(source)`; without leave, no code of the folder runs and nobody is asked.
+
+    Raises:
+        ValueError: saying what to write, if the folder comes with code of its own and that was not
+            allowed.
+    """
+    try:
+        return kind.from_pretrained(source, trust_remote_code=trust_remote_code, **settings)
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{source} comes with Python code of its own, which was not run. If you trust it, write "
+            "trust_remote_code: true in a recipe; in Python, load model and tokenizer by "
+            "from_pretrained(..., trust_remote_code=True) and give both"
+        ) from None
+
+
+def _with_adapter(policy: Any, peft_config: Any) -> PreTrainedModel:
+    """The model with a new adapter, its own weights frozen."""
+    from peft import get_peft_model
+
+    if getattr(policy, "peft_config", None):
+        raise ValueError(
+            f"the model has adapters already ({', '.join(policy.peft_config)}) and is given a "
+            "peft_config: one adapter on top of another could not be loaded again. Leave peft_config "
+            "out to go on with the adapter, or give model.merge_and_unload() for a new one"
+        )
+    if getattr(peft_config, "lora_dropout", 0.0):
+        logger.warning(
+            f"lora_dropout={peft_config.lora_dropout} is not applied: dropout is off in reinforcement "
+            "learning, as it would make noise of every probability ratio"
+        )
+    return get_peft_model(policy, peft_config)  # type: ignore[return-value]
+
+
+def require_trainable(policy: torch.nn.Module) -> None:
+    """Say before any rollout that nothing would be learnt.
+
+    Raises:
+        ValueError: if no weight has `requires_grad`.
+    """
+    if any(weight.requires_grad for weight in policy.parameters()):
+        return
+    adapters = getattr(policy, "peft_config", None)
+    what = (
+        "its adapter was loaded for inference: load it with PeftModel.from_pretrained(model, folder, "
+        "is_trainable=True)"
+        if adapters
+        else "requires_grad is False for all of its weights: call model.requires_grad_(True), or give a "
+        "peft_config"
+    )
+    raise ValueError(f"nothing of the {type(policy).__name__} trains; {what}")
 
 
 def prompt_maker(
@@ -346,7 +442,7 @@ def prompt_maker(
     def make(rows: Any) -> tuple[list[Prompt], PromptReport]:
         if rows is None:
             raise ValueError("train_dataset is missing: give rows with a column 'prompt'")
-        return make_prompts(
+        prompts, report = make_prompts(
             rows,
             tokenizer,
             max_prompt_length=config.max_prompt_length,
@@ -357,6 +453,8 @@ def prompt_maker(
             num_positions=min((n for n in limits if n is not None), default=None),
             max_completion_length=config.max_completion_length,
         )
+        check_prompts(model, prompts, max_completion_length=config.max_completion_length)
+        return prompts, report
 
     return make
 
@@ -407,12 +505,18 @@ def _load_reward(reward: RewardFunction | str, tokenizer: Any) -> RewardFunction
 
 
 def without_dropout(model: torch.nn.Module) -> None:
-    """Turn dropout off, LoRA's included, in place: it would make every probability ratio noise."""
+    """Turn dropout off, LoRA's included, in place: it would make every probability ratio noise.
+
+    That of modules, and rates that modules keep as plain numbers: `attention_dropout`, `layerdrop`,
+    `drop_prob`, `resid_pdrop` and whatever else has "drop" in its name. Noise by another name, such as
+    that of a router, is found by `fidelity.settle`; its numbers may matter to evaluation too.
+    """
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in list(vars(module).items()):
+            if "drop" in name.lower() and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def refuse_overlap(prompts: list[Prompt], held_out: list[Prompt]) -> None:

@@ -130,6 +130,16 @@ class Ranks:
         return self._accelerator.state.deepspeed_plugin.zero_stage if deepspeed else 0
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether no process has the whole model."""
+        return self._zero_stage == 3 or (self._accelerator.distributed_type == DistributedType.FSDP)
+
+    @property
+    def computes_in_half(self) -> bool:
+        """Whether the model computes in bfloat16 or float16, whatever its weights are."""
+        return self._accelerator.mixed_precision != "no"
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 
@@ -220,27 +230,22 @@ class Ranks:
         return self._accelerator.no_sync(model)
 
     @contextmanager
-    def unwrapped(
-        self, model: torch.nn.Module, *, checkpointing: dict[str, Any] | None = None
-    ) -> Iterator[PreTrainedModel]:
+    def unwrapped(self, model: torch.nn.Module) -> Iterator[PreTrainedModel]:
         """The model to generate with: no wrapper, sharded weights gathered, activations not saved.
 
         Every rank enters and leaves; inside, each may run the model as often as it likes.
 
         Args:
             model: as it is trained.
-            checkpointing: settings of activation checkpointing to go back to, if it is on.
         """
         with ExitStack() as stack:
+            # Before TRL sees it, who would turn it on again for all layers, not every n-th.
+            stack.enter_context(_activations_not_saved(model))
             if self._zero_stage == 3 and hasattr(model, "optimizer"):  # not before training
                 stack.enter_context(_without_step_hook(model))
             with warnings.catch_warnings():  # TRL 1.16 asks transformers 5 by the old name
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-                policy = stack.enter_context(
-                    unwrap_model_for_generation(
-                        model, self._accelerator, gradient_checkpointing_kwargs=checkpointing
-                    )
-                )
+                policy = stack.enter_context(unwrap_model_for_generation(model, self._accelerator))
             if self._accelerator.distributed_type == DistributedType.FSDP:
                 plugin = self._accelerator.state.fsdp_plugin
                 stack.enter_context(whole(policy, reshard=bool(plugin.reshard_after_forward)))
@@ -273,6 +278,21 @@ class Ranks:
             if self.num == 1:
                 raise
             self._held = self._held or error
+
+
+@contextmanager
+def _activations_not_saved(model: torch.nn.Module) -> Iterator[None]:
+    """Activation checkpointing off, after which each module has it as before."""
+    saving = [
+        module for module in model.modules() if getattr(module, "gradient_checkpointing", False)
+    ]
+    for module in saving:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in saving:
+            module.gradient_checkpointing = True
 
 
 @contextmanager

@@ -41,7 +41,12 @@ vocabulary of 152k their logits are 74 MiB in float32."""
 
 
 def fused_logprobs(
-    model: nn.Module, rollouts: TokenRollouts, *, temperature: float = 1.0, pad_id: int
+    model: nn.Module,
+    rollouts: TokenRollouts,
+    *,
+    temperature: float = 1.0,
+    pad_id: int,
+    right_padded: bool = False,
 ) -> Tensor:
     """`logprobs.completion_logprobs`, from the hidden states.
 
@@ -55,7 +60,7 @@ def fused_logprobs(
     Args:
         model: one for which `refusal` gives None. Gradients reach its parameters, the input
             embeddings too where they share the head's weight.
-        rollouts, temperature, pad_id: as `completion_logprobs`.
+        rollouts, temperature, pad_id, right_padded: as `completion_logprobs`.
 
     Returns:
         As `completion_logprobs`.
@@ -64,17 +69,24 @@ def fused_logprobs(
         ValueError: as `completion_logprobs`; or with the reason, if the head does not allow it or
             the model changes its logits after the head.
     """
-    return _scored(model, rollouts, temperature, pad_id, entropy=False).logprob_NT
+    layout = layout_of(model, rollouts, pad_id, right_padded=right_padded)
+    return _scored(model, rollouts, temperature, layout, entropy=False).logprob_NT
 
 
 def fused_statistics(
-    model: nn.Module, rollouts: TokenRollouts, *, temperature: float = 1.0, pad_id: int
+    model: nn.Module,
+    rollouts: TokenRollouts,
+    *,
+    temperature: float = 1.0,
+    pad_id: int,
+    right_padded: bool = False,
 ) -> Statistics:
     """`logprobs.completion_statistics`, from the hidden states.
 
     Args, Returns and Raises: as `fused_logprobs` and `completion_statistics`.
     """
-    return _scored(model, rollouts, temperature, pad_id, entropy=True)
+    layout = layout_of(model, rollouts, pad_id, right_padded=right_padded)
+    return _scored(model, rollouts, temperature, layout, entropy=True)
 
 
 @torch.no_grad()
@@ -155,10 +167,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _scored(
-    model: nn.Module, rollouts: TokenRollouts, temperature: float, pad_id: int, *, entropy: bool
+    model: nn.Module, rollouts: TokenRollouts, temperature: float, layout: Layout, *, entropy: bool
 ) -> Statistics:
     check_temperature(temperature)
-    layout = layout_of(model, rollouts, pad_id)
     reason = _obstacle(model)
     if reason is not None:
         raise ValueError(f"{reason}; {INSTEAD}")

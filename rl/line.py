@@ -31,6 +31,7 @@ class Memory:
     loaded_version: int | None = None  # of the weights the engine has
     trainer_state: Any = None  # of transformers, for reward functions that ask for it
     has_warned_of_unrewarded: bool = False
+    is_mismatch_told: bool = False  # of an engine that differs and is corrected for
     evaluations: int = 0  # of a denoiser in rows, for rollouts to train on; a guidance pair is one
 
 

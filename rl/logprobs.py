@@ -2,7 +2,8 @@
 
 A row is laid out as [left padding | prompt | completion | right padding], so that all completions
 of a micro-batch start in one column and only their logits are asked for. Padding reaches the
-longest row of the micro-batch and no further.
+longest row of the micro-batch and no further. With `right_padded` a row is [prompt | completion | right
+padding]: for models that do not honour the attention mask, but for the order of tokens.
 
 Assumes a causal language model with the interface of transformers: `model(input_ids=...,
 attention_mask=...)` gives an object with `logits`. Wrappers (DistributedDataParallel, DeepSpeed,
@@ -43,7 +44,12 @@ class Statistics(NamedTuple):
 
 
 def completion_logprobs(
-    model: nn.Module, rollouts: TokenRollouts, *, temperature: float = 1.0, pad_id: int
+    model: nn.Module,
+    rollouts: TokenRollouts,
+    *,
+    temperature: float = 1.0,
+    pad_id: int,
+    right_padded: bool = False,
 ) -> Tensor:
     """Log-probability of each recorded token under `model`, differentiable.
 
@@ -61,6 +67,7 @@ def completion_logprobs(
         temperature: the sampling temperature; positive. A row sampled greedily (temperature 0) is
             scored at temperature 1.
         pad_id: any valid token id; what the padding holds never matters.
+        right_padded: pad on the right only, which costs the logits of the prompts.
 
     Returns:
         (N, T) log-probabilities in nats, float32 (float64 for a float64 model); exactly 0 where
@@ -69,11 +76,17 @@ def completion_logprobs(
     Raises:
         ValueError: without rows, for an empty prompt, or for a temperature that is not positive.
     """
-    return _scored(model, rollouts, temperature, pad_id, entropy=False).logprob_NT
+    layout = layout_of(model, rollouts, pad_id, right_padded=right_padded)
+    return _scored(model, rollouts, temperature, layout, entropy=False).logprob_NT
 
 
 def completion_statistics(
-    model: nn.Module, rollouts: TokenRollouts, *, temperature: float = 1.0, pad_id: int
+    model: nn.Module,
+    rollouts: TokenRollouts,
+    *,
+    temperature: float = 1.0,
+    pad_id: int,
+    right_padded: bool = False,
 ) -> Statistics:
     """Log-probabilities as `completion_logprobs`, and the entropy of each decision.
 
@@ -87,11 +100,14 @@ def completion_statistics(
     Returns:
         Both (N, T), in nats and the dtype of `completion_logprobs`; exactly 0 off the mask.
     """
-    return _scored(model, rollouts, temperature, pad_id, entropy=True)
+    layout = layout_of(model, rollouts, pad_id, right_padded=right_padded)
+    return _scored(model, rollouts, temperature, layout, entropy=True)
 
 
 @torch.no_grad()
-def head_inputs(model: nn.Module, rollouts: TokenRollouts, *, pad_id: int) -> Tensor:
+def head_inputs(
+    model: nn.Module, rollouts: TokenRollouts, *, pad_id: int, right_padded: bool = False
+) -> Tensor:
     """What the language-model head sees where it predicts each recorded token, without gradient.
 
     For `gradient_norm`, which needs the hidden states after the final norm and the head's weight
@@ -103,6 +119,7 @@ def head_inputs(model: nn.Module, rollouts: TokenRollouts, *, pad_id: int) -> Te
         model: as `completion_logprobs`; its head must be a plain `nn.Linear`.
         rollouts: as `completion_logprobs`.
         pad_id: any valid token id.
+        right_padded: as `completion_logprobs`.
 
     Returns:
         (N, T, C) in the model's dtype; entry (n, t) predicts `token_NT[n, t]`. Exactly 0 where
@@ -112,7 +129,7 @@ def head_inputs(model: nn.Module, rollouts: TokenRollouts, *, pad_id: int) -> Te
         ValueError: as `completion_logprobs`; if the head is not an `nn.Linear`; or if the model
             changes its logits after the head.
     """
-    layout = layout_of(model, rollouts, pad_id)
+    layout = layout_of(model, rollouts, pad_id, right_padded=right_padded)
     head = innermost(model).get_output_embeddings()
     # FSDP2 makes a class of its own of the head, whose forward is still that of nn.Linear.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
@@ -150,13 +167,23 @@ class Layout(NamedTuple):
 
     inputs: dict[str, Any]
     num_steps: int
+    size_N: Tensor | None = None
+    """(N,) tokens of each prompt, where rows begin in the first column; None: completions do in one."""
 
     def predicting(self, value_NSX: Tensor) -> Tensor:
         """The columns that predict the completion: its own, one to the left."""
-        return value_NSX[:, value_NSX.shape[1] - self.num_steps - 1 : -1]
+        num_columns = value_NSX.shape[1]
+        if self.size_N is None:
+            return value_NSX[:, num_columns - self.num_steps - 1 : -1]
+        step_T = torch.arange(self.num_steps, device=value_NSX.device)
+        column_NT = (self.size_N[:, None] - 1 + step_T).clamp(max=num_columns - 1)
+        row_N1 = torch.arange(len(value_NSX), device=value_NSX.device)[:, None]
+        return value_NSX[row_N1, column_NT]
 
 
-def layout_of(model: nn.Module, rollouts: TokenRollouts, pad_id: int) -> Layout:
+def layout_of(
+    model: nn.Module, rollouts: TokenRollouts, pad_id: int, *, right_padded: bool = False
+) -> Layout:
     """The rows as one input of `model`, with the arguments that its signature takes."""
     if len(rollouts) == 0:
         raise ValueError(
@@ -169,25 +196,31 @@ def layout_of(model: nn.Module, rollouts: TokenRollouts, pad_id: int) -> Layout:
     device = rollouts.token_NT.device
     end_N = ends(rollouts.mask_NT)
     num_steps, width = int(end_N.max()), max(map(len, prompts))
-
-    prompt_NS = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
-    start_N = torch.tensor([width - len(p) for p in prompts])
-    real_prompt_NS = torch.arange(width) >= start_N[:, None]
+    size_N = torch.tensor([len(prompt) for prompt in prompts])
     real_NT = torch.arange(num_steps, device=device) < end_N[:, None]
-    token_NT = torch.where(real_NT, rollouts.token_NT[:, :num_steps], pad_id)
-    real_NS = torch.cat([real_prompt_NS.to(device), real_NT], dim=1)
-    inputs: dict[str, Any] = {
-        "input_ids": torch.cat([prompt_NS.to(device), token_NT], dim=1),
-        "attention_mask": real_NS.long(),
-    }
+    if right_padded:
+        rows = [
+            [*prompt, *token_T[:end].tolist()]
+            for prompt, token_T, end in zip(prompts, rollouts.token_NT, end_N.tolist(), strict=True)
+        ]
+        longest = max(map(len, rows))
+        ids_NS = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows]).to(device)
+        real_NS = torch.arange(longest, device=device) < (size_N.to(device) + end_N)[:, None]
+    else:
+        prompt_NS = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
+        real_prompt_NS = torch.arange(width) >= (width - size_N)[:, None]
+        token_NT = torch.where(real_NT, rollouts.token_NT[:, :num_steps], pad_id)
+        ids_NS = torch.cat([prompt_NS.to(device), token_NT], dim=1)
+        real_NS = torch.cat([real_prompt_NS.to(device), real_NT], dim=1)
+    inputs: dict[str, Any] = {"input_ids": ids_NS, "attention_mask": real_NS.long()}
     taken = inspect.signature(type(innermost(model)).forward).parameters
     if "position_ids" in taken:
         inputs["position_ids"] = (real_NS.long().cumsum(1) - 1).clamp(min=0)
-    if "logits_to_keep" in taken:
+    if "logits_to_keep" in taken and not right_padded:
         inputs["logits_to_keep"] = num_steps + 1
     if "use_cache" in taken:
         inputs["use_cache"] = False
-    return Layout(inputs, num_steps)
+    return Layout(inputs, num_steps, size_N.to(device) if right_padded else None)
 
 
 def ends(mask_NT: Tensor) -> Tensor:
@@ -240,10 +273,9 @@ def check_temperature(temperature: float) -> None:
 
 
 def _scored(
-    model: nn.Module, rollouts: TokenRollouts, temperature: float, pad_id: int, *, entropy: bool
+    model: nn.Module, rollouts: TokenRollouts, temperature: float, layout: Layout, *, entropy: bool
 ) -> Statistics:
     check_temperature(temperature)
-    layout = layout_of(model, rollouts, pad_id)
     with _outputs_as_computed(model):
         logits_NTV = layout.predicting(model(**layout.inputs).logits)
     num_steps = logits_NTV.shape[1]

@@ -11,6 +11,7 @@ from rl import gradient_norm
 from rl.advantages import raft
 from rl.logprobs import head_inputs
 from rl.metrics import drawn
+from rl.scorer import Scorer
 from rollouts.batch import TokenRollouts
 
 if TYPE_CHECKING:
@@ -54,13 +55,15 @@ def gradient_norms(line: Line, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 def _norms(line: Line, rollouts: TokenRollouts, rows_K: torch.Tensor) -> list[tuple[int, float]]:
     """Row and norm of each of `rows_K`; every rank takes part, as it gathers the head's weight."""
     found: list[tuple[int, float]] = []
-    assert line.tokenizer is not None
+    assert isinstance(line.score, Scorer)
+    settings = line.score.settings
+    of_rows = {name: settings[name] for name in ("pad_id", "right_padded")}
     with line.policy() as policy:
         head = policy.get_output_embeddings()
         for rows in rows_K.split(line.config.per_device_train_batch_size) if len(rows_K) else ():
             part = rollouts.take(rows).to(head.weight.device)
             norm_N = gradient_norm.head_gradient_norm(
-                head_inputs(policy, part, pad_id=line.tokenizer.pad_token_id),
+                head_inputs(policy, part, **of_rows),
                 part.token_NT,
                 part.mask_NT,
                 head.weight,

@@ -155,10 +155,20 @@ def of_update(sums: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-def mismatch(logprob_NT: Tensor, rollouts: Rollouts) -> dict[str, Tensor]:
-    """Sum and count of |log-probability before any update - the one recorded|, where there is weight."""
+def mismatch(
+    logprob_NT: Tensor, rollouts: Rollouts, fresh_N: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Sum and count of |log-probability before any update - the one recorded|, where there is weight.
+
+    Args:
+        logprob_NT: (N, T) of the trainer.
+        rollouts: the rows, with weights.
+        fresh_N: (N,) bool, rows of the policy at hand. None: all are.
+    """
     assert rollouts.weight_NT is not None
     active_NT = rollouts.weight_NT != 0
+    if fresh_N is not None:
+        active_NT = active_NT & fresh_N[:, None]
     difference_NT = (logprob_NT.detach() - rollouts.logprob_NT).abs()
     return {"mismatch": difference_NT[active_NT].sum(), "mismatch_count": active_NT.sum()}
 

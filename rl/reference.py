@@ -8,15 +8,21 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
+
+logger = logging.get_logger(__name__)
 
 
 class Reference:
     """The policy as it was before training: its adapters off, or a frozen copy of it.
 
-    With LoRA nothing is copied. Else the copy takes as much memory as the model, sharded as it is; a
-    model that ZeRO-3 has cut up cannot be copied and is loaded again from where it came from.
+    With LoRA nothing is copied, unless weights of the model train beside it. Else the copy takes as much
+    memory as the model, sharded as it is; a model that ZeRO-3 has cut up cannot be copied and is loaded
+    again from where it came from.
 
     Args:
         policy: before training, and before any checkpoint is loaded into it.
@@ -31,14 +37,19 @@ class Reference:
         self._accelerator = accelerator
         self._copy: torch.nn.Module | None = None
         if hasattr(policy, "disable_adapter"):
-            require_fresh(policy)
-            return
+            why = not_its_own_reference(policy)
+            if why is None:
+                require_fresh(policy)
+                return
+            logger.warning(f"the reference policy is a frozen copy of the whole model: {why}")
         # A model that was loaded under ZeRO-3 is in pieces already; one made in memory is whole.
         if not any(hasattr(weight, "ds_id") for weight in policy.parameters()):
             frozen = copy.deepcopy(policy)
         elif policy.config._name_or_path:
             frozen = AutoModelForCausalLM.from_pretrained(
-                policy.config._name_or_path, dtype=policy.dtype
+                policy.config._name_or_path,
+                dtype=policy.dtype,
+                trust_remote_code=type(policy).__module__.startswith("transformers_modules"),
             )
         else:
             raise ValueError(
@@ -63,10 +74,40 @@ class Reference:
             yield model
 
 
+def not_its_own_reference(policy: torch.nn.Module) -> str | None:
+    """Why a model with its adapters off is not the policy before training; None if it is."""
+    for name, config in getattr(policy, "peft_config", {}).items():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind != "LORA":
+            return (
+                f"whether adapter {name!r}, of kind {kind}, changes the model already is not known"
+            )
+    of_adapters = {
+        f"{name}.{weight}" if name else weight
+        for name, module in policy.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for weight in _own_weights(module)
+    }
+    for name, weight in policy.named_parameters():
+        if weight.requires_grad and name not in of_adapters:
+            return (
+                f"{name} trains, which is no adapter's and would train in the reference too (a bias of "
+                "LoRA, or weights that were unfrozen)"
+            )
+    return None
+
+
+def _own_weights(module: torch.nn.Module) -> list[str]:
+    """Weights that an adapter adds to a layer, not those of the layer that it adapts."""
+    base = ("base_layer.", "original_module.", "token_adapter.base_layer.")
+    return [name for name, _ in module.named_parameters() if not name.startswith(base)]
+
+
 def require_fresh(policy: torch.nn.Module) -> None:
     """Refuse adapters that were trained, or made to differ from the model: LoRA's B is not 0."""
     for name, weight in policy.named_parameters():
-        if "lora_B" in name and bool(weight.detach().count_nonzero()):
+        starts_at_0 = "lora_B" in name or "lora_embedding_A" in name
+        if starts_at_0 and bool(weight.detach().count_nonzero()):
             raise ValueError(
                 f"beta holds the policy close to the model with its adapters off, but {name} is not 0: "
                 "the adapters change it already. Merge them (merge_and_unload()) and give a new "

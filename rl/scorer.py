@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,19 +27,34 @@ class Scorer:
         pad_id: any valid token id.
         fused: True, False, or None for what the vocabulary suggests. Models whose head does not allow
             it (`fused_head.refusal`) are scored from their logits, with a warning if it was asked for.
+        autocast: whether the model computes in half precision under autocast.
     """
 
-    def __init__(self, *, temperature: float, pad_id: int, fused: bool | None) -> None:
-        self._settings = {"temperature": temperature, "pad_id": pad_id}
+    def __init__(
+        self, *, temperature: float, pad_id: int, fused: bool | None, autocast: bool = False
+    ) -> None:
+        self.temperature, self.pad_id, self.autocast = temperature, pad_id, autocast
+        self.right_padded = False
+        """Pad on the right, for models that see what an attention mask hides."""
+        self.in_eval = False
+        """The update runs in evaluation mode, for models with noise in training mode."""
+        self.is_settled = False
+        """Whether both were found out: `fidelity.settle`."""
         self._fused = fused
         self._is_fused: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How rows are laid out and scored, in the words of `rl.logprobs`."""
+        names = ("temperature", "pad_id", "right_padded")
+        return {name: getattr(self, name) for name in names}
 
     def logprobs(self, model: torch.nn.Module, rollouts: TokenRollouts) -> torch.Tensor:
         """(N, T) log-probabilities, differentiable; see `logprobs.completion_logprobs`."""
         score: Callable[..., torch.Tensor] = (
             fused_head.fused_logprobs if self._uses_fused(model) else logprobs.completion_logprobs
         )
-        return score(model, rollouts, **self._settings)
+        return score(model, rollouts, **self.settings)
 
     def statistics(self, model: torch.nn.Module, rollouts: TokenRollouts) -> Statistics:
         """Log-probabilities and entropies; see `logprobs.completion_statistics`."""
@@ -47,7 +63,7 @@ class Scorer:
             if self._uses_fused(model)
             else logprobs.completion_statistics
         )
-        return score(model, rollouts, **self._settings)
+        return score(model, rollouts, **self.settings)
 
     def _uses_fused(self, model: torch.nn.Module) -> bool:
         # Asking runs the model once. Every rank scores its first rows at the same moment.

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from rl import metrics
+from rl import fidelity, metrics
 from rl.line import Batch, Line
 from rl.waves import groups_of, roll_out_wave
 from rl.weigh import weigh
@@ -46,6 +46,7 @@ def update(
     config, ranks, rollouts = line.config, line.ranks, batch.rollouts
     total = torch.zeros((), device=next(model.parameters()).device)
     sums: dict[str, float] = {}
+    differs: dict[str, float] = {}
     parts = mini_batches(line, batch)
     share = len(parts) // config.num_iterations
     for number, part_K in enumerate(parts):
@@ -62,14 +63,17 @@ def update(
                 loss, statistics = loss_of(line, batch, rows, logprob_NT, share=share)
                 with ranks.until_gather():
                     metrics.require_finite(loss, logprob_NT, rows, batch.prompts)
-                if number == 0:  # before any update
-                    statistics |= metrics.mismatch(logprob_NT, rows)
+                if number == 0:  # before any update, which DeepSpeed makes at the end of backward
+                    fresh_N = fidelity.fresh(line, batch, rows)
+                    metrics.add(differs, metrics.mismatch(logprob_NT, rows, fresh_N))
+                    if i == num_micro - 1:
+                        fidelity.require(line, model, batch, differs)
                 ranks.backward(model, loss, is_last=i == num_micro - 1)
             total += loss.detach() * ranks.num / len(parts)
             metrics.add(sums, statistics)
         if number < len(parts) - 1:
             step_optimizer()
-    return total, metrics.of_update(ranks.sums(sums))
+    return total, metrics.of_update(ranks.sums(sums | differs))
 
 
 def mini_batches(line: Line, batch: Batch) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from rl import checkpoint, completions, failing, metrics, tracking
+from rl import checkpoint, completions, failing, fidelity, metrics, tracking
 from rl.arguments import RolloutConfig
 from rl.assemble import LANGUAGE, PolicyKind, column_of, warn_of_success
 from rl.budget import (
@@ -158,8 +158,7 @@ class RolloutTrainer(Trainer):
             self.progress.count(budget, "tokens")
 
     def _policy(self) -> AbstractContextManager[PreTrainedModel]:
-        kwargs: Any = self.args.activation_checkpointing_kwargs
-        return self.line.ranks.unwrapped(self.model_wrapped, checkpointing=kwargs)
+        return self.line.ranks.unwrapped(self.model_wrapped)
 
     # -- the step
 
@@ -175,12 +174,13 @@ class RolloutTrainer(Trainer):
         started = time.perf_counter()
         self.line.memory.trainer_state = self.state
         with failing.kept(self) as last_step:
+            fidelity.settle(self.line)
             batch = collect(self.line, version=self.state.global_step)
             last_step.is_whole = False
             if self.args.gvm_gradient_norm != "none":
                 with self.ledger.phase("gradient_norm"):
                     self.planner.observe_gradient_norms(*gradient_norms(self.line, batch))
-            model.train()
+            fidelity.to_update(self.line, model)
             with self.ledger.phase("update"), self.compute_loss_context_manager():
                 batch = prepare(self.line, model, batch)
                 step_optimizer = partial(self._inner_optimizer_step, model)
@@ -276,6 +276,7 @@ class RolloutTrainer(Trainer):
         logs: dict[str, float] = {}
         for name, prompts in sets.items():
             with failing.kept(self):
+                fidelity.settle(self.line)
                 found = self.validate(prompts, name=name)
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             logs |= {f"{prefix}_{metric}": value for metric, value in found.items()}

@@ -224,8 +224,21 @@ def _engine(config: RolloutConfig) -> None:
         )
 
 
+def _fidelity(config: RolloutConfig) -> None:
+    """Refuse noise in the update, and a limit of the mismatch that is none."""
+    limit = config.max_mismatch
+    if limit is not None and not limit >= 0:
+        raise ValueError(f"max_mismatch must be at least 0 (inf: no limit), got {limit}")
+    if config.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"neftune_noise_alpha={config.neftune_noise_alpha} adds noise to embeddings in the update "
+            "alone, which makes noise of every probability ratio: leave it out"
+        )
+
+
 def validate(config: RolloutConfig) -> None:
     """Raise ValueError for the first setting that is out of range or does not fit another."""
+    _fidelity(config)
     _numbers(config)
     _of_transformers(config)
     choice("allocator", config.allocator, ALLOCATORS)
@@ -311,8 +324,8 @@ def validate(config: RolloutConfig) -> None:
         )
     if config.fp16:
         raise ValueError(
-            "fp16 is not supported: its gradient scaler fails on steps without training signal; "
-            "write bf16: true, or neither"
+            "fp16 is not supported: its gradient scaler makes infinite gradients on purpose, at which a "
+            "run stops here, and fails on steps without training signal; write bf16: true, or neither"
         )
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if str(getattr(config, name)).endswith("epoch"):

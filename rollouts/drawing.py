@@ -44,7 +44,11 @@ def _shift_right(value_N: Tensor, bits: int) -> Tensor:
 
 
 def draw(
-    logits_NV: Tensor, uniform_N: Tensor, params: SamplingParams, seen_NV: Tensor | None = None
+    logits_NV: Tensor,
+    uniform_N: Tensor,
+    params: SamplingParams,
+    seen_NV: Tensor | None = None,
+    known_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token per row, by inverse CDF, and its log-probability.
 
@@ -55,6 +59,13 @@ def draw(
     q is of the logits after `repetition_penalty`. The log-probability is log p, in float32, before
     anything is penalised or filtered out. Temperature 0 takes the largest (penalised) logit and reports
     log p at temperature 1.
+
+    Args:
+        logits_NV: (N, V).
+        uniform_N: (N,) float64 in [0, 1).
+        params: temperature and filters.
+        seen_NV: (N, V) bool, tokens that `repetition_penalty` is for. None: it is for none.
+        known_V: (V,) bool, tokens that may be drawn: a filter before all others. None: all.
 
     Returns:
         (N,) int64 tokens and (N,) float32 log-probabilities. Where logits are NaN, so is the
@@ -70,6 +81,8 @@ def draw(
     if seen_NV is not None:
         drawn_NV = penalised(logits_NV.float(), seen_NV, params.repetition_penalty)
         drawn_NV = (at_temperature(drawn_NV, params) / factor).log_softmax(dim=-1)
+    if known_V is not None:
+        drawn_NV = drawn_NV.masked_fill(~known_V, -torch.inf)
     best_N = drawn_NV.argmax(dim=-1)
     if params.temperature == 0:
         token_N = best_N

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rollouts.adaptive_temperature import AdaptiveTemperature
 from rollouts.batch import TokenRollouts
+from rollouts.model_limits import position_limit
 from rollouts.prompts import Prompt
 
 __all__ = [
@@ -136,19 +137,8 @@ def end_of_sequence_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def num_positions(model: Any) -> int | None:
-    """Most tokens that a sequence may have for `model`, prompt and completion together; None: any.
-
-    A model says so in its config: `max_position_embeddings`, or `max_seq_len` (MPT). Models with
-    rotary positions could run on beyond it, into what they were never trained on.
-    """
-    config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    for name in ("max_position_embeddings", "max_seq_len"):
-        limit = getattr(config, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return None
+    """Most tokens that a sequence may have for `model`, prompt and completion together; None: any."""
+    return position_limit(model)[0]
 
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -30,7 +30,9 @@ from transformers.cache_utils import (
 from rollouts.adaptive_temperature import entropy
 from rollouts.batch import TokenRollouts
 from rollouts.drawing import at_temperature, draw, mix64, uniform
-from rollouts.engine import SamplingParams, end_of_sequence_ids, num_positions, requested_rows
+from rollouts.engine import SamplingParams, end_of_sequence_ids, requested_rows
+from rollouts.model_limits import check_prompts, ids_of, refuse_virtual_tokens
+from rollouts.probes import distance, plain_logits, rows_of, spread_of, tolerance
 from rollouts.prompts import Prompt
 
 COMPACT_BELOW = 0.875
@@ -51,10 +53,13 @@ class TransformersEngine:
     tokenizer, with a stop string, or with the length limit. Other settings of the generation config
     (penalties, suppressed tokens, temperature) are ignored: `SamplingParams` says it all.
 
-    Models whose cache cannot be shared between rollouts (state-space models, and any whose layers
-    transformers caches in a form unknown to this file) run a full forward pass per token instead,
+    Models whose cache cannot be shared between rollouts run a full forward pass per token instead,
     right-padded. That needs nothing from the model but causality, keeps the seeds' promise, which
-    `model.generate` would not, and costs time quadratic in length; a warning says so once.
+    `model.generate` would not, and costs time quadratic in length; a warning says so once. Which models
+    those are is found out by trying: see `check_model`.
+
+    Ids that the tokenizer has no token for, which models with a padded vocabulary have, are never
+    drawn. That is a filter like top_k: log-probabilities are recorded before it.
 
     Args:
         model: a decoder-only model on its device, not wrapped for distribution. LoRA is fine.
@@ -62,8 +67,8 @@ class TransformersEngine:
         max_batch_rows: rollouts generated together. Changes time and memory, never the rollouts.
 
     Raises:
-        ValueError: if the model is an encoder-decoder, the tokenizer has no pad token, or
-            `max_batch_rows` is below 1.
+        ValueError: if the model is an encoder-decoder or has virtual tokens (prompt tuning), the
+            tokenizer has no pad token, or `max_batch_rows` is below 1.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, max_batch_rows: int = 256) -> None:
@@ -77,6 +82,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.max_batch_rows = max_batch_rows
         self.model: Any = None
+        self.known_ids = ids_of(tokenizer)
         self.load_weights(model)
 
     def load_weights(self, model: Any) -> None:
@@ -88,14 +94,48 @@ class TransformersEngine:
                 f"{type(model).__name__} is an encoder-decoder; TransformersEngine runs "
                 f"decoder-only language models"
             )
+        refuse_virtual_tokens(model)
         self.model = model
         self.shares_prefill = _can_share_prefill(model)
+        self._is_checked = False
+
+    def check_model(self) -> None:
+        """Choose how the model is run: the fast way if that gives what a plain forward pass gives.
+
+        Some models ignore the attention mask, keep state where this file cannot copy it, or take no
+        cache of transformers. So a few random tokens are run both ways, with prompts of two lengths that
+        fork and a rollout that leaves: some 15 forward passes of at most 15 tokens. What differs, or
+        fails, falls back to a full forward pass per token, with a warning, if that is right; a
+        difference is one of `distance` above `tolerance`. `generate` does this once for each model.
+
+        Raises:
+            ValueError: if neither way agrees with a plain forward pass over each sequence by itself,
+                because what a token's probability is then depends on what comes after it or beside it.
+        """
+        if self._is_checked:
+            return
+        with torch.no_grad(), _eval_mode(self.model):
+            why = _disagreement(self.model, self.known_ids, shared=self.shares_prefill)
+            if why is not None and self.shares_prefill:
+                self.shares_prefill = False
+                reason = f"gives other probabilities with a cache than without ({why})"
+                why = _disagreement(self.model, self.known_ids, shared=False)
+            else:
+                reason = "keeps no cache that rollouts can share"
+        name = type(_language_model(self.model)).__name__
+        if why is not None:
+            raise ValueError(
+                f"{name} cannot generate rollouts here: the probabilities of a sequence change with "
+                f"what is padded to its right or runs beside it ({why}). A policy has to be causal and "
+                "each row by itself; bidirectional attention and experts of limited capacity are not"
+            )
         if not self.shares_prefill:
             warnings.warn(
-                f"{type(model).__name__} keeps no cache that rollouts can share: every token costs "
-                f"a full forward pass, which is slow for long completions",
-                stacklevel=2,
+                f"{name} {reason}: every token costs a full forward pass, which is slow for long "
+                "completions",
+                stacklevel=3,
             )
+        self._is_checked = True
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -117,13 +157,15 @@ class TransformersEngine:
         completion of the batch, 0 when nothing was asked for.
 
         Raises:
-            ValueError: if the request is malformed, or a prompt with `max_completion_length` more
-                tokens does not fit the model's positions. Nothing has been generated then.
+            ValueError: if the request is malformed, or `check_prompts` refuses a prompt or
+                `check_model` the model. Nothing has been generated then.
             FloatingPointError: if the model gives a rollout a log-probability that is not finite;
                 the prompt's key is named.
         """
         prompt_N, seed_N = requested_rows(prompts, budget_P, seeds_N)
-        self._check_lengths([prompts[p] for p in prompt_N.unique()], params)
+        asked_for = [prompts[p] for p in prompt_N.unique()]
+        check_prompts(self.model, asked_for, max_completion_length=params.max_completion_length)
+        self.check_model()
 
         # Neighbours in length share a wave, so that little of its cache is padding.
         size_P = torch.tensor([len(prompt.token_ids) for prompt in prompts])
@@ -157,18 +199,6 @@ class TransformersEngine:
             entropy_NT=None if entropy_NT is None else entropy_NT[:, :num_steps].clone(),
         )
 
-    def _check_lengths(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-        limit = num_positions(self.model)
-        if limit is None:
-            return
-        for prompt in prompts:
-            if len(prompt.token_ids) + params.max_completion_length > limit:
-                raise ValueError(
-                    f"prompt {prompt.key!r} has {len(prompt.token_ids)} tokens; with "
-                    f"max_completion_length={params.max_completion_length} it does not fit the "
-                    f"model's {limit} positions"
-                )
-
     def _wave(
         self, prompt_R: Sequence[Prompt], seed_R: Tensor, params: SamplingParams
     ) -> tuple[Tensor, ...]:
@@ -178,11 +208,14 @@ class TransformersEngine:
         forward: _Forward
         forward = (_SharedForward if self.shares_prefill else _PlainForward)(model, prompt_R)
         eos = torch.tensor(self.eos_token_ids, dtype=torch.int64, device=device)
+        known_V = _known(self.known_ids, eos.tolist(), forward.logits_KV)
         stops = _StopStrings(self.tokenizer, params.stop) if params.stop else None
         key_K = mix64(seed_R.to(device))
 
         shape = (len(prompt_R), params.max_completion_length)
-        token_RT = torch.full(shape, self.tokenizer.pad_token_id, device=device)
+        padding = self.tokenizer.pad_token_id
+        fed = padding if padding < forward.logits_KV.shape[1] else 0  # which may have no embedding
+        token_RT = torch.full(shape, padding, device=device)
         logprob_RT = torch.zeros(shape, device=device)
         entropy_RT = torch.zeros(shape, device=device) if params.record_entropy else None
         length_R = torch.zeros(shape[0], dtype=torch.int64, device=device)
@@ -191,9 +224,10 @@ class TransformersEngine:
         row_K = torch.arange(shape[0], device=device)
         running_K = torch.ones(shape[0], dtype=torch.bool, device=device)
         for t in range(params.max_completion_length):
-            token_K, logprob_K = draw(forward.logits_KV, uniform(key_K, t), params, seen_KV)
+            uniform_K = uniform(key_K, t)
+            token_K, logprob_K = draw(forward.logits_KV, uniform_K, params, seen_KV, known_V)
             # Finished rollouts that have not left yet keep their padding.
-            token_K = token_K.where(running_K, self.tokenizer.pad_token_id)
+            token_K = token_K.where(running_K, padding)
             token_RT[row_K, t] = token_K
             logprob_RT[row_K, t] = logprob_K.where(running_K, 0.0)
             if entropy_RT is not None:
@@ -213,6 +247,7 @@ class TransformersEngine:
                 row_K, key_K, token_K = row_K[kept_K], key_K[kept_K], token_K[kept_K]
                 running_K = running_K[kept_K]
                 seen_KV = None if seen_KV is None else seen_KV[kept_K]
+            token_K = token_K.where(running_K, fed)
             if seen_KV is not None:
                 seen_KV.scatter_(1, token_K[:, None], True)
             forward.append(token_K)
@@ -413,7 +448,10 @@ def _can_share_prefill(model: Any) -> bool:
     """Whether the model takes a cache whose every layer is of a kind this file can copy by row."""
     if not {"past_key_values", "attention_mask"} <= set(_forward_parameters(model)):
         return False
-    layers = DynamicCache(config=model.config).layers
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except Exception:  # configurations of layers that transformers has no cache for
+        return False
     return all(type(layer) in _SHAREABLE_LAYERS for layer in layers)
 
 
@@ -427,8 +465,70 @@ def _growing_cache(model: Any) -> Any:
 
 def _forward_parameters(model: Any) -> Sequence[str]:
     """Names of the arguments of `forward`; those of the model inside, for a PEFT wrapper."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return list(inspect.signature(inner.forward).parameters)
+    return list(inspect.signature(_language_model(model).forward).parameters)
+
+
+def _language_model(model: Any) -> Any:
+    """The model inside a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _known(
+    known_ids: Collection[int] | None, eos: Sequence[int], logits_KV: Tensor
+) -> Tensor | None:
+    """(V,) bool: ids with a token, and ends; None if all are or the tokenizer cannot say."""
+    num_ids = logits_KV.shape[-1]
+    if known_ids is None or all(i in known_ids for i in range(num_ids)):
+        return None
+    known_V = torch.zeros(num_ids, dtype=torch.bool)
+    known_V[[i for i in {*known_ids, *eos} if i < num_ids]] = True
+    return known_V.to(logits_KV.device)
+
+
+def _disagreement(model: Any, known_ids: Collection[int] | None, *, shared: bool) -> str | None:
+    """How a way of generating differs from a plain forward pass on the rows of `probes`; None: not."""
+    rows = rows_of(model, known_ids)
+    if not rows:
+        return None
+    plain = plain_logits(model, rows)
+    if any(logits.isnan().any() for logits in plain):
+        return None  # for `generate` to tell, of the prompts it is asked for
+    try:
+        found = _stepwise_logits(model, rows, shared=shared)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model says to a cache that is not its own
+        if not shared:
+            raise
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    pairs = [(plain[row][: len(logits)], logits) for row, logits in enumerate(found)]
+    one = torch.cat([logits for logits, _ in pairs]).log_softmax(dim=-1)
+    other = torch.cat([logits for _, logits in pairs]).log_softmax(dim=-1)
+    off = distance(one, other, spread_of(plain))
+    if off <= tolerance(model):
+        return None
+    return f"off by {off:.2g} of the spread of its log-probabilities"
+
+
+def _stepwise_logits(
+    model: Any, rows: Sequence[tuple[Tensor, Tensor]], *, shared: bool
+) -> list[Tensor]:
+    """(L, V) logits that predict each row's completion, token by token; the second leaves midway."""
+    prompts = [Prompt(key="", prompt="", token_ids=tuple(p.tolist()), columns={}) for p, _ in rows]
+    forward: _Forward = (_SharedForward if shared else _PlainForward)(model, prompts)
+    token_RL = torch.stack([completion for _, completion in rows]).to(model.device)
+    row_K = torch.arange(len(rows), device=model.device)
+    found: list[list[Tensor]] = [[] for _ in rows]
+    for step in range(token_RL.shape[1]):
+        for place, row in enumerate(row_K.tolist()):
+            found[row].append(forward.logits_KV[place].float())
+        if step + 1 == token_RL.shape[1]:
+            break
+        if step == token_RL.shape[1] // 2:
+            forward.keep(torch.tensor([0, *range(2, len(rows))], device=model.device))
+            row_K = row_K[row_K != 1]
+        forward.append(token_RL[row_K, step])
+    return [torch.stack(of_row) for of_row in found]
 
 
 def _padded(

@@ -292,6 +292,7 @@ def scripted(folder, **settings):
             "allocator": "uniform",
             "max_steps": 1,
             "max_completion_length": 5,
+            "max_mismatch": float("inf"),  # the script's log-probabilities are made up
             **settings,
         },
     )

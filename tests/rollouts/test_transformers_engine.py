@@ -5,7 +5,13 @@ import pytest
 import torch
 from scipy import stats
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     DynamicCache,
+    Phi3Config,
+    Phi3ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -220,6 +226,7 @@ def test_each_prompt_is_prefilled_once_and_finished_rollouts_are_not_computed(
 ):
     engine = TransformersEngine(with_frequent_ends(tiny_model()), tokenizer)
     monkeypatch.setattr(transformers_engine, "COMPACT_BELOW", 1.0)
+    engine.check_model()  # runs it on tokens of its own
     shapes = []
     hook = engine.model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
@@ -236,12 +243,13 @@ def test_each_prompt_is_prefilled_once_and_finished_rollouts_are_not_computed(
 
 
 def test_prompts_of_similar_length_share_a_wave(qwen3, tokenizer):
+    engine = TransformersEngine(qwen3, tokenizer, max_batch_rows=2)
+    engine.check_model()
     shapes = []
     hook = qwen3.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
         with_kwargs=True,
     )
-    engine = TransformersEngine(qwen3, tokenizer, max_batch_rows=2)
     one = replace(PLAIN, max_completion_length=1)
     prompts = tiny_prompts(3, 11, 2, 10)
     rollouts = engine.generate(prompts, [1, 1, 1, 1], seeds_N=seeds(4), params=one)
@@ -252,6 +260,7 @@ def test_prompts_of_similar_length_share_a_wave(qwen3, tokenizer):
 
 def test_equal_prompts_are_prefilled_once(engine):
     prompt = tiny_prompts(5)[0]
+    engine.check_model()
     shapes = []
     hook = engine.model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
@@ -574,7 +583,222 @@ def test_a_model_without_a_shareable_cache_says_so_once(tokenizer):
 def test_models_that_share_say_nothing(qwen3, tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert TransformersEngine(qwen3, tokenizer).shares_prefill
+        engine = TransformersEngine(qwen3, tokenizer)
+        engine.check_model()
+    assert engine.shares_prefill
+
+
+def recurrent_gemma():
+    """Keeps the state of its recurrent layers in its modules, where no cache has it."""
+    torch.manual_seed(0)
+    config = RecurrentGemmaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=8,
+        lru_width=32,
+        attention_window_size=6,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    )
+    return larger(RecurrentGemmaForCausalLM(config))
+
+
+def larger(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model.eval()
+
+
+class IgnoresTheMask(torch.nn.Module):
+    """A model that takes an attention mask and looks at what it hides, as xLSTM and RWKV do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner, self.config, self.generation_config = (
+            model,
+            model.config,
+            model.generation_config,
+        )
+
+    device = property(lambda self: self.inner.device)
+
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None):
+        return self.inner(input_ids, past_key_values=past_key_values, use_cache=use_cache)
+
+
+class RefusesOthersCaches(IgnoresTheMask):
+    """A model that takes no cache but its own, as MiniMax does."""
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None):
+        if past_key_values is not None:
+            raise ValueError("this model uses a cache of its own")
+        return self.inner(input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (recurrent_gemma, "off by 0"),
+        (lambda: IgnoresTheMask(tiny_model()), "off by 0"),
+        (lambda: RefusesOthersCaches(tiny_model()), "ValueError: this model uses a cache"),
+    ],
+)
+def test_a_model_whose_cache_gives_other_probabilities_runs_without(make, why, tokenizer):
+    model = make()
+    engine = TransformersEngine(model, tokenizer)
+    with pytest.warns(UserWarning, match=f"other probabilities with a cache than without .{why}"):
+        rollouts = engine.generate(tiny_prompts(5, 2), [3, 2], seeds_N=seeds(5), params=PLAIN)
+    assert not engine.shares_prefill
+    for row in range(5):
+        torch.testing.assert_close(
+            rollouts.logprob_NT[row][rollouts.mask_NT[row]],
+            teacher_forced(model, rollouts, row),
+            atol=1e-5,
+            rtol=0,
+        )
+
+
+def test_a_model_that_looks_ahead_is_refused(tokenizer):
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=POSITIONS,
+    )
+    engine = TransformersEngine(larger(BertLMHeadModel(config)), tokenizer)
+    with pytest.raises(ValueError, match="BertLMHeadModel cannot generate .* has to be causal"):
+        engine.generate(tiny_prompts(3), [1], seeds_N=[1], params=PLAIN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", SHARING)
+def test_the_check_passes_whatever_a_model_of_its_kind_weighs(architecture, dtype, tokenizer):
+    # Small weights give nearly equal probabilities, in which a fault would be a few nats at most.
+    for scale in (0.25, 1.0):
+        model = tiny_model(architecture)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(scale)
+        engine = TransformersEngine(model.to(dtype), tokenizer)
+        engine.check_model()
+        assert engine.shares_prefill
+
+
+# What a model or a tokenizer does not have
+
+
+def padded_vocabulary(rows=VOCABULARY + 30):
+    """A model with more ids than the tokenizer has tokens."""
+    model = tiny_model()
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():  # and they are likely
+        model.lm_head.weight[VOCABULARY:] = model.lm_head.weight[2:32] * 3
+    return model
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_without_a_token_are_never_drawn(temperature, tokenizer):
+    model = padded_vocabulary()
+    params = replace(PLAIN, temperature=temperature)
+    engine = TransformersEngine(model, tokenizer)
+    rollouts = engine.generate(tiny_prompts(3, 7), [20, 20], seeds_N=seeds(40), params=params)
+    assert rollouts.token_NT.max() < VOCABULARY
+    engine.known_ids = None  # of a tokenizer that cannot say
+    anything = engine.generate(tiny_prompts(3, 7), [20, 20], seeds_N=seeds(40), params=params)
+    assert anything.token_NT.max() >= VOCABULARY
+    for row in range(40):  # as with top_k, log-probabilities are those before the filter
+        torch.testing.assert_close(
+            rollouts.logprob_NT[row][rollouts.mask_NT[row]],
+            teacher_forced(model, rollouts, row),
+            atol=1e-5,
+            rtol=0,
+        )
+
+
+def test_an_end_that_the_tokenizer_does_not_have_may_be_drawn(tokenizer):
+    model = padded_vocabulary()
+    model.generation_config.eos_token_id = VOCABULARY + 3
+    engine = TransformersEngine(model, without_eos(tokenizer))
+    rollouts = engine.generate(tiny_prompts(3), [60], seeds_N=seeds(60), params=PLAIN)
+    assert set(rollouts.token_NT[rollouts.token_NT >= VOCABULARY].tolist()) == {VOCABULARY + 3}
+
+
+def test_a_pad_token_without_an_embedding_is_never_looked_up():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == VOCABULARY
+    for architecture in ("qwen3", "mamba"):
+        engine = TransformersEngine(with_frequent_ends(tiny_model(architecture)), tokenizer)
+        rollouts = engine.generate(tiny_prompts(3, 7), [8, 8], seeds_N=seeds(16), params=PLAIN)
+        assert not rollouts.mask_NT.all()
+        assert (rollouts.token_NT[~rollouts.mask_NT] == VOCABULARY).all()
+        assert (rollouts.token_NT[rollouts.mask_NT] < VOCABULARY).all()
+
+
+def test_a_prompt_with_an_id_that_has_no_embedding_is_refused(engine):
+    prompt = replace(tiny_prompts(2)[0], token_ids=(3, VOCABULARY + 4))
+    with pytest.raises(ValueError, match=r"'prompt-0' holds token id 38.*resize_token_embeddings"):
+        engine.generate([prompt], [1], seeds_N=[1], params=PLAIN)
+
+
+def test_longrope_does_not_pass_the_length_where_its_frequencies_change(tokenizer):
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [2.0, 4.0, 8.0, 16.0],
+        "factor": 8.0,
+        "original_max_position_embeddings": 20,
+        "partial_rotary_factor": 1.0,
+    }
+    config = Phi3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=POSITIONS,
+        original_max_position_embeddings=20,
+        rope_parameters=rope,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    )
+    model = larger(Phi3ForCausalLM(config))
+    engine = TransformersEngine(model, tokenizer)
+    rollouts = engine.generate(tiny_prompts(4), [3], seeds_N=seeds(3), params=PLAIN)
+    for row in range(3):
+        torch.testing.assert_close(
+            rollouts.logprob_NT[row][rollouts.mask_NT[row]],
+            teacher_forced(model, rollouts, row),
+            atol=1e-5,
+            rtol=0,
+        )
+    with pytest.raises(ValueError, match="does not fit the 20 positions up to which .*longrope"):
+        engine.generate(tiny_prompts(5), [3], seeds_N=seeds(3), params=PLAIN)
+
+
+def test_virtual_tokens_are_refused(tokenizer):
+    peft = pytest.importorskip("peft")
+    for config in (
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    ):
+        model = peft.get_peft_model(tiny_model(), config)
+        with pytest.raises(ValueError, match="_TUNING puts learnt tokens before every call"):
+            TransformersEngine(model, tokenizer)
 
 
 def test_both_ways_of_running_a_model_agree(tokenizer):
