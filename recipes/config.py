@@ -15,6 +15,7 @@ import sys
 import textwrap
 import types
 import typing
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ from rl.arguments import nearest
 
 ALSO_BOOLEAN = ("scale_rewards",)
 """Settings of text for which YAML may say true or false, as TRL's does."""
+
+
+BELONGING = {
+    "dataset_name": ("validation_name",),
+    "rewards": ("success_above",),
+}
+"""Settings of a file that fit its own value of another one, and no other value."""
 
 
 class ConfigError(ValueError):
@@ -72,10 +80,50 @@ def parse(classes: Sequence[type], arguments: Sequence[str] | None = None) -> tu
         if name not in hints and name.removeprefix("no_") not in hints:
             raise ConfigError(f"unknown argument {argument}{_hint(name, hints)}")
     parser = _Parser(list(classes))  # type: ignore[arg-type]
+    _drop_what_belongs_to_others(settings, arguments)
     for name, value in settings.pop("env", {}).items():
         os.environ[name] = str(value)
     parser.set_defaults_with_config(**settings)
     return parser.parse_args_into_dataclasses(args=arguments)
+
+
+def _drop_what_belongs_to_others(settings: dict[str, Any], arguments: Sequence[str]) -> None:
+    """Leave out of a file's settings what fits another value only, and tell it.
+
+    A recipe's validation prompts are those of its own data set, with its columns, and its
+    `success_above` is in the unit of its own rewards; beside others from the command line they would
+    validate on the wrong prompts, or have every rollout pass.
+    """
+    given = _given(arguments)
+    for name, dependents in BELONGING.items():
+        if name not in given or name not in settings or given[name] == _as_words(settings[name]):
+            continue
+        for dependent in dependents:
+            if dependent in settings and dependent not in given:
+                warnings.warn(
+                    f"{dependent}: {settings.pop(dependent)} of the file goes with {name}: "
+                    f"{' '.join(_as_words(settings[name]))} and is not used with --{name} "
+                    f"{' '.join(given[name])}; write --{dependent} to say your own",
+                    stacklevel=3,
+                )
+
+
+def _given(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Words after each `--name` of a command line."""
+    found: dict[str, list[str]] = {}
+    name = None
+    for word in arguments:
+        if word.startswith("--") and word != "--":
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            found[name] = [value] if equals else []
+        elif name is not None:
+            found[name].append(word)
+    return found
+
+
+def _as_words(value: Any) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
 
 
 def _hint(name: str, known: Any) -> str:

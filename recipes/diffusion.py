@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -134,10 +135,19 @@ def _data(recipe: RecipeArguments, config: DenoisingConfig) -> tuple[Any, Any]:
             **columns,
         )
         return rows, validation
-    if recipe.validation_size:
-        return split_validation(
-            rows, recipe.validation_size, seed=config.seed, id_column=config.id_column
+    size = recipe.validation_size
+    if len(rows) <= size == type(recipe).validation_size:  # the default, which nobody asked for
+        size = len(rows) // 5
+        told = f"{size} are held out" if size else "the prompts of training are validated with too"
+        warnings.warn(
+            f"validation_size: {recipe.validation_size} leaves nothing to train on of {len(rows)} "
+            f"prompts, so {told}; write validation_size, 0 for no validation",
+            stacklevel=2,
         )
+        if not size:  # allowed: a sample is no answer that could be memorised
+            return rows, rows
+    if size:
+        return split_validation(rows, size, seed=config.seed, id_column=config.id_column)
     return rows, None
 
 

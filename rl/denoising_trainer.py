@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,7 @@ class DenoisingTrainer(RolloutTrainer):
         device = args.reward_device or args.device
         reward_funcs = load_image_rewards(reward_funcs, args.reward_weights, device=device)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
+        _tell_of_missing_columns(self.line.prompts, self.eval_prompts)
         self.pipeline = self.line.engine.pipeline  # type: ignore[attr-defined]
         if self.args.max_evaluations is not None:
             memory = self.line.memory
@@ -169,6 +171,18 @@ class DenoisingTrainer(RolloutTrainer):
             for i, weight in enumerate(self._average.shadow_params):
                 weight.copy_(torch.as_tensor(average["weights"][str(i)]))
         return super()._load_state(state, folder)
+
+
+def _tell_of_missing_columns(prompts: list[Prompt], held_out: list[Prompt]) -> None:
+    """Warn if rewards get columns in training that they do not get in validation."""
+    columns = {name for prompt in prompts for name in prompt.columns}
+    lacking = sorted(columns - {name for prompt in held_out for name in prompt.columns})
+    if held_out and lacking:
+        warnings.warn(
+            f"eval_dataset has no column {', '.join(lacking)}, which train_dataset has: a reward that "
+            "reads it fails at the first validation",
+            stacklevel=3,
+        )
 
 
 def diversity_of(batch: Batch) -> dict[str, float]:

@@ -179,3 +179,23 @@ def test_help_lists_every_setting_once_under_its_class():
     assert text.index("--num_threads") < text.index("--selector") < text.index("--guidance_scale")
     assert text.index("--guidance_scale") < text.index("--adam_beta1")
     assert max(map(len, text.splitlines())) < 100
+
+
+def test_what_fits_the_files_own_rewards_only_is_left_out_with_others(tmp_path):
+    @dataclass
+    class Settings:
+        rewards: list[str] = field(default_factory=list)
+        success_above: float | None = None
+
+    path = tmp_path / "a.yaml"
+    path.write_text("rewards: [first, second]\nsuccess_above: -3\n")
+
+    def given(*words):
+        return parse((Settings,), ["--config", str(path), *words])[0]
+
+    assert given().success_above == given("--rewards", "first", "second").success_above == -3
+    assert given("--rewards", "third", "--success_above", "0.5").success_above == 0.5
+    with pytest.warns(
+        UserWarning, match="success_above: -3 of the file goes with rewards: first sec"
+    ):
+        assert given("--rewards", "third").success_above is None

@@ -1,6 +1,7 @@
 """One step of training of every recipe of recipes/images/peers, on tiny models of random weights."""
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,13 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline, PNDMScheduler
+from trl import ModelConfig
 
 from recipes import diffusion
-from recipes.train import main
+from recipes.config import parse
+from recipes.train import RecipeArguments, main
+from rl.denoising_config import DenoisingConfig
+from rl.denoising_weights import kl_factor
 from tests.tiny_pipelines import add_tiny_vae, embeddings, tiny_pipeline
 
 PEERS = sorted(
@@ -78,9 +83,56 @@ def test_a_peer_recipe_trains(path, tmp_path, monkeypatch):
     assert torch.get_num_threads() == 1
 
 
-def test_every_peer_recipe_says_what_a_success_is():
+def test_a_peer_recipe_has_nothing_that_fits_its_own_reward_only():
     assert len(PEERS) == 9
     for path in PEERS:
         recipe = yaml.safe_load(path.read_text())
-        # jpeg_compressibility is minus the size in kB.
-        assert recipe["rewards"] == ["jpeg_compressibility"] and recipe["success_above"] < 0
+        assert recipe["rewards"] == ["jpeg_compressibility"] and "success_above" not in recipe
+
+
+def settings_of(name, *words):
+    folder = Path(__file__).resolve().parents[2] / "recipes" / "images" / "peers"
+    given = ["--config", str(folder / f"{name}.yaml"), "--use_cpu", "true", "--bf16", "false"]
+    return parse((RecipeArguments, DenoisingConfig, ModelConfig), [*given, *words])[:2]
+
+
+def test_flow_grpos_kl_is_in_the_unit_of_its_beta(tmp_path):
+    """At 512 x 512 pixels a latent of Stable Diffusion 3.5 has 16 x 64 x 64 elements."""
+    _, config = settings_of("flow_grpo", "--output_dir", str(tmp_path))
+    levels = torch.tensor([[0.1, 0.9, 0.2, 0.8]])
+    factor = kl_factor(config.kl_reduction, levels, elements=16 * 64 * 64)
+    assert config.beta * factor.item() == pytest.approx(0.04 * 0.1 / 65536)
+
+
+def test_mix_grpo_begins_again_shifts_and_shares_its_start(tmp_path):
+    _, config = settings_of("mix_grpo", "--output_dir", str(tmp_path), "--max_steps", "700")
+    assert config.shift == 3 and config.shared_start_noise
+    windows = [config.step_plan(step).trained for step in range(0, 700, 25)]
+    assert windows[:2] == [(0, 1, 2, 3), (1, 2, 3, 4)]
+    assert windows[22:24] == [(22,), (0, 1, 2, 3)]
+
+
+@pytest.mark.parametrize("count", [3, 40, 400])
+def test_ones_own_prompts_are_not_validated_on_the_recipes(tmp_path, count):
+    own = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"{n} cats", "count": n} for n in range(count)]
+    own.write_text("\n".join(map(json.dumps, rows)))
+    words = ["--dataset_name", str(own), "--output_dir", str(tmp_path)]
+    with pytest.warns(UserWarning, match="validation_name: recipes/.* goes with dataset_name: rec"):
+        recipe, config = settings_of("flow_grpo", *words)
+    training, validation = diffusion._data(recipe, config)
+    assert recipe.validation_name is None
+    keys = [{row["count"] for row in part} for part in (training, validation)]
+    held_out = {3: 3, 40: 8, 400: 128}[count]
+    assert len(keys[1]) == held_out and (count == 3 or not keys[0] & keys[1])
+
+
+def test_ones_own_validation_prompts_and_line_stay(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        words = ["--dataset_name", "mine.jsonl", "--validation_name", "held-out.jsonl"]
+        recipe, _ = settings_of("flow_grpo", *words, "--output_dir", str(tmp_path))
+        assert recipe.validation_name == "held-out.jsonl"
+        same = ["--dataset_name=recipes/images/prompts/relations.jsonl"]
+        recipe, _ = settings_of("flow_grpo", *same, "--output_dir", str(tmp_path))
+        assert recipe.validation_name.endswith("relations_held_out.jsonl")

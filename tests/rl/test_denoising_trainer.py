@@ -269,6 +269,14 @@ def test_validation_by_hand(tmp_path):
     assert made.evaluate(tiny.rows(1))["eval_rollouts"] == 4
 
 
+def test_a_column_that_validation_lacks_is_told_before_the_run(tmp_path):
+    data = [{"prompt": "three cats", "count": 3}, {"prompt": "a dog", "count": 1}]
+    with pytest.warns(
+        UserWarning, match="eval_dataset has no column count, which train_dataset has"
+    ):
+        tiny.trainer(tmp_path, data=data, eval_dataset=tiny.rows(1))
+
+
 def test_pictures_show_branches_and_validation(tmp_path):
     tiny.run(
         tmp_path,
