@@ -470,11 +470,15 @@ def raft(reward_N: Tensor, prompt_N: Tensor) -> Tensor:
 
     For 0/1 rewards this is A = r. The indicator r = max r is the paper's (RAFT++: Yao et al.,
     2025, arXiv:2505.02391, eq. 8); read literally it keeps every row of a prompt whose rollouts all
-    fail, where the released code trains on none, and the code is followed. That a maximum of 0 or
-    less is a failure for rewards other than 0/1 too is a project default, not from the paper.
+    fail, where the released code trains on none, and the code is followed.
+
+    Graded rewards are given as successes in [0, 1] (`samplers/success.py`), as the trainer does.
+    Where these are yes or no, every row that passes is accepted, whatever the range of the rewards;
+    where they are shares of full marks, the best rows of the prompt are, if not worthless. A project
+    default: the paper speaks of right and wrong alone.
 
     Args:
-        reward_N: (N,) finite floating-point rewards.
+        reward_N: (N,) finite floating-point successes, or rewards that say the same.
         prompt_N: (N,) integers, the group of each rollout.
 
     Returns:

@@ -10,6 +10,7 @@ import torch
 from rl import gradient_norm
 from rl.advantages import raft
 from rl.logprobs import head_inputs
+from rl.methods import successes
 from rl.metrics import drawn
 from rl.scorer import Scorer
 from rollouts.batch import TokenRollouts
@@ -32,9 +33,11 @@ def gradient_norms(line: Line, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     if not batch.waves:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
     rollouts = drawn(batch.waves)
-    reward_N, prompt_N = rollouts.reward_N, rollouts.prompt_N
-    assert reward_N is not None and isinstance(rollouts, TokenRollouts)
-    accepted = ((raft(reward_N, prompt_N) > 0) & (rollouts.length_N > 0)).nonzero().flatten()
+    prompt_N = rollouts.prompt_N
+    assert isinstance(rollouts, TokenRollouts)
+    accepted = (
+        ((raft(successes(rollouts), prompt_N) > 0) & (rollouts.length_N > 0)).nonzero().flatten()
+    )
     mine = accepted[line.ranks.rows_to_train(rollouts.length_N[accepted])]
     found, error = None, None
     try:

@@ -172,6 +172,7 @@ class AdvantageMethod(NamedTuple):
     function: Callable
     columns: tuple[str, ...] = ()  # of the rollouts, besides rewards and prompts
     has_std: bool = False  # divides by a std: takes `std_correction` and `std_eps`
+    by_success: bool = False  # of successes in [0, 1] (`samplers/success.py`), not of rewards
     within_group: bool = False  # compares with the prompt's other rollouts: a lone one gets 0
     budgets: str | None = (
         None  # what n rollouts do to a prompt's weight; None: nothing, from n = 2 on
@@ -185,7 +186,7 @@ ADVANTAGES: dict[str, AdvantageMethod] = {
     "leave_one_out": AdvantageMethod(advantages.leave_one_out, within_group=True),
     "grpo": AdvantageMethod(advantages.grpo, has_std=True, within_group=True, budgets=_STD),
     "centred": AdvantageMethod(advantages.centred, within_group=True, budgets=_MEAN),
-    "raft": AdvantageMethod(advantages.raft),
+    "raft": AdvantageMethod(advantages.raft, by_success=True),
     "batch_whitened": AdvantageMethod(advantages.batch_whitened, has_std=True),
     "batch_whitened_tokens": AdvantageMethod(
         advantages.batch_whitened_tokens,
@@ -313,7 +314,8 @@ def advantage_of(config: RolloutConfig) -> Callable[[Rollouts, Any], torch.Tenso
 
     def advantage(rollouts: Rollouts, _: Any = None) -> torch.Tensor:
         more = [_column(rollouts, name) for name in columns]
-        return function(rollouts.reward_N, rollouts.prompt_N, *more)
+        value_N = successes(rollouts) if method.by_success else _set(rollouts.reward_N)
+        return function(value_N, rollouts.prompt_N, *more)
 
     def of_functions(rollouts: Rollouts, _: Any = None) -> torch.Tensor:
         reward_NF = _set(rollouts.reward_NF)
@@ -323,6 +325,11 @@ def advantage_of(config: RolloutConfig) -> Callable[[Rollouts, Any], torch.Tenso
         return advantages.normalised_sum(reward_NF, prompt_N, weight_F=weight_F, **std)
 
     return advantage if config.multi_objective_aggregation == AGGREGATIONS[0] else of_functions
+
+
+def successes(rollouts: Rollouts) -> torch.Tensor:
+    """How far each row succeeded; its reward, where nobody has read that as a success."""
+    return _set(rollouts.reward_N if rollouts.success_N is None else rollouts.success_N)
 
 
 def _std_of(config: RolloutConfig) -> dict[str, Any]:

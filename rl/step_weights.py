@@ -71,7 +71,8 @@ def objective_weight(
 
     Args:
         objective: one of the four names.
-        reward_N: (N,) finite floating-point rewards of every scored row of the step.
+        reward_N: (N,) finite floating-point rewards of every scored row of the step; `em` accepts by
+            them as `raft` does, so graded ones are given as successes in [0, 1].
         prompt_N: (N,) int64 positions of the rows' prompts, in 0 .. num_prompts - 1.
         num_prompts: prompts of the step, those without a scored row included.
         pass_rate_P: (num_prompts,) pass rates in [0, 1], known before the rollouts; `log` requires

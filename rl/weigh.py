@@ -12,6 +12,7 @@ import torch
 
 from rl import metrics, step_weights
 from rl.line import Batch
+from rl.methods import successes
 from rl.recompute import with_kl_penalty, without_unknown
 from rl.waves import Groups, Wave, size
 from rollouts.batch import Rollouts, TokenRollouts
@@ -113,10 +114,9 @@ def _weights(line: Line, groups: Groups, rollouts: Rollouts) -> tuple[torch.Tens
     denominators, of its losses `grpo` and `dr_grpo` on one side and `dapo` on the other.
     """
     num_prompts = len(groups.prompts)
-    assert rollouts.reward_N is not None
     weight_N = step_weights.objective_weight(
         line.objective,
-        rollouts.reward_N,
+        successes(rollouts),
         rollouts.prompt_N,
         num_prompts=num_prompts,
         pass_rate_P=groups.pass_rate_P,

@@ -371,3 +371,57 @@ def test_lengths_reach_the_planner_where_budgets_go_by_them(tmp_path, allocator)
     keys = [made.planner.keys[i] for i in np.flatnonzero(seen_D)]
     assert length_D[seen_D].tolist() == made.line.ranks.lengths.of(keys).tolist()
     assert np.isnan(length_D[~seen_D]).all() and len(set(length_D[seen_D].tolist())) > 1
+
+
+@pytest.mark.parametrize("objective", ["em", "mean"])
+@pytest.mark.parametrize(
+    ("above", "success", "accepted"),
+    [
+        (0.5, [1, 0, 1, 0], [1, 0, 1, 0]),  # yes or no: all that pass, not the best alone
+        (None, [0.9, 0.2, 0.6, 0.0], [1, 0, 0, 0]),  # shares of full marks: the best
+        (None, [0, 0, 1, 1], [0, 0, 1, 1]),  # rewards of any range, above their mean
+    ],
+)
+def test_raft_accepts_by_success_and_not_by_the_range_of_rewards(
+    above, success, accepted, objective
+):
+    from rl.methods import advantage_of, successes
+    from rl.step_weights import objective_weight
+    from rollouts.batch import Rollouts
+
+    rollouts = Rollouts(
+        prompt_N=torch.zeros(4, dtype=torch.int64),
+        mask_NT=torch.ones(4, 1, dtype=torch.bool),
+        logprob_NT=torch.zeros(4, 1),
+        version=0,
+        reward_N=torch.tensor([-7.0, -9.0, -8.0, -30.0], dtype=torch.float64),
+        success_N=torch.tensor(success, dtype=torch.float64),
+    )
+    made = tiny.config("unused", trainer="raft", objective=objective, success_above=above)
+    advantage_N = advantage_of(made)(rollouts)
+    assert advantage_N.tolist() == accepted
+    weight_N = objective_weight(objective, successes(rollouts), rollouts.prompt_N, num_prompts=1)
+    share = sum(accepted) if objective == "em" else 4
+    assert (weight_N * advantage_N).tolist() == [a / share for a in accepted]
+
+
+def test_several_rewards_can_be_compared_by_themselves_and_wait_with_their_groups(tmp_path):
+    from rl.advantages import normalised_sum
+
+    def large(completions, **_):
+        return [100.0 * (len(text) > 3) for text in completions]
+
+    settings = {"trainer": "grpo", "refill": True, "refill_wave": 9, "refill_max_age": 3}
+    settings |= {"prompts_per_step": 3, "allocator": "uniform", "reward_weights": [1.0, 0.5]}
+    settings |= {"multi_objective_aggregation": "normalize_then_sum", "success_above": 10.0}
+    made = tiny.trainer(tmp_path, reward=[tiny.small_digit, large], **settings)
+    seen, inner = [], made.line.advantage
+    object.__setattr__(made.line, "advantage", lambda *a: seen.append(a[0]) or inner(*a))
+    made.train()
+    weight_F = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    for rollouts in seen:
+        assert torch.equal(rollouts.reward_NF @ weight_F, rollouts.reward_N)
+        expected_N = normalised_sum(rollouts.reward_NF, rollouts.prompt_N, weight_F=weight_F)
+        assert torch.equal(inner(rollouts), expected_N) and expected_N.any()
+    held = made.line.buffer.state_dict()["held"]
+    assert held and all("reward_NF" in group["columns"] for group in held.values())
