@@ -252,6 +252,11 @@ class RolloutConfig(TrainingArguments):
         "What the loss is divided by after tokens were left out: kept_tokens, kept_row_tokens, "
         "original_tokens or kept_rows.",
     )
+    top_entropy_quantile: float = setting(
+        1.0,
+        "Share of tokens, those of highest entropy, that stay in the policy's loss, as in TRL: over "
+        "what all are divided by, and with the KL at every token. Published 0.2; 1: all.",
+    )
     mask_truncated_completions: bool = setting(
         False,
         "Leave completions that hit max_completion_length out of the loss. They stay in the comparison "
@@ -415,6 +420,24 @@ class RolloutConfig(TrainingArguments):
     beta: float = setting(0.0, "Weight of the KL to the policy before training; 0: no reference.")
     kl: str = setting(
         "k3_weighted", "Estimate of the KL as a loss: k2, k3 (GRPO) or k3_weighted (by the ratio)."
+    )
+    kl_ratio: str | None = setting(
+        None,
+        "The ratio of k3_weighted: token, or sequence (the mean over a row). Default: the loss's, as in "
+        "TRL: sequence for gspo, gspo_token and luspo, else token, with which alone it is the KL's.",
+    )
+    sync_ref_model: bool = setting(
+        False,
+        "Move the policy that the KL holds to towards the one that trains, now and then (TR-DPO).",
+    )
+    ref_model_mixup_alpha: float = setting(
+        0.6, "sync_ref_model: share of the trained weights in the new ones; the rest are the old."
+    )
+    ref_model_sync_steps: int = setting(512, "sync_ref_model: steps between two such moves.")
+    entropy_coef: float = setting(
+        0.0,
+        "Reward of the mean entropy per token in the loss, over the rows that are in it, those without "
+        "an advantage included; negative: a penalty.",
     )
     reward_kl: float = setting(
         0.0,

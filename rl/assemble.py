@@ -189,7 +189,9 @@ def make_line(
         length_weight=config.length_weight or "",
         decisions=lambda rollouts: rollouts.mask_NT,
         select_tokens=token_selector_of(config),
-        reference=Reference(model, accelerator) if config.beta or config.reward_kl else None,
+        reference=Reference(model, accelerator, moves=config.sync_ref_model)
+        if config.beta or config.reward_kl
+        else None,
         score=Scorer(
             temperature=config.temperature,
             pad_id=_pad_id(tokenizer, model),

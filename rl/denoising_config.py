@@ -51,7 +51,8 @@ LANGUAGE_ONLY = (
     *("max_prompt_length", "max_completion_length", "repetition_penalty", "generation_kwargs"),
     "chat_template_kwargs",
     *("max_prompt_length", "max_completion_length", "scale_rewards", "std_correction", "std_eps"),
-    "multi_objective_aggregation",
+    *("multi_objective_aggregation", "entropy_coef", "top_entropy_quantile", "kl_ratio"),
+    "sync_ref_model",
 )
 """Settings of `RolloutConfig` that have no meaning here and must stay as they are."""
 

@@ -80,13 +80,15 @@ def fused_statistics(
     temperature: float = 1.0,
     pad_id: int,
     right_padded: bool = False,
+    differentiable: bool = False,
 ) -> Statistics:
     """`logprobs.completion_statistics`, from the hidden states.
 
     Args, Returns and Raises: as `fused_logprobs` and `completion_statistics`.
     """
     layout = layout_of(model, rollouts, pad_id, right_padded=right_padded)
-    return _scored(model, rollouts, temperature, layout, entropy=True)
+    found = _scored(model, rollouts, temperature, layout, entropy=True)
+    return found if differentiable else found._replace(entropy_NT=found.entropy_NT.detach())
 
 
 @torch.no_grad()
@@ -185,7 +187,7 @@ def _scored(
     zero_NT = logprob_M.new_zeros(mask_NT.shape)
     return Statistics(
         zero_NT.masked_scatter(mask_NT, logprob_M),
-        zero_NT.masked_scatter(mask_NT, entropy_M.detach()),
+        zero_NT.masked_scatter(mask_NT, entropy_M),
     )
 
 
@@ -234,12 +236,13 @@ class _Scoring:
 
 
 class _FusedHead(torch.autograd.Function):
-    """log softmax((W h + b) / temperature) at each token; without gradient, the entropy of each
-    decision and the logits of the first, (V,), before the temperature; 0 if there is none.
+    """log softmax((W h + b) / temperature) at each token; the entropy of each decision, 0 and without
+    gradient if not asked for; and without gradient the logits of the first, (V,), before the
+    temperature, 0 if there is none.
 
-    Kept for the backward pass: hidden states and one normaliser per decision. There
+    Kept for the backward pass: hidden states, one normaliser and one entropy per decision. There
 
-        delta_m = grad_m (onehot(token_m) - softmax(z_m)) / temperature
+        delta_m = grad_m (onehot(token_m) - softmax(z_m)) / temperature, and the entropy's own
         dh_m = W^T delta_m,    dW = sum_m delta_m h_m^T,    db = sum_m delta_m
     """
 
@@ -274,15 +277,15 @@ class _FusedHead(torch.autograd.Function):
                 )
                 if entropy_L is not None:
                     entropy_M[at] = entropy_L
-        ctx.save_for_backward(hidden_MC, weight_VC, bias_V, token_M, normaliser_M)
-        ctx.mark_non_differentiable(entropy_M, first_V)
+        ctx.save_for_backward(hidden_MC, weight_VC, bias_V, token_M, normaliser_M, entropy_M)
+        ctx.mark_non_differentiable(*(() if entropy else (entropy_M,)), first_V)
         return logprob_M, entropy_M, first_V
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_MC, weight_VC, bias_V, token_M, normaliser_M = ctx.saved_tensors
+        hidden_MC, weight_VC, bias_V, token_M, normaliser_M, entropy_M = ctx.saved_tensors
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
-        index_A = grads[0].nonzero()[:, 0]
+        index_A = ((grads[0] != 0) | (grads[1] != 0)).nonzero()[:, 0]
         exact = normaliser_M.dtype
         with torch.autocast(hidden_MC.device.type, enabled=False):
             weight = weight_VC.to(ctx.dtype)
@@ -298,6 +301,8 @@ class _FusedHead(torch.autograd.Function):
                     normaliser_M[at],
                     token_M[at],
                     grads[0][at] / ctx.temperature,
+                    entropy_M[at],
+                    grads[1][at] / ctx.temperature,
                 )
                 if grad_bias_V is not None:
                     grad_bias_V += delta_LV.sum(dim=0)

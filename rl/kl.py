@@ -84,6 +84,7 @@ def kl_k3_weighted(
     *,
     denominator: float,
     old_logprob_NT: Tensor,
+    mask_NT: Tensor | None = None,
 ) -> tuple[Tensor, Statistics]:
     """k3 times the importance ratio: unbiased in value and gradient for KL(pi || ref).
 
@@ -91,17 +92,25 @@ def kl_k3_weighted(
 
     The ratio carries the part of the gradient that comes from the tokens' being drawn from the
     policy. (DeepSeek-V3.2, arXiv:2512.02556; TRL's default, `use_bias_correction_kl`.) With
-    one ratio per token the statement is exact token by token, given the tokens before it.
+    one ratio per token the statement is exact token by token, given the tokens before it. With
+    `mask_NT` the ratio is that of the row, as in `sequence_losses.gspo`:
+
+        s_i k3,    s_i = exp(mean_t (logprob_it - old_it)), with gradient
+
+    which is what TRL adds where its ratios are of sequences, and has neither property.
 
     Args:
         logprob_NT, reference_logprob_NT, weight_NT, denominator: as `kl_k2`.
         old_logprob_NT: (N, T) under the policy that sampled; taken as constant.
+        mask_NT: (N, T) bool, every decision of the rows, for one ratio per row; None: per token.
 
     Returns, Raises: as `kl_k2`. The sums are those of the tokens as drawn, without the ratio.
     """
     weight_NT, d_NT, log_ratio_NT = _differences(
         logprob_NT, reference_logprob_NT, weight_NT, denominator, old_logprob_NT
     )
+    if mask_NT is not None:
+        log_ratio_NT = _row_log_ratio(logprob_NT, old_logprob_NT, mask_NT, weight_NT)
     k_NT = clamped_exp(log_ratio_NT) * _k3(d_NT)
     statistics = _sums(weight_NT, d_NT)
     statistics["kl_nonfinite"] = count(~(d_NT + log_ratio_NT.detach()).isfinite(), d_NT)
@@ -203,6 +212,23 @@ def _differences(
         new_NT - selected(reference_logprob_NT.detach()),
         new_NT - old_NT,
     )
+
+
+def _row_log_ratio(
+    logprob_NT: Tensor, old_logprob_NT: Tensor, mask_NT: Tensor, weight_NT: Tensor
+) -> Tensor:
+    """Mean log-ratio of each row with any weight over its decisions, at every decision with weight."""
+    if mask_NT.dtype != torch.bool or mask_NT.shape != weight_NT.shape:
+        raise ValueError(
+            f"mask_NT must be bool of shape {tuple(weight_NT.shape)}, "
+            f"got {mask_NT.dtype} of shape {tuple(mask_NT.shape)}"
+        )
+    active_NT = weight_NT != 0
+    counted_NT = mask_NT & active_NT.any(dim=1, keepdim=True)
+    log_ratio_NT = logprob_NT.to(weight_NT.dtype) - old_logprob_NT.detach().to(weight_NT.dtype)
+    sum_N1 = torch.where(counted_NT, log_ratio_NT, 0.0).sum(dim=1, keepdim=True)
+    mean_N1 = sum_N1 / counted_NT.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(active_NT, mean_N1, 0.0)
 
 
 def _k3(d_NT: Tensor) -> Tensor:

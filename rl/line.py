@@ -40,7 +40,7 @@ class Scores(Protocol):
 
     def logprobs(self, model: torch.nn.Module, rollouts: Any) -> torch.Tensor: ...
 
-    def statistics(self, model: torch.nn.Module, rollouts: Any) -> Any: ...
+    def statistics(self, model: torch.nn.Module, rollouts: Any, **settings: Any) -> Any: ...
 
 
 class History(Protocol):
@@ -162,6 +162,7 @@ class Batch:
     denominator: float
     original_denominator: float  # of all rows, before any was dropped
     kl_denominator: float = 1.0  # the KL's own: the weight it covers
+    bonus_denominator: float = 1.0  # of the entropy's: the decisions it covers
     prompts: list[Prompt]  # P, as `rollouts.prompt_N` counts them
     waves: list[Wave]  # everything that was generated
     metrics: dict[str, float] = field(default_factory=dict)

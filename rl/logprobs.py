@@ -40,7 +40,8 @@ class Statistics(NamedTuple):
     logprob_NT: Tensor
     """(N, T) float, nats: log-probability of each recorded token, differentiable."""
     entropy_NT: Tensor
-    """(N, T) float, nats: entropy of the distribution over the whole vocabulary, detached."""
+    """(N, T) float, nats: entropy of the distribution over the whole vocabulary; detached unless asked
+    for with its gradient."""
 
 
 def completion_logprobs(
@@ -87,13 +88,16 @@ def completion_statistics(
     temperature: float = 1.0,
     pad_id: int,
     right_padded: bool = False,
+    differentiable: bool = False,
 ) -> Statistics:
     """Log-probabilities as `completion_logprobs`, and the entropy of each decision.
 
         entropy_nt = -sum_v p_ntv log p_ntv,    p = softmax(logits / temperature)
 
     over the whole vocabulary, before any top-k or top-p. A logit of -inf has probability 0 and adds
-    nothing. The entropy is detached: no loss differentiates it.
+    nothing. It is detached unless `differentiable`, for a loss that rewards it:
+
+        d entropy / d z_v = -p_v (log p_v + entropy)
 
     Args and Raises: as `completion_logprobs`.
 
@@ -101,7 +105,8 @@ def completion_statistics(
         Both (N, T), in nats and the dtype of `completion_logprobs`; exactly 0 off the mask.
     """
     layout = layout_of(model, rollouts, pad_id, right_padded=right_padded)
-    return _scored(model, rollouts, temperature, layout, entropy=True)
+    found = _scored(model, rollouts, temperature, layout, entropy=True)
+    return found if differentiable else found._replace(entropy_NT=found.entropy_NT.detach())
 
 
 @torch.no_grad()
@@ -298,7 +303,7 @@ class _SelectedLogprob(torch.autograd.Function):
 
         d logprob_t / d logits_tv = (1[v = token_t] - softmax_tv) / temperature
 
-    Gives the log-probabilities and the entropies, which have no gradient and are 0 if not asked for.
+    Gives the log-probabilities and the entropies, which are 0 and have no gradient if not asked for.
     """
 
     @staticmethod
@@ -319,22 +324,24 @@ class _SelectedLogprob(torch.autograd.Function):
             )
             if entropy_L is not None:
                 entropy_NT[at] = entropy_L
-        ctx.save_for_backward(logits_NTV, token_NT, mask_NT, normaliser_NT)
+        ctx.save_for_backward(logits_NTV, token_NT, mask_NT, normaliser_NT, entropy_NT)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy_NT)
+        if not entropy:
+            ctx.mark_non_differentiable(entropy_NT)
         return logprob_NT, entropy_NT
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits_NTV, token_NT, mask_NT, normaliser_NT = ctx.saved_tensors
-        grad_NT = grads[0]
+        logits_NTV, token_NT, mask_NT, normaliser_NT, entropy_NT = ctx.saved_tensors
+        grad_NT, of_entropy_NT = grads
         grad_NTV = torch.zeros_like(logits_NTV)
-        for at in _chunks(mask_NT & (grad_NT != 0), logits_NTV.shape[-1]):
+        for at in _chunks(mask_NT & ((grad_NT != 0) | (of_entropy_NT != 0)), logits_NTV.shape[-1]):
             z_LV = logits_NTV[at].to(grad_NT.dtype).div_(ctx.temperature)
             grad_L = grad_NT[at] / ctx.temperature
-            grad_NTV[at] = logit_gradient(z_LV, normaliser_NT[at], token_NT[at], grad_L).to(
-                grad_NTV.dtype
-            )
+            entropy = (entropy_NT[at], of_entropy_NT[at] / ctx.temperature)
+            grad_NTV[at] = logit_gradient(
+                z_LV, normaliser_NT[at], token_NT[at], grad_L, *entropy
+            ).to(grad_NTV.dtype)
         return grad_NTV, None, None, None, None
 
 
@@ -359,9 +366,26 @@ def selected(
     return logprob_L, log_total_L + top_L1[:, 0], entropy_L
 
 
-def logit_gradient(z_LV: Tensor, normaliser_L: Tensor, token_L: Tensor, grad_L: Tensor) -> Tensor:
-    """grad_l (1[v = token_l] - softmax(z_l)_v), written over `z_LV`."""
-    grad_LV = z_LV.sub_(normaliser_L[:, None]).exp_().mul_(-grad_L[:, None])
+def logit_gradient(
+    z_LV: Tensor,
+    normaliser_L: Tensor,
+    token_L: Tensor,
+    grad_L: Tensor,
+    entropy_L: Tensor,
+    of_entropy_L: Tensor,
+) -> Tensor:
+    """Of the log-probability and the entropy, with these gradients; written over `z_LV`.
+
+    grad_l (1[v = token_l] - p_v) - of_entropy_l p_v (log p_v + entropy_l),    p = softmax(z_l)
+    """
+    log_share_LV = z_LV.sub_(normaliser_L[:, None])
+    factor_LV = -grad_L[:, None]
+    if of_entropy_L.any():
+        # 0 * -inf, of a logit that leaves its token out, has to be 0.
+        least = torch.finfo(z_LV.dtype).min
+        surprise_LV = log_share_LV.clamp(min=least).add_(entropy_L[:, None])
+        factor_LV = surprise_LV.mul_(-of_entropy_L[:, None]).sub_(grad_L[:, None])
+    grad_LV = log_share_LV.exp_().mul_(factor_LV)
     return grad_LV.scatter_add_(1, token_L[:, None], grad_L[:, None])
 
 

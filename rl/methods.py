@@ -551,6 +551,12 @@ def loss_of(config: RolloutConfig) -> Callable:
     return partial(function, **{name: known[name] for name in names}) if names else function
 
 
+def kl_ratio_of(config: RolloutConfig) -> str:
+    """`kl_ratio`, where it is left out that of the loss, as in TRL."""
+    of_loss = "sequence" if config.loss in ("gspo", "gspo_token", "luspo") else "token"
+    return config.kl_ratio or of_loss
+
+
 def kl_of(config: RolloutConfig) -> Callable | None:
     """`kl(logprob_NT, rows, denominator=...)` named by `config`; None at beta 0."""
     if not config.beta:
@@ -560,10 +566,18 @@ def kl_of(config: RolloutConfig) -> Callable | None:
     def kl(logprob_NT: torch.Tensor, rows: Rollouts, *, denominator: float) -> Any:
         old_NT = rows.logprob_NT if rows.old_logprob_NT is None else rows.old_logprob_NT
         more = {"old_logprob_NT": old_NT} if config.kl == "k3_weighted" else {}
-        columns = (_set(rows.reference_logprob_NT), _set(rows.weight_NT))
+        if more and kl_ratio_of(config) == "sequence":
+            more["mask_NT"] = rows.mask_NT
+        weight_NT = _set(rows.weight_NT if rows.kl_weight_NT is None else rows.kl_weight_NT)
+        columns = (_set(rows.reference_logprob_NT), weight_NT)
         return function(logprob_NT, *columns, denominator=denominator, **more)
 
     return kl
+
+
+def trains_everywhere(config: RolloutConfig) -> bool:
+    """Whether rows without an advantage stay in the batch: their entropies count."""
+    return bool(config.entropy_coef) or config.top_entropy_quantile < 1
 
 
 def micro_batches_of(config: RolloutConfig) -> Callable[[TokenRollouts], list[torch.Tensor]]:

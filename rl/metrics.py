@@ -149,6 +149,8 @@ def of_update(sums: dict[str, float]) -> dict[str, float]:
             metrics[metric] = sums[name] / tokens
     if sums.get("mismatch_count"):
         metrics["mismatch"] = sums["mismatch"] / sums["mismatch_count"]
+    if sums.get("entropy_tokens"):
+        metrics["entropy"] = sums["entropy"] / sums["entropy_tokens"]
     if sums.get("kl_tokens"):
         metrics["kl"] = sums["kl_k3"] / sums["kl_tokens"]
         metrics["kl_k1"] = sums["kl_k1"] / sums["kl_tokens"]

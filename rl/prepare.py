@@ -14,7 +14,9 @@ import torch
 from rl import hapo, step_weights
 from rl.importance import correction
 from rl.recompute import ENTROPY, OLD, REFERENCE, recompute
+from rl.token_selection import above_quantile
 from rl.waves import size
+from rl.weigh import has_signal
 
 if TYPE_CHECKING:
     from rl.line import Batch, Line
@@ -64,26 +66,44 @@ def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
             original_denominator=batch.original_denominator,
         )
         metrics["select/token_share"] = float(kept_NT.sum() / rollouts.mask_NT.sum())
-    kl_denominator = float(weight_NT.sum())
+    # The KL is of the policies and not of the rollouts, so nothing below changes its weights.
+    kl_weight_NT, kept_NT = weight_NT, rollouts.mask_NT
+    if config.token_selection != "none":
+        kept_NT = weight_NT != 0
+    if config.top_entropy_quantile < 1:
+        assert rollouts.entropy_NT is not None
+        quantile = 1 - config.top_entropy_quantile
+        kept_NT = above_quantile(rollouts.entropy_NT, rollouts.mask_NT, quantile=quantile)
+        weight_NT = torch.where(kept_NT, weight_NT, 0.0)
+        metrics["select/token_share"] = float(kept_NT.sum() / rollouts.mask_NT.sum())
     if config.importance_correction != "none":
         factor_NT, of_factors = _correction(line, rollouts)
         weight_NT, metrics = weight_NT * factor_NT, metrics | of_factors
     rollouts = replace(rollouts, weight_NT=weight_NT)
-    trains_K = (weight_NT != 0).any(dim=1)
-    _account(line, rollouts, trains_K)
+    active_NT = (weight_NT != 0) & has_signal(rollouts)[:, None]
+    if line.kl is not None and kl_weight_NT is not weight_NT:
+        rollouts = replace(rollouts, kl_weight_NT=kl_weight_NT)
+        active_NT |= (kl_weight_NT != 0) & has_signal(rollouts)[:, None]
+    if config.entropy_coef:
+        rollouts = replace(rollouts, bonus_NT=kept_NT)
+        active_NT |= kept_NT
+    trains_K = active_NT.any(dim=1)
+    _account(line, rollouts, trains_K, active_NT)
     return replace(
         batch,
         rollouts=rollouts.take(trains_K.nonzero().flatten()),
         denominator=denominator,
-        kl_denominator=kl_denominator or 1.0,  # of an empty sum
+        kl_denominator=float(kl_weight_NT[trains_K].sum()) or 1.0,  # of an empty sum
+        bonus_denominator=float(kept_NT[trains_K].sum()) or 1.0,
         metrics=metrics,
     )
 
 
-def _account(line: Line, rollouts: Rollouts, trains_K: torch.Tensor) -> None:
+def _account(
+    line: Line, rollouts: Rollouts, trains_K: torch.Tensor, active_NT: torch.Tensor
+) -> None:
     """Rows that train, and of their tokens those that do; a row all of whose tokens left is filtered."""
-    assert rollouts.weight_NT is not None
-    trained = int((rollouts.weight_NT != 0).sum())
+    trained = int(active_NT.sum())
     num_rows, num_tokens = size(rollouts)
     num_trained = int(trains_K.sum())
     line.ledger.account("trained", num_trained, trained)
@@ -103,7 +123,8 @@ def _columns(line: Line) -> set[str]:
         columns.add(OLD)
     if config.beta and line.reference is not None:  # a diffusion model's KL comes with its scores
         columns.add(REFERENCE)
-    if config.token_selection != "none" or _uses_pivot(line):
+    by_entropy = config.token_selection != "none" or config.top_entropy_quantile < 1
+    if by_entropy or _uses_pivot(line):
         columns.add(ENTROPY)
     return columns
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 logger = logging.get_logger(__name__)
+
+FILE = "reference.safetensors"
+"""A reference that has moved, in the folder of a checkpoint."""
 
 
 class Reference:
@@ -22,20 +28,26 @@ class Reference:
 
     With LoRA nothing is copied, unless weights of the model train beside it. Else the copy takes as much
     memory as the model, sharded as it is; a model that ZeRO-3 has cut up cannot be copied and is loaded
-    again from where it came from.
+    again from where it came from. A copy may move (`sync`), and is then saved with every checkpoint.
 
     Args:
         policy: before training, and before any checkpoint is loaded into it.
         accelerator: shards or places the copy as it does the policy.
+        moves: whether `sync` will be called.
 
     Raises:
-        ValueError: under ZeRO-3, if the model was not loaded from anywhere; or if adapters are given
-            that already change the model, as it is not what it is without them.
+        ValueError: under ZeRO-3, if the model was not loaded from anywhere; if adapters are given
+            that already change the model, as it is not what it is without them; or for one that
+            moves but has no weights of its own (adapters) or not whole ones (ZeRO-3, FSDP).
     """
 
-    def __init__(self, policy: PreTrainedModel, accelerator: Accelerator) -> None:
+    def __init__(
+        self, policy: PreTrainedModel, accelerator: Accelerator, *, moves: bool = False
+    ) -> None:
         self._accelerator = accelerator
         self._copy: torch.nn.Module | None = None
+        if moves:
+            _require_movable(policy, accelerator)
         if hasattr(policy, "disable_adapter"):
             why = not_its_own_reference(policy)
             if why is None:
@@ -72,6 +84,68 @@ class Reference:
             return
         with self._accelerator.unwrap_model(model).disable_adapter():
             yield model
+
+    @torch.no_grad()
+    def sync(self, model: torch.nn.Module, alpha: float) -> None:
+        """Move the copy towards `model`: weight = alpha * model's + (1 - alpha) * its own.
+
+        (TR-DPO: arXiv:2404.09656; TRL's `sync_ref_model`.)
+        """
+        assert self._copy is not None
+        own, theirs = self._whole(), self._accelerator.unwrap_model(model)
+        for weight, other in zip(own.parameters(), theirs.parameters(), strict=True):
+            weight.mul_(1 - alpha).add_(other.detach().to(weight), alpha=alpha)
+
+    def save(self, folder: Path) -> None:
+        """Write a copy's weights into the folder of a checkpoint."""
+        weights = {n: w.detach().cpu().contiguous() for n, w in self._whole().named_parameters()}
+        save_file(weights, folder / FILE)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote.
+
+        Raises:
+            ValueError: if the checkpoint holds no moved reference.
+        """
+        if not (folder / FILE).is_file():
+            raise ValueError(
+                f"{folder} holds no {FILE}: it was written without sync_ref_model, so leave that out, "
+                "or begin another run"
+            )
+        weights = load_file(folder / FILE)
+        for name, weight in self._whole().named_parameters():
+            weight.copy_(weights[name])
+
+    def _whole(self) -> torch.nn.Module:
+        assert self._copy is not None
+        return self._accelerator.unwrap_model(self._copy)
+
+
+class Follow(TrainerCallback):
+    """Moves `reference` every `ref_model_sync_steps` steps, before the step is saved."""
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % args.ref_model_sync_steps == 0:
+            self._reference.sync(kwargs["model"], args.ref_model_mixup_alpha)
+
+
+def _require_movable(policy: torch.nn.Module, accelerator: Accelerator) -> None:
+    if hasattr(policy, "disable_adapter"):
+        raise ValueError(
+            "sync_ref_model needs a reference with weights of its own, but that of an adapter is the "
+            "model without it: train all weights, or leave it out"
+        )
+    plugin = accelerator.state.deepspeed_plugin
+    sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
+    if sharded or (plugin is not None and plugin.zero_stage == 3):
+        raise ValueError(
+            "sync_ref_model needs whole weights: leave it out, or train with DDP or ZeRO 1 and 2 in the "
+            "place of FSDP and ZeRO-3"
+        )
 
 
 def not_its_own_reference(policy: torch.nn.Module) -> str | None:

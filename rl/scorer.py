@@ -56,14 +56,16 @@ class Scorer:
         )
         return score(model, rollouts, **self.settings)
 
-    def statistics(self, model: torch.nn.Module, rollouts: TokenRollouts) -> Statistics:
+    def statistics(
+        self, model: torch.nn.Module, rollouts: TokenRollouts, *, differentiable: bool = False
+    ) -> Statistics:
         """Log-probabilities and entropies; see `logprobs.completion_statistics`."""
         score: Callable[..., Statistics] = (
             fused_head.fused_statistics
             if self._uses_fused(model)
             else logprobs.completion_statistics
         )
-        return score(model, rollouts, **self.settings)
+        return score(model, rollouts, differentiable=differentiable, **self.settings)
 
     def _uses_fused(self, model: torch.nn.Module) -> bool:
         # Asking runs the model once. Every rank scores its first rows at the same moment.

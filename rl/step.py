@@ -56,11 +56,17 @@ def update(
         for i in range(num_micro):
             rows = (micro[i] if i < len(micro) else rollouts.take(part_K[:1])).to(total.device)
             if i >= len(micro):
-                assert rows.weight_NT is not None
-                rows = replace(rows, weight_NT=torch.zeros_like(rows.weight_NT))
+                rows = _of_no_weight(rows)
             with ranks.micro_batch(model, is_last=i == num_micro - 1):
-                logprob_NT = line.score.logprobs(model, rows)
-                loss, statistics = loss_of(line, batch, rows, logprob_NT, share=share)
+                entropy_NT = None
+                if config.entropy_coef:
+                    scored = line.score.statistics(model, rows, differentiable=True)
+                    logprob_NT, entropy_NT = scored.logprob_NT, scored.entropy_NT
+                else:
+                    logprob_NT = line.score.logprobs(model, rows)
+                loss, statistics = loss_of(
+                    line, batch, rows, logprob_NT, share=share, entropy_NT=entropy_NT
+                )
                 with ranks.until_gather():
                     metrics.require_finite(loss, logprob_NT, rows, batch.prompts)
                 if number == 0:  # before any update, which DeepSpeed makes at the end of backward
@@ -88,13 +94,28 @@ def mini_batches(line: Line, batch: Batch) -> list[torch.Tensor]:
     return parts * line.config.num_iterations
 
 
+def _of_no_weight(rows: Rollouts) -> Rollouts:
+    """`rows` that take part in a micro-batch and count nowhere in its loss."""
+    names = ("weight_NT", "kl_weight_NT", "bonus_NT")
+    columns = {n: column for n in names if (column := getattr(rows, n)) is not None}
+    return replace(rows, **{name: torch.zeros_like(column) for name, column in columns.items()})
+
+
 def loss_of(
-    line: Line, batch: Batch, rows: Rollouts, logprob_NT: torch.Tensor, *, share: int
+    line: Line,
+    batch: Batch,
+    rows: Rollouts,
+    logprob_NT: torch.Tensor,
+    *,
+    share: int,
+    entropy_NT: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The policy's loss of some rows, and beta times their KL to the reference policy.
 
     The KL covers the decisions that train, with the weights of the loss and over their own sum. Each
-    of `share` updates takes that part of the denominators, as it has that part of the rows.
+    of `share` updates takes that part of the denominators, as it has that part of the rows. With
+    entropies, `entropy_coef` times their mean over the decisions that earn a bonus is subtracted
+    (TRL's `entropy_coef`, whose mean is over a micro-batch; here it is over the step).
     """
     assert rows.advantage_N is not None and rows.weight_NT is not None
     old_NT = rows.logprob_NT if rows.old_logprob_NT is None else rows.old_logprob_NT
@@ -107,4 +128,10 @@ def loss_of(
     if line.kl is not None:
         kl, of_kl = line.kl(logprob_NT, rows, denominator=batch.kl_denominator / share)
         loss, statistics = loss + line.config.beta * kl, statistics | of_kl
+    if entropy_NT is not None:
+        assert rows.bonus_NT is not None
+        total = torch.where(rows.bonus_NT, entropy_NT, 0.0).sum()
+        loss = loss - line.config.entropy_coef * total / (batch.bonus_denominator / share)
+        sums = {"entropy": total.detach(), "entropy_tokens": rows.bonus_NT.sum()}
+        statistics = statistics | sums
     return loss, statistics

@@ -8,6 +8,7 @@ first update, in float64 on the CPU, and nothing in it is differentiated.
 Axes: N rollouts (the kept rows), T decision steps, M decisions of the mask.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,13 +89,41 @@ def top_entropy(
     """The decisions of largest entropy, where a rollout could have gone another way.
 
     `top_tokens` with every advantage 1: m decisions, exactly. (Wang et al., 2025, arXiv:2506.01939,
-    with a fraction of 0.2.) TRL's `top_entropy_quantile` differs: a threshold at a quantile of the
-    micro-batch, taken anew in every pass, and the denominator left as it was.
+    with a fraction of 0.2.) TRL's `top_entropy_quantile` differs: see `above_quantile`.
 
     Args, Returns, Raises: as `top_tokens`.
     """
     one_N = torch.ones(len(mask_NT), dtype=torch.float64)
     return top_tokens(one_N, entropy_NT, mask_NT, fraction=fraction, scope=scope)
+
+
+def above_quantile(entropy_NT: Tensor, mask_NT: Tensor, *, quantile: float) -> Tensor:
+    """The decisions whose entropy is at least a quantile of all, however many tie with it.
+
+        kept = H_NT >= the `quantile` of H over the decisions, linear between two of them
+
+    (Wang et al., 2025, arXiv:2506.01939, as TRL's `top_entropy_quantile` = 1 - quantile has it. TRL
+    takes it of a micro-batch over all processes and anew in every pass; here it is of the step, which
+    is the same where a step is one micro-batch that is passed once.)
+
+    Args:
+        entropy_NT, mask_NT: as `top_tokens`.
+        quantile: in [0, 1]; 0 keeps all, 1 those of the highest entropy.
+
+    Returns:
+        (N, T) bool on the device of `mask_NT`, False off the mask.
+
+    Raises:
+        ValueError: for a quantile out of range, or as `top_tokens`.
+    """
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"quantile must lie in [0, 1], got {quantile}")
+    value_NT, valid_NT = checked_entropy(entropy_NT, mask_NT), mask_NT.cpu()
+    if not valid_NT.any():
+        return mask_NT
+    # torch.quantile stops at 16 million values.
+    threshold = float(np.quantile(value_NT[valid_NT].numpy(), quantile))
+    return (valid_NT & (value_NT >= threshold)).to(mask_NT.device)
 
 
 def checked_entropy(entropy_NT: Tensor, mask_NT: Tensor) -> Tensor:

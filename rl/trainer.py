@@ -37,6 +37,7 @@ from rl.measure import gradient_norms
 from rl.origins import DECIDED, adapter_settings, origins
 from rl.prepare import prepare
 from rl.progress import ProgressLine
+from rl.reference import Follow
 from rl.step import collect, mini_batches, update
 from rl.validation import choice
 from rollouts.engine import Engine
@@ -148,6 +149,8 @@ class RolloutTrainer(Trainer):
             self.remove_callback(callback)
         self.run_folder = tracking.RunFolder(str(args.output_dir))
         self.progress = ProgressLine(args)
+        if args.sync_ref_model and self.line.reference is not None:
+            self.add_callback(Follow(self.line.reference))
         self.add_callback(self.run_folder)
         self.add_callback(self.progress)
         empty, drawn = lambda: self._empty_steps, lambda: self.ledger.totals["tokens_drawn"]
@@ -354,6 +357,8 @@ class RolloutTrainer(Trainer):
     def _load_state(self, state: dict[str, Any], folder: str) -> int:
         refuse_decisive(self, state["settings"], folder)
         self.line.load_state_dict(state["line"])
+        if self.args.sync_ref_model and self.line.reference is not None:
+            self.line.reference.load(Path(folder))
         self._empty_steps = state["empty_steps"]
         self.steps_since_log = state["steps_since_log"]
         self._saved_step = state["step"]
@@ -379,6 +384,8 @@ class RolloutTrainer(Trainer):
                 self.state.best_model_checkpoint = str(Path(run) / Path(best).name)
             if ranks.is_main:
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+                if args.sync_ref_model and self.line.reference is not None:
+                    self.line.reference.save(staging / name)
                 checkpoint.save_state(staging / name, self._line_state())
         self._saved_step = self.state.global_step
         if ranks.is_main:

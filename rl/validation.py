@@ -274,6 +274,19 @@ def validate(config: RolloutConfig) -> None:
         )
     choice("stratum_fallback", config.stratum_fallback, FALLBACKS)
     choice("hapo_sign", config.hapo_sign, ("signed", "released"))
+    choice("kl_ratio", config.kl_ratio, (None, "token", "sequence"))
+    _reference(config)
+    if not np.isfinite(config.entropy_coef):
+        raise ValueError(f"entropy_coef must be finite, got {config.entropy_coef}")
+    if not 0 <= config.top_entropy_quantile <= 1:
+        raise ValueError(
+            f"top_entropy_quantile must lie in [0, 1], got {config.top_entropy_quantile}"
+        )
+    if config.top_entropy_quantile < 1 and config.token_selection != "none":
+        raise ValueError(
+            f"top_entropy_quantile={config.top_entropy_quantile} and token_selection "
+            f"{config.token_selection!r} both choose tokens: write one"
+        )
     _at_least(config, 1, "max_generated_tokens")
     _at_least(config, 0, "beta", "importance_floor", "stratum_alpha", "reward_kl")
     _at_least(config, 0, "adaptive_temperature_tau", "hapo_quantile")
@@ -354,6 +367,22 @@ def validate(config: RolloutConfig) -> None:
             "advantage: raft, or loss: grpo"
         )
     _objective(config)
+
+
+def _reference(config: RolloutConfig) -> None:
+    """What moving the reference fits with."""
+    _at_least(config, 1, "ref_model_sync_steps")
+    if not 0 < config.ref_model_mixup_alpha <= 1:
+        raise ValueError(
+            f"ref_model_mixup_alpha must be above 0 and at most 1, got {config.ref_model_mixup_alpha}"
+        )
+    if hasattr(config, "baseline"):  # a diffusion model's, which cannot move
+        return
+    if config.sync_ref_model and not (config.beta or config.reward_kl):
+        raise ValueError(
+            "sync_ref_model moves the policy that a KL holds to, and there is no KL: write beta above "
+            "0, or leave it out"
+        )
 
 
 def _scaling(config: RolloutConfig) -> None:
@@ -497,6 +526,7 @@ def _stopping_and_rows(config: RolloutConfig) -> None:
     choice("token_scope", config.token_scope, SCOPES)
     choice("token_denominator", config.token_denominator, DENOMINATORS)
     varies = "token_selection" if config.token_selection != "none" else ""
+    varies = varies or "top_entropy_quantile" * (config.top_entropy_quantile < 1)
     varies = varies or "importance_correction" * config.importance_correction.startswith("token")
     if config.loss in ONE_RATIO_PER_ROW and varies:
         raise ValueError(

@@ -12,7 +12,7 @@ import torch
 
 from rl import metrics, step_weights
 from rl.line import Batch
-from rl.methods import successes
+from rl.methods import successes, trains_everywhere
 from rl.recompute import with_kl_penalty, without_unknown
 from rl.waves import Groups, Wave, size
 from rollouts.batch import Rollouts, TokenRollouts
@@ -28,7 +28,8 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
     Advantages are those of full groups, whatever is dropped afterwards; PODS alone computes them
     again on the rows it keeps. Truncated rows that are to be masked (`mask_truncated_completions`,
     the overlong filtering of DAPO, arXiv:2503.14476) take part in all of it and lose their tokens
-    last, so that the others weigh what they weighed, as in TRL.
+    last, so that the others weigh what they weighed, as in TRL. Where entropies count, rows without
+    signal stay.
 
     Args:
         line: the stages of the run.
@@ -47,7 +48,8 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
         rollouts = replace(rollouts, advantage_N=line.advantage_after(rollouts))
     weight_K, denominator, original = _objective(line, groups, everything, chosen)
     assert rollouts.advantage_N is not None
-    trains_K = has_signal(rollouts) & (weight_K != 0) & (_trained_length(line, rollouts) > 0)
+    trains_K = has_signal(rollouts) & (weight_K != 0) | trains_everywhere(config)
+    trains_K &= _trained_length(line, rollouts) > 0
     kept = rollouts.take(trains_K.nonzero().flatten())
     trained_N = torch.zeros(len(everything), dtype=torch.bool)
     trained_N[chosen[trains_K]] = True

@@ -71,6 +71,10 @@ class Rollouts:
     """(N,) int64: peers within the prompt, such as the number of tool calls; None: all are."""
     weight_NT: Tensor | None = None
     """(N, T) float: how much each decision counts in the loss; None until weighed."""
+    kl_weight_NT: Tensor | None = None
+    """(N, T) float: the same for the KL to a reference; None: as in the loss."""
+    bonus_NT: Tensor | None = None
+    """(N, T) bool: decisions whose entropy the loss rewards; None: none."""
     old_logprob_NT: Tensor | None = None
     """(N, T) float, nats: recomputed by the trainer before the first update; None: not needed."""
     reference_logprob_NT: Tensor | None = None

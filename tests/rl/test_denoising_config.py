@@ -42,6 +42,10 @@ LANGUAGE_VALUES = {
     "std_correction": 0,
     "std_eps": 0.1,
     "multi_objective_aggregation": "normalize_then_sum",
+    "entropy_coef": 0.1,
+    "top_entropy_quantile": 0.2,
+    "kl_ratio": "token",
+    "sync_ref_model": True,
 }
 
 

@@ -76,6 +76,20 @@ def tied(architecture):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_entropies_equal_those_of_the_plain_path(name):
+    model, batch = MODELS[name](), rollouts()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for score in (fused_statistics, completion_statistics):
+        both = score(model, batch, temperature=0.7, pad_id=PAD, differentiable=True)
+        value = (both.entropy_NT.square() + 0.3 * both.logprob_NT).sum()
+        found.append(torch.autograd.grad(value, parameters))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+    assert max(float(g.abs().max()) for g in found[0]) > 0.1
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_equals_the_plain_path_in_float64(name):
     assert_equal_to_plain(MODELS[name](), rollouts(), atol=1e-10, temperature=0.7)
 
@@ -176,7 +190,10 @@ def test_by_hand():
     assert first_V.tolist() == pytest.approx([0, 1.0986122886681098])
     assert logprob_M.item() == pytest.approx(-0.2876820724517809)  # log 3/4
     assert entropy_M.item() == pytest.approx(0.5623351446188083)
-    assert not entropy_M.requires_grad
+    # d H / d z = -p (log p + H): 1/4 (log 4 - H) and 3/4 (log 4/3 - H).
+    (of_entropy,) = torch.autograd.grad(entropy_M.sum(), weight, retain_graph=True)
+    falls = 0.75 * (0.2876820724517809 - 0.5623351446188083)
+    assert of_entropy[:, 0].tolist() == pytest.approx([-falls, falls])
     logprob_M.sum().backward()
     # delta = (-1/4, 1 - 3/4), times the hidden state, and times the weights.
     assert weight.grad[:, 0].tolist() == pytest.approx([-0.25, 0.25])

@@ -14,6 +14,7 @@ from rl.logprobs import (
     completion_statistics,
     ends,
     head_inputs,
+    logit_gradient,
     selected,
 )
 from rollouts.batch import TokenRollouts
@@ -232,6 +233,33 @@ def test_entropy_is_that_of_the_whole_vocabulary_at_the_same_temperature(tempera
     assert entropy_NT[mask_NT].std() > 0.05
     assert (entropy_NT[~mask_NT] == 0).all()
     assert logprob_NT.requires_grad and not entropy_NT.requires_grad
+
+
+def test_an_entropy_has_the_gradient_of_the_textbook_where_it_is_asked_for():
+    model, batch = qwen(), rollouts(mask=((1, 0, 0, 1), (1, 1, 0, 0)), prompt=(0, 2))
+    found = completion_statistics(model, batch, temperature=0.7, pad_id=PAD, differentiable=True)
+    head = model.lm_head.weight
+    hidden_NTC = head_inputs(model, batch, pad_id=PAD)
+    slow_NT = torch.distributions.Categorical(logits=hidden_NTC @ head.T / 0.7).entropy()
+    # A weight per token, so that no two of them can be confused.
+    weight_NT = batch.mask_NT * torch.arange(1.0, 9.0, dtype=torch.float64).reshape(2, 4)
+    (ours,) = torch.autograd.grad((weight_NT * found.entropy_NT).sum(), head)
+    (theirs,) = torch.autograd.grad((weight_NT * slow_NT).sum(), head)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    assert theirs.abs().max() > 1e-2
+
+
+def test_a_token_left_out_by_minus_infinity_takes_no_part_in_the_gradient_of_an_entropy():
+    z_LV = torch.tensor([[0.3, -0.2, -math.inf, 1.0]], dtype=torch.float64)
+    one_L = torch.ones(1, dtype=torch.float64)
+    kept = z_LV[:, [0, 1, 3]].clone().requires_grad_()
+    entropy = torch.distributions.Categorical(logits=kept).entropy()
+    expected = torch.autograd.grad(entropy.sum(), kept)[0]
+    found = logit_gradient(
+        z_LV.clone(), z_LV.logsumexp(1), torch.tensor([0]), 0 * one_L, entropy.detach(), one_L
+    )
+    torch.testing.assert_close(found[:, [0, 1, 3]], expected, atol=1e-14, rtol=0)
+    assert found[0, 2] == 0
 
 
 def test_a_sure_token_has_entropy_0_in_float32():

@@ -7,7 +7,7 @@ import torch
 from rl.losses import clipped_surrogate
 from rl.sequence_losses import gspo_token
 from rl.step_weights import DENOMINATORS, LENGTH_RULES, after_selection, denominator, token_weight
-from rl.token_selection import top_entropy, top_tokens
+from rl.token_selection import above_quantile, top_entropy, top_tokens
 from samplers.downsampling import token_fraction
 
 # Eight decisions; the row of advantage 0 has score 0 whatever its entropy.
@@ -293,3 +293,23 @@ def test_what_is_wrong_is_said():
         kept(mask=MASK_NT.double())
     with pytest.raises(ValueError, match=r"mask_NT must be bool of the shape \(N, T\)"):
         kept(entropy=ENTROPY_NT[:, :2])
+
+
+def test_tokens_from_a_quantile_on_stay_with_all_their_ties():
+    entropy_NT = torch.tensor([[1.0, 2.0, 3.0], [3.0, 0.5, 9.0]])
+    mask_NT = torch.tensor([[True, True, True], [True, True, False]])
+    # Sorted: .5, 1, 2, 3, 3. The .6 quantile is 2.4, the .75 one 3.
+    assert above_quantile(entropy_NT, mask_NT, quantile=0.6).int().tolist() == [
+        [0, 0, 1],
+        [1, 0, 0],
+    ]
+    assert above_quantile(entropy_NT, mask_NT, quantile=0.5).int().tolist() == [
+        [0, 1, 1],
+        [1, 0, 0],
+    ]
+    assert above_quantile(entropy_NT, mask_NT, quantile=1.0).sum() == 2
+    assert torch.equal(above_quantile(entropy_NT, mask_NT, quantile=0.0), mask_NT)
+    none_NT = torch.zeros_like(mask_NT)
+    assert torch.equal(above_quantile(entropy_NT, none_NT, quantile=0.8), none_NT)
+    with pytest.raises(ValueError, match=r"quantile must lie in \[0, 1\], got 1.5"):
+        above_quantile(entropy_NT, mask_NT, quantile=1.5)

@@ -11,6 +11,7 @@ from rl.kl import kl_k3, kl_k3_weighted
 from rl.losses import cispo, clipped_surrogate, sapo
 from rl.sequence_losses import gspo, rloo, vespo
 from rl.step_weights import denominator, objective_weight, token_weight
+from rl.token_selection import above_quantile
 
 pytestmark = pytest.mark.slow  # importing trl takes seven seconds
 
@@ -25,6 +26,7 @@ class OneProcess:
         return value
 
     gather = gather_for_metrics = staticmethod(lambda value: value)
+    pad_across_processes = staticmethod(lambda value, **_: value)
 
 
 class Metrics(dict):
@@ -47,6 +49,9 @@ def trl_loss(
     reference_NT=None,
     bias_correction=True,
     factor_NT=None,
+    entropy_NT=None,
+    quantile=1.0,
+    entropy_coef=0.0,
 ):
     """`GRPOTrainer._compute_loss` itself, over recorded log-probabilities instead of a model."""
     from trl import GRPOConfig, GRPOTrainer
@@ -57,15 +62,16 @@ def trl_loss(
         for name, field in published.items()
         if name.startswith(("sapo_", "vespo_"))
     }
+    if entropy_NT is None:
+        entropy_NT = torch.zeros_like(logprob_NT)
     fake = types.SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (
-            logprob_NT,
-            torch.zeros_like(logprob_NT),
-            None,
-        ),
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logprob_NT, entropy_NT, None),
         get_gamma_weights=GRPOTrainer.get_gamma_weights,
+        get_high_entropy_mask=lambda *args: GRPOTrainer.get_high_entropy_mask(fake, *args),
         aux_loss_enabled=False,
-        top_entropy_quantile=1.0,
+        top_entropy_quantile=quantile,
+        entropy_coef=entropy_coef,
+        use_adaptive_entropy=False,
         off_policy_mask_threshold=None,
         importance_sampling_level=level,
         beta=beta,
@@ -81,7 +87,7 @@ def trl_loss(
         model=torch.nn.Identity().train(),
         current_gradient_accumulation_steps=1,
         accelerator=OneProcess(),
-        _entropy_bonus_enabled=False,
+        _entropy_bonus_enabled=entropy_coef != 0,
         _metrics={"train": Metrics()},
     )
     mask_NT = mask_NT.long()
@@ -456,3 +462,49 @@ def test_settings_alone_give_trls_gradient_with_truncated_completions_masked_or_
     theirs_NT = torch.autograd.grad(theirs, logprob_NT)[0]
     torch.testing.assert_close(ours_NT, theirs_NT, atol=1e-12, rtol=0)
     assert ours_NT.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "kind"), [("grpo", "row_mean"), ("luspo", "row_sum")])
+def test_with_ratios_of_sequences_the_kl_has_trls_ratio(name, kind):
+    logprob_NT, old_NT, advantage_N, mask_NT, _, _ = batch(seed=1)
+    generator = torch.Generator().manual_seed(2)
+    reference_NT = logprob_NT.detach() + 0.5 * torch.randn(6, 5, generator=generator).double()
+    weight_NT, total = weights(kind, mask_NT)
+    rows = (logprob_NT, old_NT, advantage_N)
+    clips = {"epsilon_low": 0.2, "epsilon_high": 0.2, "mask_NT": mask_NT}
+    ours, _ = gspo(*rows, weight_NT, denominator=total, **clips)
+    of_kl = {"denominator": total, "old_logprob_NT": old_NT}
+    kl, _ = kl_k3_weighted(logprob_NT, reference_NT, weight_NT, mask_NT=mask_NT, **of_kl)
+    settings = {"level": "sequence", "beta": 0.3, "reference_NT": reference_NT}
+    theirs, _ = trl_loss(name, *rows, mask_NT, **settings)
+    assert_equal(ours + 0.3 * kl, theirs, logprob_NT)
+    by_token, _ = kl_k3_weighted(logprob_NT, reference_NT, weight_NT, **of_kl)
+    assert (kl - by_token).abs() > 1e-3
+
+
+@pytest.mark.parametrize("quantile", [1.0, 0.5, 0.2])
+@pytest.mark.parametrize(("name", "kind"), [("dapo", "token_mean"), ("grpo", "row_mean")])
+def test_the_top_entropy_quantile_and_the_entropy_bonus_equal_trls(name, kind, quantile):
+    logprob_NT, old_NT, advantage_N, mask_NT, _, _ = batch()
+    generator = torch.Generator().manual_seed(4)
+    scale = torch.rand(6, 5, generator=generator).double() + 0.1
+    # An entropy with a gradient of its own, beside that of the log-probabilities.
+    entropy_NT = scale * logprob_NT.exp()
+    reference_NT = logprob_NT.detach() + 0.5 * torch.randn(6, 5, generator=generator).double()
+    weight_NT, total = weights(kind, mask_NT)
+    kept_NT = above_quantile(entropy_NT, mask_NT, quantile=1 - quantile)
+    assert (kept_NT.sum() < mask_NT.sum()) == (quantile < 1)
+    rows = (logprob_NT, old_NT, advantage_N)
+    ours, _ = clipped_surrogate(*rows, weight_NT * kept_NT, denominator=total)
+    kl, _ = kl_k3(logprob_NT, reference_NT, weight_NT, denominator=total)
+    bonus = (entropy_NT * kept_NT).sum() / kept_NT.sum()
+    theirs, _ = trl_loss(
+        *(name, *rows, mask_NT),
+        beta=0.3,
+        reference_NT=reference_NT,
+        bias_correction=False,
+        entropy_NT=scale * logprob_NT.exp(),
+        quantile=quantile,
+        entropy_coef=0.7,
+    )
+    assert_equal(ours + 0.3 * kl - 0.7 * bonus, theirs, logprob_NT)

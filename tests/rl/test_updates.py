@@ -368,3 +368,112 @@ def test_an_adapter_is_drawn_by_the_seed_of_the_run(tmp_path):
         weights = {k: v for k, v in made.model.state_dict().items() if "lora_A" in k}
         drawn.append(torch.cat([weight.flatten() for weight in weights.values()]))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+ENTROPY = {"entropy_coef": 0.3, "top_entropy_quantile": 0.4, "beta": 0.1}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"entropy_coef": 0.3}, {"top_entropy_quantile": 0.4, "beta": 0.1}, ENTROPY],
+    ids=["bonus", "quantile and KL", "all"],
+)
+def test_the_loss_with_entropies_is_that_of_autograd_over_every_row_of_the_step(tmp_path, changes):
+    made = tiny.trainer(tmp_path, model=tiny.model(dtype=torch.float64), **settings(**changes))
+    line = made.line
+    collected = collect(line, version=0)
+    everything = collected.rollouts
+    # Groups without signal stay where entropies count.
+    assert len(everything) == 36 and (everything.advantage_N == 0).any()
+    batch = prepare(line, made.model, collected)
+    found = line.score.statistics(made.model, batch.rollouts, differentiable=True)
+    of_step = (
+        {"share": 1, "entropy_NT": found.entropy_NT} if "entropy_coef" in changes else {"share": 1}
+    )
+    loss, _ = loss_of(line, batch, batch.rollouts, found.logprob_NT, **of_step)
+    parameters = list(made.model.parameters())
+    ours = torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    both = line.score.statistics(made.model, everything, differentiable=True)
+    mask_NT = everything.mask_NT
+    share = changes.get("top_entropy_quantile", 1.0)
+    threshold = torch.quantile(both.entropy_NT[mask_NT].detach(), 1 - share)
+    kept_NT = mask_NT & (both.entropy_NT >= threshold)
+    ratio_NT = (both.logprob_NT - both.logprob_NT.detach()).exp()
+    row_NT = mask_NT / mask_NT.sum(1, keepdim=True) / 36
+    policy = (row_NT * kept_NT * everything.advantage_N[:, None] * ratio_NT).sum()
+    bonus = both.entropy_NT[kept_NT].mean()
+    # The policy is its own reference, so the KL has no gradient yet.
+    expected = -policy - changes.get("entropy_coef", 0.0) * bonus
+    theirs = torch.autograd.grad(expected, parameters, allow_unused=True)
+    for one, other in zip(ours, theirs, strict=True):
+        # The engine records float32, so that ratios start at 1 up to 1e-7.
+        torch.testing.assert_close(one, other, atol=3e-8, rtol=0)
+    assert max(float(g.abs().max()) for g in ours) > 1e-3
+
+
+def test_micro_batches_add_up_with_entropies_too(tmp_path):
+    common = settings(max_steps=2, updates_per_step=2, **ENTROPY)
+    cuts = [
+        {"per_device_train_batch_size": 40},
+        {"per_device_train_batch_size": 5},
+        {"micro_batch_tokens": 64, "fused_logprobs": True},
+    ]
+    runs = [
+        tiny.run(tmp_path / str(i), model=tiny.model(dtype=torch.float64), **(common | cut))
+        for i, cut in enumerate(cuts)
+    ]
+    expected = tiny.parameters(runs[0])
+    for run in runs[1:]:
+        for name, value in tiny.parameters(run).items():
+            assert torch.allclose(value, expected[name], atol=1e-9), name
+    log = tiny.step_logs(tmp_path / "0")[0]
+    assert log["entropy"] > 0.1 and log["select/token_share"] < 0.6
+
+
+def test_the_entropy_rises_under_a_bonus_and_falls_under_a_penalty(tmp_path):
+    def last(coefficient):
+        folder = tmp_path / str(coefficient)
+        tiny.run(folder, **settings(entropy_coef=coefficient, max_steps=6, reward=tiny.one_prompt))
+        return tiny.step_logs(folder)[-1]["entropy"]
+
+    assert last(1.0) > last(-1.0) + 0.1
+
+
+def test_a_reference_that_follows_is_trls_mixture_and_survives_a_resume(tmp_path):
+    common = settings(
+        beta=0.3, sync_ref_model=True, ref_model_mixup_alpha=0.6, ref_model_sync_steps=2
+    )
+    common |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 3, "seed": 5}
+    start, seen = tiny.model().state_dict(), {}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            seen[state.global_step] = {n: w.detach().clone() for n, w in model.named_parameters()}
+
+    made = tiny.run(tmp_path / "whole", callbacks=[Watch()], **common)
+    reference = dict(made.line.reference._whole().named_parameters())
+    for name, value in reference.items():
+        once = 0.6 * seen[2][name] + 0.4 * start[name]
+        torch.testing.assert_close(value, 0.6 * seen[4][name] + 0.4 * once, atol=1e-6, rtol=0)
+    assert any((value - start[name]).abs().max() > 1e-4 for name, value in reference.items())
+
+    folder = tmp_path / "whole" / "checkpoint-3"
+    assert (folder / "reference.safetensors").is_file()
+    again = tiny.run(tmp_path / "whole", resume=str(folder), **common)
+    for name, value in again.line.reference._whole().named_parameters():
+        assert torch.equal(value, reference[name]), name
+    for name, value in tiny.parameters(again).items():
+        assert torch.equal(value, tiny.parameters(made)[name]), name
+
+
+def test_a_reference_that_cannot_follow_is_refused_before_the_first_rollout(tmp_path):
+    from peft import LoraConfig
+
+    with pytest.raises(ValueError, match="sync_ref_model moves the policy.*there is no KL"):
+        tiny.config(tmp_path, sync_ref_model=True)
+    with pytest.raises(ValueError, match="ref_model_mixup_alpha must be above 0 and at most 1"):
+        tiny.config(tmp_path, ref_model_mixup_alpha=1.5)
+    adapter = LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="that of an adapter is the model without it"):
+        tiny.trainer(tmp_path, peft_config=adapter, **settings(beta=0.1, sync_ref_model=True))
