@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -127,6 +128,9 @@ def run_one(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> d
     if "pilot_rollouts" not in settings:
         arguments += ["--pilot_rollouts", "0", "--pilot_estimate", "posterior"]
 
+    if options.quick:
+        arguments += arms.quick_arithmetic(options.folder)
+
     def planner(config: Any, keys: list[str]) -> Any:
         return make_planner(config, keys, allocate=solve, scale=scale)
 
@@ -147,8 +151,16 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "allocation_arms.json"
     )
+    parser.add_argument(
+        "--quick", action="store_true", help="two arms of a tiny model, in a folder of their own"
+    )
     parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help="run this one, here")
     options = parser.parse_args()
+    if options.quick:
+        options.arms, options.seeds, options.max_steps = options.arms[:2], 1, 2
+    if options.quick and not options.one:
+        options.folder = Path(tempfile.mkdtemp())
+        options.output = options.folder / "summary.json"
     if options.one:
         arm, seed = options.one[0], int(options.one[1])
         target = options.folder / f"{arm}-seed{seed}"
@@ -159,6 +171,7 @@ def main() -> None:
     passed = ["--config", options.config]
     if options.max_steps:
         passed += ["--max_steps", str(options.max_steps)]
+    passed += ["--quick"] * options.quick
     results = arms.in_processes(jobs, __file__, options, passed)
     arms.check_manifests({f"{r['arm']}-seed{r['seed']}": r["manifest"] for r in results})
     what = {name: arm[0] for name, arm in ARMS.items()}

@@ -10,11 +10,28 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 Planner = Callable[..., Any] | None
+
+
+QUICK_TASK = {
+    "train": 2,
+    "validation": 1,
+    "warm_start": {"steps": 3, "rows": 200, "hidden_size": 16, "num_layers": 1, "num_heads": 2},
+}
+"""Settings of the arithmetic task with which a run takes seconds and learns nothing."""
+
+
+def quick_arithmetic(folder: Path) -> list[str]:
+    """Arguments that make a run of the arithmetic task tiny; its model goes to `folder`."""
+    task = QUICK_TASK | {"folder": str(folder / "warm-start")}
+    sizes = {"prompts_per_step": 2, "rollouts_per_prompt": 8, "max_completion_length": 16}
+    given = {"task_settings": json.dumps(task), "eval_rollouts_per_prompt": 1} | sizes
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 def check_manifests(manifests: dict[str, dict[str, Any]]) -> None:

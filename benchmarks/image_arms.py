@@ -13,8 +13,10 @@ training, whose digit the classifier reads as prompted.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,10 @@ def train(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> dic
         "if_run_exists": "error",
         "task_settings": json.dumps({"folder": str(options.model)}),
     } | changed
+    if options.quick:
+        pretraining = dataclasses.asdict(_quick_digits())
+        tiny = {"folder": str(options.model), "pretraining": pretraining}
+        given |= {"task_settings": json.dumps(tiny), "eval_rollouts_per_prompt": 2}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     settings, config, model_config = parse((RecipeArguments, DenoisingConfig, ModelConfig), words)
     trainer = make_trainer(settings, config, model_config)
@@ -93,6 +99,12 @@ def train(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> dic
         "replay_evaluations": trainer.line.engine.replay_evaluations,
         "totals": trainer.ledger.totals,
     }
+
+
+def _quick_digits() -> Any:
+    from recipes.images.digits import Digits
+
+    return Digits(steps=2, batch_size=8)
 
 
 def summarise(results: list[dict[str, Any]], baseline: str = "ddpo") -> list[dict[str, Any]]:
@@ -154,8 +166,16 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "image_arms.json"
     )
+    parser.add_argument(
+        "--quick", action="store_true", help="two arms of a tiny model, in a folder of their own"
+    )
     parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help="run this one, here")
     options = parser.parse_args()
+    if options.quick:
+        options.arms, options.seeds, options.evaluations = options.arms[:2], 1, 100
+    if options.quick and not options.one:
+        options.folder = Path(tempfile.mkdtemp())
+        options.model, options.output = options.folder / "model", options.folder / "summary.json"
     if options.one:
         arm, seed = options.one[0], int(options.one[1])
         target = options.folder / f"{arm}-seed{seed}"
@@ -164,9 +184,11 @@ def main() -> None:
         return
     from recipes.images import digits
 
-    digits.pretrain(options.model)  # once, before processes would
+    # Once, before processes would.
+    digits.pretrain(options.model, _quick_digits() if options.quick else None)
     jobs = [(arm, seed) for seed in range(1, options.seeds + 1) for arm in options.arms]
     passed = ["--evaluations", str(options.evaluations), "--model", str(options.model)]
+    passed += ["--quick"] * options.quick
     results = arms.in_processes(jobs, __file__, options, passed)
     table = summarise(results)
     document = {

@@ -34,11 +34,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from benchmarks.engine import NUM_ENDS, PROMPT_LENGTH, VOCABULARY, build_model, build_tokenizer
+from rl.arguments import RolloutConfig
+from rl.assemble import reward_of
 from rl.distributed import Ranks
 from rl.roll_out import Request, roll_out
 from rollouts.engine import SamplingParams
 from rollouts.prompts import Prompt
-from rollouts.rewards import score
 from rollouts.transformers_engine import TransformersEngine
 from samplers.ledger import Ledger
 
@@ -67,26 +68,32 @@ def request(round_number: int, *, quick: bool) -> Request:
     )
 
 
-def line_of(ranks: Ranks, lengths: str) -> Any:
+def line_of(ranks: Ranks, lengths: str, config: RolloutConfig) -> Any:
     """The stages that `roll_out` uses."""
     model = build_model(torch.float32, "cpu")
     ends = list(range(VOCABULARY - NUM_ENDS, VOCABULARY)) if lengths == "ragged" else []
     model.generation_config.eos_token_id = ends or None
     tokenizer = build_tokenizer()
+
+    def length(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
     return SimpleNamespace(
         ranks=ranks,
         ledger=Ledger(),
-        policy=partial(nullcontext, model),
+        generating=partial(nullcontext, model),
+        load_weights=lambda policy, version: None,  # the engine decodes with this very model
         engine=TransformersEngine(model, tokenizer, max_batch_rows=64),
-        tokenizer=tokenizer,
-        reward=partial(score, [lambda completions, **_: [float(len(c)) for c in completions]]),
-        config=SimpleNamespace(max_failed_share=0.0),
+        reward=reward_of(config, [length], tokenizer),
+        config=config,
     )
 
 
 def worker(arguments: argparse.Namespace) -> None:
     """One of two processes: every round together, and by the first alone."""
     torch.set_num_threads(1)
+    # Before the accelerator, whose state it would reset.
+    config = RolloutConfig(output_dir="unused", use_cpu=True, report_to="none")
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     one: Any = SimpleNamespace(
@@ -95,8 +102,8 @@ def worker(arguments: argparse.Namespace) -> None:
     found = {}
     for lengths in ("even", "ragged"):
         lines = {
-            "two": line_of(Ranks(accelerator), lengths),
-            "one": line_of(Ranks(one), lengths),
+            "two": line_of(Ranks(accelerator), lengths, config),
+            "one": line_of(Ranks(one), lengths, config),
         }
         params = SamplingParams(max_completion_length=64)
         seconds: dict[str, list[float]] = {"one": [], "two": []}

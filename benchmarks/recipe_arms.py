@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -110,19 +111,30 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "recipe_arms.json"
     )
+    parser.add_argument(
+        "--quick", action="store_true", help="two arms of a tiny model, in a folder of their own"
+    )
     parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help="run this one, here")
     options = parser.parse_args()
+    if options.quick:
+        options.arms, options.seeds, options.tokens = options.arms[:2], 1, 400
+    if options.quick and not options.one:
+        options.folder = Path(tempfile.mkdtemp())
+        options.output = options.folder / "summary.json"
     if options.one:
         arm, seed = options.one[0], int(options.one[1])
         target = options.folder / f"{arm}-seed{seed}"
-        found = arms.train(arguments_of(arm, seed, target, options.tokens))
+        words = arguments_of(arm, seed, target, options.tokens)
+        if options.quick:
+            words += arms.quick_arithmetic(options.folder)
+        found = arms.train(words)
         settings = found.pop("settings")
         manifest = {name: value for name, value in settings.items() if name not in VARIES}
         result = {"arm": arm, "seed": seed, "manifest": manifest} | found
         (target / "result.json").write_text(json.dumps(result))
         return
     jobs = [(arm, seed) for seed in range(1, options.seeds + 1) for arm in options.arms]
-    passed = ["--tokens", str(options.tokens)]
+    passed = ["--tokens", str(options.tokens)] + ["--quick"] * options.quick
     results = arms.in_processes(jobs, __file__, options, passed)
     arms.check_manifests({f"{r['arm']}-seed{r['seed']}": r["manifest"] for r in results})
     what = {name: arm[0] for name, arm in ARMS.items()}

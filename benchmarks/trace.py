@@ -520,7 +520,9 @@ def draw(table: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer arms, pools, seeds and steps")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small part, written to --output alone"
+    )
     parser.add_argument("--recipes", action="store_true", help="one arm per recipe, learning trace")
     parser.add_argument("--cross", action="store_true", help="every combination; takes hours")
     parser.add_argument("--arms", nargs="+", type=Arm.parse, help="selection/allocation/stop/rows")
@@ -534,7 +536,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: trace.json or trace_recipes.json")
     options = parser.parse_args()
     name = "trace_recipes.json" if options.recipes else "trace.json"
-    options.output = options.output or results_path / name
+    if not options.quick:
+        options.output = options.output or results_path / name
     if options.recipes:
         options.arms, options.traces = list(RECIPES.values()), options.traces or ["learning"]
 
@@ -580,9 +583,10 @@ def main() -> None:
         "seconds": round(time.perf_counter() - start, 1),
         "summary": table,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n")
-    draw(table, options.output.with_suffix(".png"))
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(document, indent=1) + "\n")
+        draw(table, options.output.with_suffix(".png"))
     show(table)
 
 

@@ -195,7 +195,7 @@ DETAILS = {
     "entropy": "entropy, nats per token",
     "mismatch": "mismatch to the engine, nats",
     "completions/mean_length": "length, tokens",
-    "completions/clipped_ratio": "share cut off at max_completion_length",
+    "completions/clipped_ratio": "share cut off for length",
     "clip_ratio/high": "share clipped above",
     "clip_ratio/low": "share clipped below",
     "grad_norm": "norm of the gradient",

@@ -179,6 +179,15 @@ def test_a_standard_narrow_terminal_shows_every_number_whole(run, words):
     assert all(number in printed for number in ("11,520", "691,200", "345,600", " gvm "))
 
 
+def test_a_narrow_terminal_shows_the_means_where_all_runs_do_not_fit(tmp_path, words):
+    folders = [fake_run(tmp_path / f"gvm-seed{seed}", steps=2, seed=seed) for seed in range(1, 7)]
+    printed = reported(*folders, width=80, group_seeds=True)[2]
+    cost = printed.split("Seconds by phase")[0].split("Cost")[1]
+    assert "gvm (mean of 6)" in cost and "gvm-seed1" not in cost
+    assert re.search(r"tokens generated +23,040 *\n", cost)
+    assert "gvm-seed1" in reported(*folders, width=200, group_seeds=True)[2]
+
+
 def test_the_error_of_a_difference_by_hand(tmp_path):
     folder = fake_run(tmp_path / "run", steps=0)
     lines = [
