@@ -27,25 +27,7 @@ TRL: dict[str, tuple[tuple[str, ...], str]] = {
         ("loss",),
         "loss: gspo for sequence, another loss for token",
     ),
-    "scale_rewards": (
-        ("advantage",),
-        "advantage: grpo for group, batch_scaled for batch, centred for none",
-    ),
-    "multi_objective_aggregation": (
-        ("reward_weights",),
-        "not offered: rewards are summed by reward_weights, then compared",
-    ),
     "use_vllm": (("engine",), "engine: vllm (false is engine: transformers)"),
-    "vllm_server_host": (
-        ("vllm_server_base_url",),
-        "vllm_server_base_url, such as http://0.0.0.0:8000",
-    ),
-    "vllm_server_port": (
-        ("vllm_server_base_url",),
-        "vllm_server_base_url, such as http://0.0.0.0:8000",
-    ),
-    "vllm_group_port": ((), NOT_HERE),
-    "vllm_tensor_parallel_size": ((), "not offered: every process has a vLLM of its own"),
     "vllm_model_impl": ((), NOT_HERE),
     "vllm_structured_outputs_regex": (
         (),
@@ -53,7 +35,8 @@ TRL: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "vllm_importance_sampling_correction": (
         ("importance_correction",),
-        "importance_correction: token_truncate, token_mask, sequence_truncate, sequence_mask or none",
+        "importance_correction: token_truncate, token_mask, sequence_truncate, sequence_mask (with vllm "
+        "the default) or none",
     ),
     "vllm_importance_sampling_mode": (("importance_correction",), "importance_correction"),
     "vllm_importance_sampling_clip_max": (("importance_cap",), "importance_cap"),
@@ -64,11 +47,7 @@ TRL: dict[str, tuple[tuple[str, ...], str]] = {
         "not offered by this measure; importance_correction: sequence_mask with importance_cap leaves "
         "out rows by their ratio",
     ),
-    "top_entropy_quantile": (
-        ("token_selection", "token_fraction_initial", "token_fraction_final"),
-        "token_selection: entropy, with that share as token_fraction_initial and token_fraction_final",
-    ),
-    "use_bias_correction_kl": (("kl",), "kl: k3_weighted for true, kl: k3 for false"),
+    "use_bias_correction_kl": (("kl",), "kl: k3_weighted (the default) for true, kl: k3 for false"),
     "cast_lm_head_to_fp32": (("bf16",), "not offered: write bf16: false, or dtype: float32"),
     "disable_dropout": ((), "not needed: dropout is always off"),
     "ds3_gather_for_generation": ((), "not needed: sharded weights are always gathered"),
@@ -95,15 +74,11 @@ TRL: dict[str, tuple[tuple[str, ...], str]] = {
     "wandb_log_unique_prompts": (("completions_rows",), f"{NOT_HERE}; see completions_rows"),
     "log_completions_hub_repo": ((), "not offered: tables go to the run folder and the trackers"),
     "log_multimodal": ((), NOT_HERE),
-    "sync_ref_model": ((), "not offered: the reference is the policy before training"),
-    "ref_model_mixup_alpha": ((), "not offered: the reference is the policy before training"),
-    "ref_model_sync_steps": ((), "not offered: the reference is the policy before training"),
-    "entropy_coef": ((), "not offered: no loss has an entropy bonus"),
-    "use_adaptive_entropy": ((), "not offered: no loss has an entropy bonus"),
-    "entropy_coef_min": ((), "not offered: no loss has an entropy bonus"),
-    "entropy_coef_max": ((), "not offered: no loss has an entropy bonus"),
-    "entropy_coef_delta": ((), "not offered: no loss has an entropy bonus"),
-    "entropy_target": ((), "not offered: no loss has an entropy bonus"),
+    "use_adaptive_entropy": ((), "not offered: entropy_coef stays as it is written"),
+    "entropy_coef_min": ((), "not offered: entropy_coef stays as it is written"),
+    "entropy_coef_max": ((), "not offered: entropy_coef stays as it is written"),
+    "entropy_coef_delta": ((), "not offered: entropy_coef stays as it is written"),
+    "entropy_target": ((), "not offered: entropy_coef stays as it is written"),
     **{
         name: (("loss",), "not offered: loss: sapo has the published temperatures")
         for name in ("sapo_temperature_neg", "sapo_temperature_pos")
@@ -167,7 +142,7 @@ OTHERS: dict[str, tuple[tuple[str, ...], str]] = {
     "kl_coef": (("reward_kl",), "reward_kl"),
     "kl_loss_type": (("kl",), "kl"),
     "adv_estimator": (("advantage",), "advantage"),
-    "norm_adv_by_std_in_grpo": (("advantage",), "advantage: grpo for true, centred for false"),
+    "norm_adv_by_std_in_grpo": (("scale_rewards",), "scale_rewards"),
     "loss_agg_mode": (("length_weight",), "length_weight"),
     "total_epochs": (("num_train_epochs",), "num_train_epochs"),
     "total_training_steps": (("max_steps",), "max_steps"),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from rl.methods import KEEPS_PER_PROMPT, NEEDS_COLUMN, READS_SUCCESS
+from rl.methods import ADVANTAGES, KEEPS_PER_PROMPT, NEEDS_COLUMN, READS_SUCCESS
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ def _reads_posterior(c: Any) -> bool:
 def _drops_rows(c: Any) -> bool:
     return (
         c.down_sampling != "none"
-        or c.mask_truncated_completions
         or c.pilot_use == "discard"
         or getattr(c, "branch_threshold", None) is not None
     )
@@ -120,20 +119,46 @@ ACTS: dict[str, Acts] = {
         _TOKENS,
     ),
     # generation
-    "hapo_quantile": Acts(
-        lambda c: c.loss == "hapo" or bool(c.adaptive_temperature_tau),
-        "loss: hapo, or adaptive_temperature_tau above 0",
+    **dict.fromkeys(
+        ("hapo_quantile", "hapo_sign"),
+        Acts(
+            lambda c: c.loss == "hapo" or bool(c.adaptive_temperature_tau),
+            "loss: hapo, or adaptive_temperature_tau above 0",
+        ),
     ),
     "generation_batch_size": _is("engine", "transformers"),
     "vllm_mode": _is("engine", "vllm"),
-    **dict.fromkeys(("vllm_server_base_url", "vllm_server_timeout"), _SERVER),
     **dict.fromkeys(
-        ("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_enable_sleep_mode"),
+        (
+            *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_group_port"),
+            "vllm_server_timeout",
+        ),
+        _SERVER,
+    ),
+    **dict.fromkeys(
+        (
+            *("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_enable_sleep_mode"),
+            "vllm_tensor_parallel_size",
+        ),
         _COLOCATED,
     ),
     # learning
     **dict.fromkeys(("stratum_alpha", "stratum_fallback"), _STRATIFIED),
+    **dict.fromkeys(
+        ("std_correction", "std_eps"),
+        Acts(
+            lambda c: ADVANTAGES[c.advantage].has_std or c.down_sampling == "pods",
+            "an advantage that divides by a std, such as advantage: grpo",
+        ),
+    ),
     "kl": _on("beta", "beta above 0"),
+    "kl_ratio": Acts(
+        lambda c: bool(c.beta) and c.kl == "k3_weighted", "beta above 0 with kl: k3_weighted"
+    ),
+    **dict.fromkeys(
+        ("ref_model_mixup_alpha", "ref_model_sync_steps"),
+        _on("sync_ref_model", "sync_ref_model: true"),
+    ),
     **dict.fromkeys(("importance_cap", "importance_floor"), _CORRECTION),
     "log_floor": _is("objective", "log"),
     "per_device_train_batch_size": Acts(
@@ -230,7 +255,7 @@ ALWAYS: tuple[str, ...] = (
     *("trainer", "selector", "prompts_per_step", "rollouts_per_prompt", "rollouts_multiple_of"),
     *("allocator", "pilot_rollouts", "stopping", "refill", "success_above"),
     # which rows train
-    *("down_sampling", "token_selection", "mask_truncated_completions"),
+    *("down_sampling", "token_selection", "mask_truncated_completions", "top_entropy_quantile"),
     # generation
     *("max_prompt_length", "overlong_prompts", "id_column", "duplicates", "chat_template_kwargs"),
     *("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
@@ -240,6 +265,7 @@ ALWAYS: tuple[str, ...] = (
     # learning; clips that a loss does not take are refused
     *("advantage", "loss", "objective", "length_weight", "epsilon", "epsilon_high", "delta"),
     *("ratio_cap", "beta", "reward_kl", "old_logprobs", "importance_correction", "max_mismatch"),
+    *("scale_rewards", "multi_objective_aggregation", "entropy_coef", "sync_ref_model"),
     *("updates_per_step", "num_iterations", "micro_batch_tokens", "fused_logprobs"),
     *("max_generated_tokens", "max_empty_steps"),
     # evaluation and tracking
