@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from rl.advantages import centred, grpo, leave_one_out
 from rl.assemble import PolicyKind, make_planner, without_dropout
 from rl.denoising_adapters import choose_trained, denoiser_of
 from rl.denoising_config import CREDITS, DenoisingConfig
+from rl.denoising_pipeline import lora_of
 from rl.distributed import Ranks
 from rl.line import Line, Memory
 from rl.losses import clipped_surrogate
@@ -441,9 +443,9 @@ def record_used(config: DenoisingConfig, engine: Any) -> None:
 def load_denoiser(model: Any, processor: Any, peft_config: Any = None) -> tuple[Any, Any]:
     """The denoiser of a pipeline, and the pipeline, loaded in float32 if it is a folder or hub id.
 
-    With `peft_config` (a LoraConfig) an adapter is added, which alone trains; without it one that is
-    loaded (`load_lora_weights`, `add_adapter`, a PeftModel) does, and else all weights of the
-    denoiser; other components never do. Dropout is off.
+    With `peft_config` (a LoraConfig or its arguments) an adapter is added, which alone trains; without
+    it one that is loaded (`load_lora_weights`, `add_adapter`, a PeftModel) does, and else all weights
+    of the denoiser; other components never do. Dropout is off.
 
     Raises:
         ValueError: if there is no denoiser, an adapter that is loaded cannot train as it is, or
@@ -456,6 +458,7 @@ def load_denoiser(model: Any, processor: Any, peft_config: Any = None) -> tuple[
         if isinstance(model, str)
         else model
     )
+    peft_config = lora_of(peft_config)
     _, denoiser = denoiser_of(pipeline)
     choose_trained(pipeline, denoiser, peft_config)
     _require_precision(denoiser)
@@ -535,7 +538,17 @@ def image_prompt_maker(
 ) -> Callable[[Any], tuple[list[Prompt], PromptReport]]:
     """`make(rows) -> (prompts, report)` of rows with a text in column `prompt`."""
     how: Any = config.duplicates
-    return partial(plain_prompts, id_column=config.id_column, duplicates=how)
+
+    def make(rows: Any) -> tuple[list[Prompt], PromptReport]:
+        if rows is None or isinstance(rows, str | Path):
+            raise ValueError(
+                f"train_dataset must be rows with a column 'prompt', got {rows!r}; read a file with "
+                "datasets.load_dataset('json', data_files=...)['train'], or recipes/train.py with "
+                "dataset_name"
+            )
+        return plain_prompts(rows, id_column=config.id_column, duplicates=how)
+
+    return make
 
 
 def _may_overlap(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:

@@ -227,6 +227,11 @@ class DenoisingConfig(RolloutConfig):
         ):
             if getattr(self, name) != allowed:
                 raise ValueError(f"{name} must be {allowed!r} for a diffusion model")
+        if self.torch_compile:
+            raise ValueError(
+                "torch_compile does nothing for a diffusion model, whose rollouts and updates run the "
+                "denoiser inside its pipeline: write torch_compile: false"
+            )
         if self.down_sampling == "pods":
             raise ValueError(
                 "down_sampling 'pods' compares the rows it keeps once more, which is not offered for "

@@ -21,6 +21,7 @@ from rl.changed_settings import refuse_decisive
 from rl.denoising import DENOISING, load_image_rewards
 from rl.denoising_adapters import save_lora
 from rl.denoising_config import DenoisingConfig
+from rl.denoising_pipeline import place, read_pipeline, set_ddim
 from rl.evaluation import evaluate
 from rl.line import Batch
 from rl.pictures import diversity, save_grid, thinned
@@ -33,12 +34,15 @@ class DenoisingTrainer(RolloutTrainer):
     """Trains the denoiser of a text-to-image pipeline of diffusers on samples that its rewards like.
 
     Args:
-        model: a pipeline, or a folder or hub id to load one from.
+        model: a pipeline, which is moved to the device of the run, or a folder or hub id to read one
+            from, in float32 and without its safety checker. Under rule `ddim` a scheduler of another
+            class is replaced where no engine is given, as by recipes/train.py.
         reward_funcs: one or several: image rewards, their names, or `path/to/file.py:function`.
         args: the settings.
         train_dataset: rows with a text `prompt`; other columns go to the rewards as metadata.
         eval_dataset: rows of the same form, which may be those of training, or None.
-        peft_config: a LoraConfig for the denoiser, which then alone trains.
+        peft_config: a LoraConfig for the denoiser, or its arguments, which then alone trains; on the
+            attention if it names no modules. Without it a LoRA that the pipeline has loaded does.
         engine: a `DiffusersEngine` of your own around the same pipeline.
 
     The rest is as for `RolloutTrainer`. `save_model` writes the whole pipeline.
@@ -56,6 +60,14 @@ class DenoisingTrainer(RolloutTrainer):
         eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
+        assert isinstance(args.plan, dict)
+        rule = args.plan["rule"]
+        if isinstance(model, str | Path):
+            model = read_pipeline(str(model), rule=rule, device=args.device)
+        else:
+            place(model, args.device)
+            if rule == "ddim" and kwargs.get("engine") is None:
+                set_ddim(model)
         device = args.reward_device or args.device
         reward_funcs = load_image_rewards(reward_funcs, args.reward_weights, device=device)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)

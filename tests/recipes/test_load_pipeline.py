@@ -22,8 +22,9 @@ from transformers import CLIPConfig
 from trl import ModelConfig
 
 from recipes.config import ConfigError
-from recipes.diffusion import ddim_of, load_pipeline
+from recipes.diffusion import load_pipeline
 from rl.denoising_config import DenoisingConfig
+from rl.denoising_pipeline import ddim_of
 from rollouts.recording_scheduler import Recording, recording_scheduler
 from tests.tiny_pipelines import add_tiny_text_encoder, add_tiny_vae, tiny_sd, tiny_sd3
 
@@ -132,7 +133,7 @@ def test_defaults_of_another_scheduler_and_its_own_end_are_kept():
 def test_rule_ddim_is_refused_where_the_model_is_of_another_kind(scheduler):
     name = type(scheduler).__name__
     with pytest.raises(
-        ConfigError, match=f"rule ddim is for models that predict epsilon.*{name}.*rule: flow_sde"
+        ValueError, match=f"rule ddim is for models that predict epsilon.*{name}.*rule: flow_sde"
     ):
         ddim_of(scheduler)
 
@@ -182,7 +183,7 @@ def test_levels_that_betas_do_not_say_are_taken_whole(shift, zero):
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
 def test_a_scheduler_whose_settings_ddim_would_drop_is_refused(scheduler, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ValueError, match=message):
         ddim_of(scheduler)
 
 
