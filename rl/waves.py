@@ -160,6 +160,7 @@ class GroupBuffer:
     def __init__(self, refill: Refill) -> None:
         self.refill = refill
         self._held: dict[int, _Held] = {}
+        self._row_of: dict[str, int] | None = None  # of each key; the prompts never change
 
     def collect(self, line: Line, *, version: int) -> tuple[Groups, list[Wave]]:
         """Roll out waves until the step is filled; its groups in order of dispatch, and the waves.
@@ -171,11 +172,12 @@ class GroupBuffer:
         refill.begin(version)
         for held in self._held.values():
             ledger.taken(*size(held.rollouts))
-        row_of = {prompt.key: row for row, prompt in enumerate(line.prompts)}
+        if self._row_of is None:
+            self._row_of = {prompt.key: row for row, prompt in enumerate(line.prompts)}
         waves: list[Wave] = []
         free = len(line.prompts)
         while refill.missing and free:
-            exclude = [row_of[group.key] for group in refill.held]
+            exclude = [self._row_of[group.key] for group in refill.held]
             free = len(line.prompts) - len(exclude)
             if free:
                 wanted = max(refill.missing, line.config.refill_wave or 0)

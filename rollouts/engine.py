@@ -305,21 +305,26 @@ def _check_batch(
         rollouts.prompt_ids == tuple(tuple(prompt.token_ids) for prompt in prompts),
         "prompt_ids must hold the token ids of the prompts asked for, in order",
     )
+    # Tokens that others wrote (tool output) may lie inside a row: the mask is False there.
     mask_NT, length_N = rollouts.mask_NT, rollouts.length_N
     limit = params.max_completion_length
     _require(
-        (mask_NT == (torch.arange(mask_NT.shape[1]) < length_N[:, None])).all(),
-        "mask_NT must be True from the first token of a completion to its last, then False",
+        mask_NT[:, :1].all(),
+        "mask_NT must be True from the first token of a completion to its last, but where others "
+        f"wrote (tool output): rows {(~mask_NT[:, :1]).any(1).nonzero().flatten().tolist()} begin "
+        "with a token that is not the policy's",
     )
     _require(
         (length_N >= 1).all() and (length_N <= limit).all(),
         f"completions must have 1 to max_completion_length={limit} tokens, "
         f"got lengths {length_N.tolist()}",
     )
+    # Engines may count what others wrote towards the limit.
+    end_N = (mask_NT * torch.arange(1, mask_NT.shape[1] + 1)).amax(1) if len(rollouts) else length_N
     _require(
-        (length_N[rollouts.truncated_N] == limit).all(),
+        (end_N[rollouts.truncated_N] >= limit).all(),
         f"truncated_N marks rollouts that the length limit of {limit} ended, but it is True for "
-        f"rollouts of lengths {length_N[rollouts.truncated_N].tolist()}",
+        f"rollouts of lengths {end_N[rollouts.truncated_N].tolist()}",
     )
     logprob_NT = rollouts.logprob_NT
     _require(

@@ -147,9 +147,10 @@ class Measured:
     """
 
     def __init__(self, num_prompts: int, what: str, *, positive: bool = False) -> None:
-        self.used_D = np.full(num_prompts, np.nan)
-        self.measured_D = np.full(num_prompts, np.nan)
-        """(D,) NaN where never measured; `used_D` lags behind until a step is opened."""
+        # Never changed in place, so that a state can hold them as they are.
+        self.used_D: FloatArray = np.broadcast_to(np.float64(np.nan), (num_prompts,))
+        self.measured_D: FloatArray = self.used_D
+        """(D,) NaN where never measured; `used_D` lags behind until a step is opened. Read-only."""
         self._what, self._positive = what, positive
 
     def observe(self, index_K: ArrayLike, value_K: ArrayLike, keys: Sequence[str]) -> None:
@@ -168,11 +169,20 @@ class Measured:
                 f"{self._what} must be finite and {'positive' if self._positive else 'non-negative'}, "
                 f"got {value_K[at]} for prompt {keys[index_K[at]]}"
             )
-        self.measured_D[index_K] = value_K
+        if len(index_K):
+            measured_D = self.measured_D.copy()
+            measured_D[index_K] = value_K
+            self.measured_D = read_only(measured_D, copy=False)
 
     def open_step(self) -> None:
         """From here on what was measured so far is used."""
-        self.used_D[:] = self.measured_D
+        self.used_D = self.measured_D
+
+    def load(self, used_D: ArrayLike, measured_D: ArrayLike) -> None:
+        """Go on with these arrays, of a state."""
+        self.used_D, self.measured_D = (
+            read_only(np.asarray(each, dtype=np.float64)) for each in (used_D, measured_D)
+        )
 
     def of(self, index_P: IntArray) -> FloatArray:
         """(P,) numbers; the mean of the measured ones where not measured, 1 if there are none."""
@@ -295,8 +305,8 @@ def check_same_rule(last: dict[str, Any], stopping: object | None) -> None:
     )
 
 
-def read_only(array: NDArray[Any]) -> NDArray[Any]:
-    """A copy that cannot be written to."""
-    array = array.copy()
+def read_only(array: NDArray[Any], *, copy: bool = True) -> NDArray[Any]:
+    """A copy that cannot be written to; without copying, the array itself."""
+    array = array.copy() if copy else array
     array.setflags(write=False)
     return array

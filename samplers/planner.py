@@ -9,6 +9,7 @@ P prompts of the step, N rollouts of the round, n rollouts of one group, K measu
 
 from collections.abc import Sequence
 from copy import copy
+from functools import cached_property
 from inspect import signature
 from typing import Any, Literal
 
@@ -40,6 +41,13 @@ from samplers.success import Success
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+
+_STATE = (
+    *("fingerprint", "run_seed", "step", "round", "draw_D", "last_visit_D"),
+    *("norm_D", "next_norm_D", "length_D", "next_length_D"),
+    *("posterior", "selector", "success", "last", "budget_P"),
+)
+"""Names in a planner's state."""
 
 
 class Planner:
@@ -194,12 +202,12 @@ class Planner:
             num_prompts: of the step, if not `prompts_per_step`; its rollouts are in proportion. A
                 refill asks for the groups that are missing.
             exclude: rows of the data set that the selector must not choose, for example those of
-                groups that wait in a buffer. Looked at when a step is opened.
+                groups that wait in a buffer. The prompts of an open step are chosen already.
 
         Raises:
             ValueError: if the selector does not choose distinct rows as asked, the allocator does
                 not spend exactly the total, the total is not an integer, the step is open with
-                another number of prompts, or `exclude` is no list of integers.
+                another number of prompts or with a row of `exclude`, or this is no list of integers.
         """
         exclude_K = row_list("exclude", exclude)
         if not self.is_open:
@@ -210,6 +218,11 @@ class Planner:
             raise ValueError(
                 f"step {self._step} is open with {len(self._last.index_P)} prompts, "
                 f"{num_prompts} were asked for"
+            )
+        if (chosen_K := np.intersect1d(exclude_K, self._last.index_P)).size:
+            raise ValueError(
+                f"step {self._step} is open, and its prompts hold rows {chosen_K.tolist()}, which "
+                f"exclude names: prompts are chosen when a step is opened; observe its rounds first"
             )
         if self._in_flight is None:
             self._in_flight = self._proposal(self._last, self._budget(self._last))
@@ -324,19 +337,22 @@ class Planner:
         measured), `length_D` and `next_length_D` likewise, `budget_P` of the round in flight or
         None. Dicts: `posterior`, `selector`, `success`, and `last`, the prompts, counts and reward
         bounds of the step that is open or was closed last, or None.
+
+        Nothing in it changes when the planner goes on: it need not be copied again. Arrays of norms
+        and lengths are read-only.
         """
         last = self._last
         return {
-            "fingerprint": fingerprint(self.keys),
+            "fingerprint": self._fingerprint,
             "run_seed": self._run_seed,
             "step": self._step,
             "round": self._round,
             "draw_D": self._draw_D.copy(),
             "last_visit_D": self._last_visit_D.copy(),
-            "norm_D": self._norms.used_D.copy(),
-            "next_norm_D": self._norms.measured_D.copy(),
-            "length_D": self._lengths.used_D.copy(),
-            "next_length_D": self._lengths.measured_D.copy(),
+            "norm_D": self._norms.used_D,
+            "next_norm_D": self._norms.measured_D,
+            "length_D": self._lengths.used_D,
+            "next_length_D": self._lengths.measured_D,
             "posterior": self.posterior.state_dict(),
             "selector": self.selector.state_dict(),
             "success": self._success.state_dict(),
@@ -352,14 +368,14 @@ class Planner:
                 another version, or in the middle of a step with a stopping rule and there is none
                 here, or the reverse.
         """
-        check_names(state, self.state_dict(), "a planner's state")
+        check_names(state, _STATE, "a planner's state")
         last, budget_P = state["last"], state["budget_P"]
         if last is not None:
             check_names(last, OpenStep.__slots__, "the last step of a planner's state")
-        if state["fingerprint"] != fingerprint(self.keys):
+        if state["fingerprint"] != self._fingerprint:
             raise ValueError(
                 f"the checkpoint was made with another data set: its keys have fingerprint "
-                f"{state['fingerprint']}, these {fingerprint(self.keys)}"
+                f"{state['fingerprint']}, these {self._fingerprint}"
             )
         if state["run_seed"] != self._run_seed:
             raise ValueError(
@@ -376,8 +392,7 @@ class Planner:
         self._draw_D = np.array(state["draw_D"], dtype=np.int64)
         self._last_visit_D = np.array(state["last_visit_D"], dtype=np.int64)
         for measured, name in ((self._norms, "norm_D"), (self._lengths, "length_D")):
-            measured.used_D = np.array(state[name], dtype=np.float64)
-            measured.measured_D = np.array(state[f"next_{name}"], dtype=np.float64)
+            measured.load(state[name], state[f"next_{name}"])
         self._last = None if last is None else OpenStep(**{n: copied(v) for n, v in last.items()})
         self._in_flight = None
         if budget_P is not None:
@@ -414,6 +429,11 @@ class Planner:
             metrics["planner/success_above"] = self._success.line
         of_step = last.metrics(budget_P)
         return metrics | {f"planner/{name}": value for name, value in of_step.items()}
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of the keys, which takes a third of a second for a million."""
+        return fingerprint(self.keys)
 
     def _open_step(self, num_prompts: int, exclude: NDArray[Any]) -> OpenStep:
         """Choose the step's prompts and number their draws."""

@@ -127,7 +127,8 @@ class UniformSelector:
         waiting = np.array(state["waiting"], dtype=np.int64)
         owed = np.array(state["owed"], dtype=np.int64)
         rows = np.concatenate([waiting, owed])
-        if len(np.setdiff1d(rows, self._pool.row_D)) or len(np.unique(waiting)) != len(waiting):
+        within = bool(((rows >= 0) & (rows < self.num_prompts)).all())
+        if not within or np.bincount(waiting, minlength=1).max() > 1:
             raise ValueError(
                 f"waiting must be distinct rows in [0, {self.num_prompts}): "
                 f"the state belongs to another data set"
@@ -293,9 +294,15 @@ def _next(queue: IntArray, count: int, passed_over: IntArray) -> tuple[IntArray,
     """The first `count` distinct rows of a queue that are not passed over, and what then waits."""
     if len(passed_over) == 0 and len(queue) >= count and len(np.unique(queue[:count])) == count:
         return queue[:count].copy(), queue[count:]
-    _, first = np.unique(queue, return_index=True)
-    free = np.sort(first[~np.isin(queue[first], passed_over)])[:count]
-    return queue[free], np.delete(queue, free)
+    # A queue may be long: only its head is looked through, as far as it takes.
+    looked = 2 * (count + len(passed_over)) + 16
+    while True:
+        head = queue[:looked]
+        _, first = np.unique(head, return_index=True)
+        free = np.sort(first[~np.isin(head[first], passed_over)])[:count]
+        if len(free) == count or len(head) == len(queue):
+            return head[free], np.concatenate([np.delete(head, free), queue[looked:]])
+        looked *= 4
 
 
 def named_score(table: dict[str, Function], score: str | Function) -> Function:

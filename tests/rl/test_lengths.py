@@ -36,3 +36,19 @@ def test_a_resumed_run_expects_the_same():
         lengths.observe(["a", "c"], np.array([0, 1]), np.array([2, 8]))
     assert resumed.of(["a", "b", "c", "d"]).tolist() == whole.of(["a", "b", "c", "d"]).tolist()
     assert str(resumed.state_dict()) == str(whole.state_dict())
+
+
+def test_who_made_which_rollouts_changes_nothing_also_not_the_state():
+    keys, rows = [f"prompt {i}" for i in range(40)], np.arange(80) % 40
+    alone, shared = ExpectedLengths(), ExpectedLengths()
+    alone.observe(keys, rows, np.arange(80))
+    for part in (slice(41, 80), slice(0, 41)):
+        shared.observe(keys, rows[part], np.arange(80)[part])
+    assert str(alone.state_dict()) == str(shared.state_dict())
+    assert alone.of(keys).tolist() == [(i + i + 40) / 2 for i in range(40)]
+
+
+def test_a_prompt_whose_rollouts_were_made_by_nobody_is_expected_to_be_like_the_others():
+    lengths = ExpectedLengths()
+    lengths.observe(["a", "b"], np.array([0]), np.array([6]))
+    assert lengths.of(["b"]).tolist() == [6.0]

@@ -255,6 +255,25 @@ class Dictionary(TableEngine):
         return {}
 
 
+class WithToolOutput(TableEngine):
+    """After the first token stands one that a tool wrote, which the policy reads past."""
+
+    def generate(self, *args, **kwargs):
+        rollouts = super().generate(*args, **kwargs)
+        if not len(rollouts):
+            return rollouts
+        with_tool = {}
+        for name, value in (("mask_NT", False), ("logprob_NT", 0.0), ("token_NT", 3)):
+            column = getattr(rollouts, name)
+            tool = torch.full_like(column[:, :1], value)
+            with_tool[name] = torch.cat([column[:, :1], tool, column[:, 1:]], dim=1)
+        return changed(rollouts, **with_tool)
+
+
+def test_check_engine_accepts_tokens_of_others_inside_a_row():
+    check_engine(WithToolOutput(), tiny_prompts(3, 5, 2), SamplingParams(max_completion_length=6))
+
+
 BROKEN = [engine for engine in TableEngine.__subclasses__() if hasattr(engine, "says")]
 
 

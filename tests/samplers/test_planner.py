@@ -722,3 +722,23 @@ def test_lengths_move_rollouts_to_where_they_are_short():
 def test_no_group_and_no_number_are_refused(reward_n):
     with pytest.raises(ValueError, match="reward_n must be 1-d, finite and not empty"):
         make().admit(reward_n)
+
+
+def test_rows_of_an_open_step_cannot_be_excluded_any_more():
+    planner = make(selector=Chosen([3, 1]), prompts_per_step=2, rollouts_per_step=6)
+    proposal = planner.propose()
+    with pytest.raises(ValueError, match=r"step 0 is open, and its prompts hold rows \[1\]"):
+        planner.propose(exclude=[1, 5])
+    assert planner.propose(exclude=[5]) is proposal
+
+
+def test_a_state_holds_nothing_that_changes_and_names_its_data_set_once(monkeypatch):
+    planner = make()
+    planner.observe_gradient_norms([2], [4.0])
+    before = planner.state_dict()
+    assert before["norm_D"].flags.writeable is False
+    monkeypatch.setattr("samplers.planner.fingerprint", lambda keys: 1 / 0)
+    planner.load_state_dict(planner.state_dict())
+    planner.observe_gradient_norms([2], [9.0])
+    assert before["next_norm_D"][2] == 4
+    assert planner.state_dict()["next_norm_D"][2] == 9

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers.selection import UniformSelector
+from samplers.selection import UniformSelector, _next
 
 UNUSED = np.random.default_rng(0)
 
@@ -134,3 +134,28 @@ def test_it_says_what_is_wrong():
         UniformSelector(3, seed=0, keys=["a", "b", "a"])
     with pytest.raises(ValueError, match="the state belongs to another data set"):
         UniformSelector(3, seed=0).load_state_dict(UniformSelector(4, seed=0).state_dict())
+
+
+def test_a_long_queue_is_passed_over_as_if_looked_through_whole():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        queue = generator.integers(0, 60, generator.integers(1, 120))
+        passed_over = generator.choice(60, generator.integers(0, 50), replace=False)
+        count = int(generator.integers(1, 9))
+        expected, seen = [], set(passed_over.tolist())
+        places = []
+        for place, row in enumerate(queue.tolist()):
+            if row not in seen and len(expected) < count:
+                expected.append(row)
+                places.append(place)
+                seen.add(row)
+        taken, rest = _next(queue, count, passed_over)
+        assert taken.tolist() == expected
+        assert rest.tolist() == np.delete(queue, places).tolist()
+
+
+@pytest.mark.parametrize("waiting", [[1, 1], [-1], [5]])
+def test_a_uniform_state_of_other_rows_is_refused(waiting):
+    selector = UniformSelector(5, seed=0)
+    with pytest.raises(ValueError, match=r"waiting must be distinct rows in \[0, 5\)"):
+        selector.load_state_dict({"epoch": 0, "waiting": waiting, "owed": []})
