@@ -34,6 +34,7 @@ from rollouts.denoising_tree import (
     tree_columns,
 )
 from rollouts.pipeline_arguments import (
+    CANNOT_RUN,
     missing_arguments,
     parameters,
     split_arguments,
@@ -383,7 +384,10 @@ class DiffusersEngine:
         """
         images, finite = [], []
         tree = rollouts.tree
-        for node_U in rollouts.node_NS[:, -1].cpu().split(self.batch_size):
+        leaf_N, seed_N = rollouts.node_NS[:, -1].cpu(), rollouts.seed_N.cpu()
+        for node_U, seed_U in zip(
+            leaf_N.split(self.batch_size), seed_N.split(self.batch_size), strict=True
+        ):
             x = tree.latent_M[node_U]
             require_finite(x, "the latents of finished samples")
             if getattr(self.pipeline, "vae", None) is None:
@@ -396,7 +400,9 @@ class DiffusersEngine:
             else:
                 end = tree.plan.num_steps
                 conditions = rows_of(tree.conditions, tree.prompt_M[node_U])
-                arguments = {"output_type": "np"}
+                # Some decoders, such as LTX's, add noise to what they decode.
+                generators = [seeded_generator(seed, "decode", end) for seed in seed_U.tolist()]
+                arguments = {"output_type": "np", "generator": generators}
                 image = self._call(
                     Recording(plan=tree.plan, window=(end, end)), conditions, x, arguments
                 )
@@ -529,7 +535,9 @@ class DiffusersEngine:
         first = recording.steps[0].x
         if latents is not None and not torch.equal(first.cpu(), latents):
             raise ValueError("the pipeline changed the latents it was given before its first step")
-        if not torch.equal(x, recording.steps[-1].last_latent):
+        if type(self.pipeline).__name__ != "Flux2KleinPipeline" and not torch.equal(
+            x, recording.steps[-1].last_latent
+        ):  # FLUX.2 klein returns latents as its VAE takes them, also for output_type="latent"
             raise ValueError("the pipeline changed the latents after its last step")
         return recording
 
@@ -558,12 +566,23 @@ class DiffusersEngine:
                 **given,
                 **self._arguments,
                 **arguments,
-                latents=None if latents is None else latents.to(device),
+                latents=None if latents is None else self._as_given(latents).to(device),
                 num_inference_steps=recording.plan.num_steps,
                 return_dict=False,
             )[0]
         finally:
             pipeline.scheduler = scheduler
+
+    def _as_given(self, latents: Tensor) -> Tensor:
+        """Latents as the pipeline takes them: those of FLUX.2 before they are packed."""
+        if type(self.pipeline).__name__ not in ("Flux2Pipeline", "Flux2KleinPipeline"):
+            return latents
+        factor = self.pipeline.vae_scale_factor
+        default = self.pipeline.default_sample_size * factor
+        height, width = (
+            (self._arguments.get(side) or default) // (2 * factor) for side in ("height", "width")
+        )
+        return latents.transpose(1, 2).unflatten(2, (height, width))
 
     def _conditions(self, prompts: Sequence[Prompt]) -> dict[str, Condition]:
         if self._encode is None:
@@ -603,7 +622,11 @@ class DiffusersEngine:
         """What each prompt is led away from; None where nothing was said."""
         column = self.negative_prompt_column
         if column is None:
-            return None if self.negative_prompt is None else [self.negative_prompt] * len(prompts)
+            text = self.negative_prompt
+            pair = "true_cfg_scale" not in parameters(type(self.pipeline).__call__)
+            if text is None and pair and encodes_negative_apart(self.pipeline):
+                text = "" if self._guides_by_pair() else None  # as FLUX.2 klein does
+            return None if text is None else [text] * len(prompts)
         for prompt in prompts:
             if not isinstance(prompt.columns.get(column), str):
                 raise ValueError(
@@ -615,6 +638,8 @@ class DiffusersEngine:
 
     def _check_pipeline(self) -> None:
         pipeline, name = self.pipeline, type(self.pipeline).__name__
+        if name in CANNOT_RUN:
+            raise ValueError(f"{name} cannot be run by windows of its steps: {CANNOT_RUN[name]}")
         recording_scheduler(pipeline.scheduler)
         call = type(pipeline).__call__
         if not hasattr(call, "__wrapped__"):

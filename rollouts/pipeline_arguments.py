@@ -20,6 +20,7 @@ _BUDGET = "the budgets say how many samples a prompt gets"
 _RETURNS = "the engine reads what the pipeline returns"
 _CALLBACK = "a callback could change the latents between steps, which are then no Gaussian actions"
 _PROMPTS = "the prompts of the data say it, one for each"
+_COUNTS = "it counts the steps of one call, and a replay runs a single step"
 _IMAGES = "a rollout starts from a text and noise; images as conditions are not supported"
 
 REFUSED = {
@@ -43,6 +44,11 @@ REFUSED = {
     "callback_steps": _CALLBACK,
     "callback_on_step_end": _CALLBACK,
     "callback_on_step_end_tensor_inputs": _CALLBACK,
+    "cfg_trunc_ratio": _COUNTS,
+    "skip_guidance_layers": _COUNTS,
+    "skip_layer_guidance_scale": _COUNTS,
+    "skip_layer_guidance_start": _COUNTS,
+    "skip_layer_guidance_stop": _COUNTS,
     "prompt": _PROMPTS,
     "prompt_2": _PROMPTS,
     "prompt_3": _PROMPTS,
@@ -57,8 +63,23 @@ REFUSED = {
 }
 """Arguments that contradict what the engine, the plan or the data say."""
 
+CANNOT_RUN = {
+    "SanaSprintPipeline": "it is distilled to one or two jumps of a consistency model",
+    "LatentConsistencyModelPipeline": "it is distilled to a few jumps of a consistency model",
+    "LongCatImagePipeline": "it reads the texts of the prompts beside their embeddings",
+    "HiDreamImagePipeline": "its embeddings lie layer by layer, and not prompt by prompt",
+    "SkyReelsV2DiffusionForcingPipeline": "its frames are denoised at different levels at one time",
+    "StableDiffusionPanoramaPipeline": "it takes each step once for every view of the image",
+    "Flux2KleinKVPipeline": "it keeps keys and values from step to step",
+}
+"""Pipelines whose steps cannot be recorded and replayed, and why."""
+
 _EMBEDDING = re.compile(r"embeds|prompt_attention_mask|embeds_mask|pooled_prompt")
 _TEXT = re.compile(r"(negative_)?prompt(_\d)?")
+
+
+def _is_embedding(name: str) -> bool:
+    return _EMBEDDING.search(name) is not None
 
 
 def parameters(function: Any) -> dict[str, inspect.Parameter]:
@@ -73,7 +94,9 @@ def split_arguments(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of every call, and those of `encode_prompt`.
 
-    An argument that `encode_prompt` has goes there, and to the call as well where that has it.
+    An argument that `encode_prompt` has goes there, and to the call as well where that has it. What is
+    not given is there as the call has it by default, which may differ from `encode_prompt`'s own: 512
+    tokens and not 226 for Wan, captions cleaned for PixArt, an instruction before them for Sana.
 
     Args:
         pipeline: whose call and `encode_prompt` they are for.
@@ -87,7 +110,14 @@ def split_arguments(
     name_of = type(pipeline).__name__
     of_call = parameters(type(pipeline).__call__)
     of_encoder = parameters(getattr(pipeline, "encode_prompt", lambda: None))
-    call, encoder = {}, {}
+    call: dict[str, Any] = {}
+    encoder: dict[str, Any] = {}
+    if encodes:
+        both = (name for name in of_call if name in of_encoder and name not in REFUSED)
+        own = {
+            n: of_call[n].default for n in both if not _TEXT.fullmatch(n) and not _is_embedding(n)
+        }
+        encoder = {n: value for n, value in own.items() if value is not inspect.Parameter.empty}
     for name, value in given.items():
         if name in REFUSED:
             raise ValueError(f"pipeline_kwargs must not contain {name!r}: {REFUSED[name]}")
@@ -96,7 +126,7 @@ def split_arguments(
                 f"the call of {name_of} takes no {name} (pipeline_kwargs)."
                 f"{_nearest(name, (set(of_call) | set(of_encoder)) - set(REFUSED))}"
             )
-        if _EMBEDDING.search(name):
+        if _is_embedding(name):
             raise ValueError(
                 f"pipeline_kwargs must not contain {name!r}: embeddings are of the prompts, and "
                 f"encode gives them"

@@ -20,11 +20,32 @@ _POOLED_PAIR = (
 )
 
 OUTPUTS: dict[str, tuple[str | None, ...]] = {
+    "AllegroPipeline": _MASKED_PAIR,
+    "AuraFlowPipeline": _MASKED_PAIR,
+    "ChromaPipeline": (*_MASKED_PAIR[:1], None, *_MASKED_PAIR[1:3], None, *_MASKED_PAIR[3:]),
+    "CogVideoXPipeline": _PAIR,
+    "CogView3PlusPipeline": _PAIR,
+    "CogView4Pipeline": _PAIR,
+    "Flux2KleinPipeline": ("prompt_embeds", None),
+    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", None),
+    "LTXPipeline": _MASKED_PAIR,
+    "LattePipeline": _PAIR,
+    "Lumina2Pipeline": _MASKED_PAIR,
+    "LuminaPipeline": _MASKED_PAIR,
+    "MochiPipeline": _MASKED_PAIR,
+    "OvisImagePipeline": (*_PAIR, None, None),
+    "PRXPipeline": _MASKED_PAIR,
+    "PixArtAlphaPipeline": _MASKED_PAIR,
+    "PixArtSigmaPipeline": _MASKED_PAIR,
+    "QwenImagePipeline": ("prompt_embeds", "prompt_embeds_mask"),
+    "SanaPipeline": _MASKED_PAIR,
+    "SanaVideoPipeline": _MASKED_PAIR,
+    "SkyReelsV2Pipeline": _PAIR,
+    "StableDiffusion3Pipeline": _POOLED_PAIR,
     "StableDiffusionPipeline": _PAIR,
     "StableDiffusionXLPipeline": _POOLED_PAIR,
-    "StableDiffusion3Pipeline": _POOLED_PAIR,
-    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", None),
-    "QwenImagePipeline": ("prompt_embeds", "prompt_embeds_mask"),
+    "WanPipeline": _PAIR,
+    "ZImagePipeline": _PAIR,
 }
 """What `encode_prompt` returns, by the names of the call's arguments; None: the call makes it anew."""
 
