@@ -89,6 +89,10 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"micro_batch_tokens": 24, "num_iterations": 2, "allocator": "leave_one_out"},
     "refill": {"reward": "small_digit", "trainer": "grpo", "max_steps": 4, "refill": "true"}
     | {"prompts_per_step": 3, "refill_wave": 5, "refill_max_age": 2, "loss": "gspo"},
+    # Every row trains where entropies count, also those that no group tells from its others.
+    "entropies": {"reward": "small_digit", "trainer": "grpo", "max_steps": 3, "beta": 0.1}
+    | {"entropy_coef": 0.1, "top_entropy_quantile": 0.5, "loss": "dapo", "allocator": "uniform"}
+    | {"per_device_train_batch_size": 5, "mask_truncated_completions": "true"},
     # One prompt of sixteen has accepted rows, so most steps have none and some have a single one.
     "sparse": {"reward": "one_prompt", "per_device_train_batch_size": 5, "max_steps": 7, "seed": 7},
 }
