@@ -49,7 +49,8 @@ def correction(
     Args:
         trainer_logprob_NT: (N, T) under the trainer's weights of the moment of sampling, computed
             before the first update.
-        engine_logprob_NT: (N, T) as recorded by the engine.
+        engine_logprob_NT: (N, T) as recorded by the engine; NaN where it could not say, which counts
+            as the trainer's own.
         mask_NT: (N, T) bool, every decision of the rows.
         level: "token" or "sequence".
         mode: "truncate" or "mask".
@@ -64,19 +65,22 @@ def correction(
             is_ratio            u as found, before cap and floor
             is_above, is_below  ratios above the cap, below the floor
             is_tokens           decisions
+            is_unknown          those whose log-probability the engine gave as NaN
             is_difference       |trainer - engine| over the decisions
             is_ratio_max        largest u: to be combined by max, not added
             is_difference_max   largest |trainer - engine|: likewise
 
     Raises:
         ValueError: if shapes do not match, a setting is out of range, or a log-probability under
-            the mask is NaN or infinite (a token the engine could not score has no correction).
+            the mask is infinite, or NaN on the trainer's side.
     """
     _check(trainer_logprob_NT, engine_logprob_NT, mask_NT, level, mode, cap, floor)
     dtype = torch.promote_types(trainer_logprob_NT.dtype, torch.float32)
     d_NT = trainer_logprob_NT.to(dtype) - engine_logprob_NT.to(dtype)
-    d_NT = torch.where(mask_NT, d_NT, 0.0)
-    finite_NT = d_NT.isfinite()
+    # A token of which the engine could not say it counts as if both agreed: ratio 1.
+    unknown_NT = mask_NT & engine_logprob_NT.isnan()
+    d_NT = torch.where(mask_NT & ~unknown_NT, d_NT, 0.0)
+    finite_NT = d_NT.isfinite() & (trainer_logprob_NT.isfinite() | ~mask_NT)
     if not finite_NT.all():
         row, step = (~finite_NT).nonzero()[0].tolist()
         raise ValueError(
@@ -100,6 +104,7 @@ def correction(
         "is_above": count(above, d_NT),
         "is_below": count(below, d_NT),
         "is_tokens": count(mask_NT, d_NT),
+        "is_unknown": count(unknown_NT, d_NT),
         "is_difference": gap_NT.sum(),
         "is_ratio_max": ratio.max() if ratio.numel() else none,
         "is_difference_max": gap_NT.max() if gap_NT.numel() else none,

@@ -214,8 +214,25 @@ def test_it_says_what_is_wrong():
         correction(trainer_NT, engine_NT, mask_NT.long(), **good)
     with pytest.raises(ValueError, match=r"share one shape.*\(8, 5\), \(7, 5\) and \(8, 5\)"):
         correction(trainer_NT, engine_NT[1:], mask_NT, **good)
+    bad_NT = engine_NT.clone()
+    bad_NT[2, 0] = -math.inf
+    with pytest.raises(ValueError, match=r"got .* -inf \(engine\) at row 2, step 0"):
+        correction(trainer_NT, bad_NT, mask_NT, **good)
     for wrong in (math.nan, -math.inf):
-        bad_NT = engine_NT.clone()
+        bad_NT = trainer_NT.clone()
         bad_NT[2, 0] = wrong
-        with pytest.raises(ValueError, match=rf"got .* {wrong} \(engine\) at row 2, step 0"):
-            correction(trainer_NT, bad_NT, mask_NT, **good)
+        with pytest.raises(ValueError, match=rf"got {wrong} \(trainer\) and .* at row 2, step 0"):
+            correction(bad_NT, engine_NT, mask_NT, **good)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_token_the_engine_could_not_score_has_ratio_1_and_is_counted(level):
+    trainer_NT = torch.tensor([[-1.0, -2.0], [-0.5, -0.7]])
+    engine_NT = torch.tensor([[-1.5, math.nan], [math.nan, math.nan]])
+    mask_NT = torch.tensor([[True, True], [True, False]])
+    settings = {"level": level, "mode": "truncate", "cap": 10.0}
+    factor_NT, sums = correction(trainer_NT, engine_NT, mask_NT, **settings)
+    same = math.exp(0.5)
+    expected = [[same, 1.0 if level == "token" else same], [1.0, 0.0]]
+    torch.testing.assert_close(factor_NT, torch.tensor(expected))
+    assert sums["is_unknown"] == 2 and sums["is_difference"] == 0.5

@@ -210,6 +210,22 @@ def test_the_engines_mismatch_is_weighed_in(tmp_path, correction, cap, floor, fa
     assert batch.metrics["importance/ratio_mean"] == pytest.approx(1.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("correction", ["token_truncate", "sequence_mask"])
+def test_the_kl_does_not_go_by_the_engines_mismatch(tmp_path, correction):
+    """As in TRL, which adds it after the correction: the KL is of two policies, whoever drew."""
+    changes = {"beta": 0.3, "importance_cap": 1.2}
+    made = tiny.trainer(tmp_path, **settings(importance_correction=correction, **changes))
+    plain = tiny.trainer(tmp_path, **settings(beta=0.3))
+    made.line = replace(
+        made.line, engine=Mismatched(made.line.engine, float(torch.tensor(1.5).log()))
+    )
+    (batch, _), (expected, _) = scored(made), scored(plain)
+    assert torch.equal(batch.rollouts.kl_weight_NT, expected.rollouts.weight_NT)
+    assert batch.kl_denominator == expected.kl_denominator
+    factors = batch.rollouts.weight_NT.sum() / expected.rollouts.weight_NT.sum()
+    assert factors == pytest.approx(1.2 if correction == "token_truncate" else 0.0, abs=1e-4)
+
+
 @pytest.mark.parametrize("scope", ["batch", "response"])
 @pytest.mark.parametrize("selection", ["d3s", "entropy"])
 def test_only_the_chosen_tokens_train_and_are_counted_as_trained(tmp_path, selection, scope):
