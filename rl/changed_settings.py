@@ -42,6 +42,9 @@ OTHERS = (
 )
 """Settings that no rollout and no update depends on: paths, logs, speed, memory."""
 
+STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that are no function of the step."""
+
 MORE = (
     *("max_steps", "num_train_epochs", "max_generated_tokens", "max_evaluations"),
     "max_empty_steps",
@@ -72,6 +75,29 @@ def refuse_decisive(args: Any, saved: dict[str, Any], folder: str) -> None:
         raise ValueError(
             f"{folder} was made with other settings, so its run cannot be continued exactly: "
             f"{'; '.join(changed)}; write the old values, or another output_dir"
+        )
+
+
+def refuse_other_optimizer(args: Any, before: dict[str, Any], folder: str) -> None:
+    """Raise if the state of a checkpoint's optimizer or schedule means nothing to those of now.
+
+    Args:
+        args: the settings now.
+        before: the settings then, as `run.json` has them.
+        folder: the checkpoint, for the message.
+
+    Raises:
+        ValueError: naming the setting with its old and its new value.
+    """
+    now = json.loads(json.dumps(args.to_dict(), default=str))
+    names = ["optim", "optim_args", "optim_target_modules"]
+    if {before.get("lr_scheduler_type"), now["lr_scheduler_type"]} & {*STATEFUL_SCHEDULES}:
+        names.append("lr_scheduler_type")
+    changed = {n: [before[n], now[n]] for n in names if n in before and before[n] != now[n]}
+    if changed:
+        raise ValueError(
+            f"{folder} holds the state of another optimizer or schedule: {_told(changed)}; write the "
+            "old values, or another output_dir"
         )
 
 

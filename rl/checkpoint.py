@@ -297,6 +297,40 @@ def set_aside(run_folder: str | Path, *, after: int) -> None:
             logger.warning(f"{path.name} is not of this run any more, renamed to {aside.name}")
 
 
+def require_optimizer(folder: str | Path) -> None:
+    """Raise if a checkpoint holds a model alone: a run would go on with an empty optimizer.
+
+    Raises:
+        ValueError: naming the setting by which it was made.
+    """
+    folder = Path(folder)
+    if not any(next(folder.glob(name), None) for name in ("optimizer*", "global_step*")):
+        raise ValueError(
+            f"{folder} has no optimizer, as save_only_model: true makes it, so its run cannot go on; "
+            "start another with model_name_or_path set to this folder and another output_dir"
+        )
+
+
+def best_of(folder: str | Path) -> str | None:
+    """The best checkpoint that the one in `folder` knew of, beside it; None if there is none.
+
+    What is written of it is where it was: a run that was moved, or copied, finds its own.
+    """
+    folder = Path(folder)
+    best = read_object(folder / "trainer_state.json").get("best_model_checkpoint")
+    if best is None:
+        return None
+    found = folder.parent / Path(best).name
+    try:
+        verify(found)
+    except TornCheckpointError as error:
+        logger.warning(f"the best checkpoint so far cannot be used: {error}")
+        return None
+    if found.resolve() != Path(best).resolve():
+        logger.warning(f"the best checkpoint so far is {found}: the run was moved from {best}")
+    return str(found)
+
+
 def rotate(run_folder: str | Path, *, keep: int | None, best: str | None) -> None:
     """Delete the oldest whole checkpoints beyond `keep`, never the best one."""
     if keep is None or keep < 1:

@@ -177,6 +177,12 @@ class DenoisingTrainer(RolloutTrainer):
 
     def _load_state(self, state: dict[str, Any], folder: str) -> int:
         refuse_decisive(self, state["settings"], folder)
+        if (self._average is not None) != ("average" in state):
+            had = "with" if "average" in state else "without"
+            raise ValueError(
+                f"{folder} was made {had} an average of weights, this run has ema_decay="
+                f"{self.args.ema_decay}; write the value it had, or another output_dir"
+            )
         if self._average is not None:
             average = state["average"]
             self._average.optimization_step = average["steps"]

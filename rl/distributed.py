@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,9 @@ class Ranks:
         self._accelerator = accelerator
         self._by_hand = by_hand and accelerator.num_processes > 1
         self._held: Exception | None = None
+        # Apart from the work, so that a question after an error meets no collective of it.
+        apart = accelerator.num_processes > 1 and torch.distributed.is_initialized()
+        self._apart = torch.distributed.new_group(backend="gloo") if apart else None
         self.num = accelerator.num_processes
         self.rank = accelerator.process_index
         self.lengths = ExpectedLengths()
@@ -264,6 +268,22 @@ class Ranks:
         except Exception as caught:
             error = caught
         self.fail_together(error)
+
+    def all_say(self, answer: bool, *, seconds: float = 20.0) -> bool:
+        """Whether every rank comes here in time and says yes; to be asked while an error is handled.
+
+        A rank that failed alone finds the others elsewhere: it waits so long, and the answer is no.
+        """
+        if self.num == 1 or self._apart is None:
+            return answer and self.num == 1
+        answers: list[Any] = [None] * self.num
+        try:
+            wait = timedelta(seconds=seconds)
+            torch.distributed.monitored_barrier(self._apart, timeout=wait)
+            torch.distributed.all_gather_object(answers, answer, group=self._apart)
+        except RuntimeError:
+            return False
+        return all(answers)
 
     @contextmanager
     def until_gather(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -38,18 +37,19 @@ def kept(trainer: RolloutTrainer) -> Iterator[Kept]:
     What the line learnt in the block is forgotten and the generators are set back, so that a run
     resumed from the checkpoint made here makes the failed step as if for the first time. Log lines
     that wait are written in any case. A checkpoint is made if steps were trained that none holds,
-    `save_strategy` is not "no", and there is one process: of several, one may have failed alone.
+    `save_strategy` is not "no", and every process came here with whole weights: of several, one may
+    have failed alone. An interrupt from the keyboard, or a reward that leaves Python, is such an error.
     """
     line, block = trainer.line, Kept()
-    state, generators = copy.deepcopy(line.state_dict()), _generators()
+    state, generators = line.state_dict(), _generators()  # a state is a copy
     try:
         yield block
-    except Exception:
+    except BaseException:
         line.load_state_dict(state)
         _set_generators(*generators)
         flush(trainer)
         is_due = trainer.is_in_train and trainer.args.save_strategy != "no"
-        if is_due and block.is_whole and line.ranks.num == 1:
+        if is_due and line.ranks.all_say(block.is_whole):
             _without_hiding(trainer.save_unsaved)
         raise
 
@@ -59,7 +59,7 @@ def flushed(trainer: RolloutTrainer) -> Iterator[None]:
     """An error in this block, wherever it comes from, goes on after the log line that waits."""
     try:
         yield
-    except Exception:
+    except BaseException:
         flush(trainer)
         raise
 
@@ -76,6 +76,9 @@ def flush(trainer: RolloutTrainer) -> None:
     num_steps = trainer.state.global_step - trainer._globalstep_last_logged
     if num_steps and trainer.line.ranks.num == 1:
         logs["loss"] = float(trainer._tr_loss) / num_steps
+    trainer._total_loss_scalar += float(trainer._tr_loss)
+    trainer._tr_loss.zero_()
+    trainer._globalstep_last_logged = trainer.state.global_step
     _without_hiding(lambda: trainer.log(logs))
 
 
@@ -114,11 +117,35 @@ def require_finite_gradient(trainer: RolloutTrainer, model: torch.nn.Module) -> 
             )
 
 
+def require_finite_weights(trainer: RolloutTrainer) -> None:
+    """Refuse to save weights that are NaN or infinite: a checkpoint of them is none to go on from.
+
+    Each process looks at its own weights, or shards of them.
+
+    Raises:
+        FloatingPointError: naming the first such weight.
+    """
+    named = [(name, w) for name, w in trainer.model.named_parameters() if w.requires_grad]  # type: ignore[union-attr]
+    own = [getattr(weight, "ds_tensor", weight) for _, weight in named]
+    own = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in own]
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for weight in own:
+        by_device.setdefault(weight.device, []).append(weight.detach().isfinite().all())
+    if all(torch.stack(found).all() for found in by_device.values()):
+        return
+    name = next(n for (n, _), w in zip(named, own, strict=True) if not w.isfinite().all())
+    raise FloatingPointError(
+        f"weight {name} is not finite after step {trainer.state.global_step}, and is not saved; lower "
+        "learning_rate, check the model's dtype, and go on from the last checkpoint with "
+        "resume_from_checkpoint: true"
+    )
+
+
 def _without_hiding(action: Callable[[], None]) -> None:
     """Do `action` on the way of another error: what goes wrong with it is told, not raised."""
     try:
         action()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, FloatingPointError) as error:
         logger.warning(f"while a step's error was handled: {type(error).__name__}: {error}")
 
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging
 
-from rl import checkpoint, completions, failing, fidelity, metrics, tracking
+from rl import checkpoint, completions, failing, fidelity, metrics, schedule, tracking
 from rl.arguments import RolloutConfig
 from rl.assemble import LANGUAGE, PolicyKind, column_of, warn_of_success
 from rl.budget import (
@@ -30,7 +31,7 @@ from rl.budget import (
     num_steps,
     spent_budgets,
 )
-from rl.changed_settings import Compared, compare, refuse_decisive
+from rl.changed_settings import Compared, compare, refuse_decisive, refuse_other_optimizer
 from rl.evaluation import check_best_metric, evaluate
 from rl.line import Batch
 from rl.measure import gradient_norms
@@ -39,6 +40,7 @@ from rl.prepare import prepare
 from rl.progress import ProgressLine
 from rl.reference import Follow
 from rl.step import collect, mini_batches, update
+from rl.termination import Terminated, Termination
 from rl.validation import choice
 from rollouts.engine import Engine
 from rollouts.prompts import Prompt
@@ -47,6 +49,8 @@ from samplers.planner import Planner
 from samplers.success import full_marks
 
 __all__ = ["NoSignalError", "RolloutTrainer"]
+
+logger = logging.get_logger(__name__)
 
 
 class RolloutTrainer(Trainer):
@@ -105,6 +109,7 @@ class RolloutTrainer(Trainer):
                 failing.check_held_out(rewards, held_out)
         check_best_metric(args, self.eval_sets)
         args.max_steps = num_steps(args, len(prompts))
+        ends_in_order, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(
             policy,
             args,
@@ -145,6 +150,13 @@ class RolloutTrainer(Trainer):
         self.steps_since_log: list[dict[str, float]] = []
         self._empty_steps = 0
         self._saved_step = 0
+        self._resumed: dict[str, Any] = {}  # the state of the checkpoint a run goes on from
+        self._given: list[dict[str, Any]] = []  # what the settings give the optimizer
+        args.enable_jit_checkpoint = ends_in_order
+        self.termination = Termination(self.line.ranks) if ends_in_order else None
+        if self.termination is not None:
+            self.add_callback(self.termination)
+        self.add_callback(_LossGoesOn(self))
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.run_folder = tracking.RunFolder(str(args.output_dir))
@@ -296,6 +308,9 @@ class RolloutTrainer(Trainer):
 
         Raises:
             NoSignalError: once a run without signal has ended as any other does.
+            Terminated: once a run that was sent SIGTERM has saved its last step, if settings say
+                `enable_jit_checkpoint`.
+            ChangedRunError: if it would go on as another run than it is.
         """
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
         find = partial(tracking.checkpoint_to_resume, self.args, resume)
@@ -306,6 +321,7 @@ class RolloutTrainer(Trainer):
                 if folder is not None:
                     state = checkpoint.load_state(folder)
                     from_step = state["step"]
+                    checkpoint.require_optimizer(folder)
             compared = ranks.from_main(partial(self._compare, folder, state))
             with ranks.together():
                 if not tracking.is_asked(resume):
@@ -324,12 +340,27 @@ class RolloutTrainer(Trainer):
                 stack.enter_context(claimed(self.args, from_step=from_step, about=self._about))
                 if self.args.save_strategy != "no" and ranks.is_main:
                     tracking.require_space(self.args, self.model_wrapped)
+            if self.args.save_only_model and self.args.save_strategy != "no":
+                logger.warning(
+                    "save_only_model: true leaves the optimizer out of checkpoints, so no run can go on "
+                    "from them"
+                )
+            self._resumed = state
             stack.callback(self.progress.close)
+            if self.termination is not None:
+                stack.enter_context(self.termination.heeded())
             stack.enter_context(failing.flushed(self))
             stack.enter_context(no_step_if_spent(self.args, self.callback_handler, from_step))
             result = super().train(
                 resume_from_checkpoint=None if folder is None else str(folder), **kwargs
             )
+        step, most = self.state.global_step, self.args.max_steps
+        if self.termination is not None and self.termination.has_ended and step < most:
+            logger.warning(
+                f"ended by SIGTERM after step {step} of {most}, which checkpoint-{step} holds; go on "
+                "with resume_from_checkpoint: true"
+            )
+            raise Terminated(143)
         if self._empty_steps >= self.args.max_empty_steps:
             raise no_signal(self._empty_steps, self.state.log_history)
         return result
@@ -356,6 +387,15 @@ class RolloutTrainer(Trainer):
 
     def _load_state(self, state: dict[str, Any], folder: str) -> int:
         refuse_decisive(self, state["settings"], folder)
+        before = state.get("about", {}).get("settings", {})
+        refuse_other_optimizer(self.args, before, folder)
+        had, has = state["line"]["history"] is not None, self.line.history is not None
+        if had != has:
+            raise ValueError(
+                f"{folder} was made {'with' if had else 'without'} a memory of earlier rewards, which "
+                f"advantage: {self.args.advantage} {'needs' if has else 'has not'}; write the advantage "
+                f"it had, {before.get('advantage')}, or another output_dir"
+            )
         self.line.load_state_dict(state["line"])
         if self.args.sync_ref_model and self.line.reference is not None:
             self.line.reference.load(Path(folder))
@@ -364,15 +404,68 @@ class RolloutTrainer(Trainer):
         self._saved_step = state["step"]
         return self._saved_step
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The base class's; what the settings give the optimizer is remembered before it is loaded."""
+        made = super().create_scheduler(num_training_steps, optimizer)
+        self._given = schedule.hyperparameters(self.optimizer)
+        return made
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The base class's, then learning rate, schedule, weight decay and betas of now."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        rate = self.args.learning_rate
+        before = self._resumed.get("about", {}).get("settings", {}).get("learning_rate", rate)
+        schedule.apply(
+            self.optimizer, self.lr_scheduler, self._given, rate=rate, rate_before=before
+        )
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """The base class's; the best checkpoint is looked for where the run is, not where it was."""
+        found = super()._init_training_state(*args, **kwargs)
+        folder = kwargs.get("resume_from_checkpoint", args[3] if len(args) > 3 else None)
+        if folder is not None:
+            self.state.best_model_checkpoint = checkpoint.best_of(folder)
+        return found
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The base class's, which deletes the last checkpoint beside the best one: it stays here, as
+        a run goes on from it."""
+        most, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = most
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`Trainer.save_model`, without a progress bar for each file."""
+        """`Trainer.save_model`, without a progress bar for each file.
+
+        Raises:
+            FloatingPointError: if a weight is not finite.
+        """
+        failing.require_finite_weights(self)
         with tracking.no_progress_bars():
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
-        """The base class's checkpoint and the line's state, whole or not at all."""
+        """The base class's checkpoint and the line's state, whole or not at all.
+
+        Raises:
+            FloatingPointError: if a weight is not finite; earlier checkpoints stay.
+        """
+        self._write_checkpoint(model, trial)
+        if self.line.ranks.is_main:
+            best = self.state.best_model_checkpoint
+            checkpoint.rotate(self.run_folder.folder, keep=self.args.save_total_limit, best=best)
+
+    def _write_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
         args, ranks, name = self.args, self.line.ranks, f"checkpoint-{self.state.global_step}"
         run, push = str(self.run_folder.folder), args.push_to_hub
+        with ranks.together():
+            failing.require_finite_weights(self)
+        losses = ranks.gather(float(self._tr_loss))
+        waiting = {"loss": sum(losses) / len(losses), "since": self._globalstep_last_logged}
         with checkpoint.writing(run, name, ranks) as staging:
             args.output_dir, args.push_to_hub = str(staging), False
             try:
@@ -386,18 +479,15 @@ class RolloutTrainer(Trainer):
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
                 if args.sync_ref_model and self.line.reference is not None:
                     self.line.reference.save(staging / name)
-                checkpoint.save_state(staging / name, self._line_state())
+                checkpoint.save_state(staging / name, self._line_state() | {"waiting": waiting})
         self._saved_step = self.state.global_step
-        if ranks.is_main:
-            best = self.state.best_model_checkpoint
-            checkpoint.rotate(run, keep=args.save_total_limit, best=best)
-            if push:
-                self._push_from_checkpoint(str(Path(run) / name))
+        if ranks.is_main and push:
+            self._push_from_checkpoint(str(Path(run) / name))
 
     def save_unsaved(self) -> None:
-        """A checkpoint of the last step, unless there is one."""
+        """A checkpoint of the last step, unless there is one; no older one is deleted for it."""
         if self.state.global_step > self._saved_step:
-            self._save_checkpoint(self.model_wrapped)
+            self._write_checkpoint(self.model_wrapped)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _line_state(self) -> dict[str, Any]:
@@ -409,3 +499,19 @@ class RolloutTrainer(Trainer):
             "empty_steps": self._empty_steps,
             "steps_since_log": self.steps_since_log,
         }
+
+
+class _LossGoesOn(TrainerCallback):
+    """Gives a resumed run the loss of the steps before it that no log line has, once it can take it."""
+
+    def __init__(self, trainer: RolloutTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        trainer, waiting = self._trainer, self._trainer._resumed.get("waiting")
+        if waiting is not None:
+            trainer._tr_loss.fill_(waiting["loss"])
+            trainer._total_loss_scalar = -waiting[
+                "loss"
+            ]  # train_loss is of the steps made from here
+            trainer._globalstep_last_logged = waiting["since"]
