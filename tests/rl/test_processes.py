@@ -3,6 +3,7 @@
 A launch costs some ten seconds, so one launch makes several runs.
 """
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -104,3 +105,15 @@ def test_a_reward_that_raises_on_one_process_stops_both(tmp_path):
     assert "raised KeyError: 'no such verifier'" in done.stderr
     assert "RewardError: on process 1: at least" in done.stderr  # what the other process says
     assert "world size" not in done.stdout
+
+
+def test_an_error_that_all_processes_hear_of_costs_none_of_the_steps_before_it(tmp_path):
+    """Checkpoints are far apart; both processes come to the same end, so both save what they have."""
+    small = ON_CPU | RUNS["small"] | {"save_steps": 100}
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    resumed = small | {"resume_from_checkpoint": "true"}
+    done = launch((broken, small | {"fault": "reward@3"}), (broken, resumed), (whole, small))
+    assert done.returncode == 0, errors_of(done)
+    assert done.stdout.count("stopped: ") == 2
+    assert json.loads((broken / "run.json").read_text())["resumed_from_step"] == 3
+    assert_identical(broken, whole)
