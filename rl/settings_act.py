@@ -213,7 +213,7 @@ ALWAYS_DENOISING: tuple[str, ...] = (
     *("plan", "validation_steps", "max_evaluations", "guidance_scale", "height", "width"),
     *("baseline", "credit_scale", "advantage_clip", "branch_threshold", "logprob_reduction"),
     *("noise_weight", "ema_decay", "images_every", "shift", "shared_start_noise"),
-    *("reward_device", "kl_reduction"),
+    *("reward_device", "kl_reduction", "edge_weight"),
     *("negative_prompt", "negative_prompt_column", "pipeline_kwargs"),
 )
 """Settings of `DenoisingConfig` that act whatever the others are, or are refused where they do not."""
