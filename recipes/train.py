@@ -115,7 +115,10 @@ class RecipeArguments:
     )
     rewards: list[str] = field(
         default_factory=list,
-        metadata={"help": "Reward functions: built-in names or path/to/file.py:function."},
+        metadata={
+            "help": "Rewards: built-in names, path/to/file.py:function, folders or hub ids of reward "
+            "models, or soft_overlong(max_completion_len=..., soft_punish_cache=...)."
+        },
     )
     num_threads: int | None = field(
         default=None, metadata={"help": "CPU threads per process. Default: cores / processes."}

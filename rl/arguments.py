@@ -345,7 +345,11 @@ class RolloutConfig(TrainingArguments):
     reward_weights: list[float] | None = setting(
         None, "One weight per reward function. Default: 1."
     )
-    reward_timeout: float | None = setting(60.0, "Seconds a call of a reward function may take.")
+    reward_timeout: float | None = setting(
+        60.0,
+        "Seconds a call of a reward function may take. It is interrupted also where it holds the "
+        "interpreter; code that runs what the policy wrote needs `isolated = True` on the function.",
+    )
     skip_special_tokens: bool = setting(
         True,
         "Leave special tokens out of the texts that rewards, validation and tables get, as TRL does; "

@@ -146,7 +146,7 @@ def make_line(
     for reward in rewards:
         if isinstance(reward, ClassifierReward):
             reward.to(accelerator.device)
-            reward.chat_template_kwargs = config.chat_template_kwargs or reward.chat_template_kwargs
+            reward.chat_template_kwargs |= config.chat_template_kwargs or {}  # type: ignore[arg-type]
     warn_of_rounding(config, model, accelerator)
     tokenizer = processor
     generating = policy

@@ -45,7 +45,14 @@ def table_of(batch: Batch, *, rows: int, step: int) -> list[dict[str, Any]]:
     spread = [keys[i] for i in np.linspace(0, len(keys) - 1, wanted).round().astype(int)]
     share = -(-rows // wanted)
     chosen = [row for key in spread for row in groups[key][:share]][:rows]
-    return [_row(*row, advantages=advantages, step=step) for row in chosen]
+    table = [_row(*row, advantages=advantages, step=step) for row in chosen]
+    for name in (name for name in table[0] if name.startswith("logged/")):
+        # A column is of one type: numbers, or texts.
+        values = [row[name] for row in table]
+        if not all(value is None or isinstance(value, int | float) for value in values):
+            for row, value in zip(table, values, strict=True):
+                row[name] = None if value is None else str(value)
+    return table
 
 
 def _row(
@@ -65,13 +72,8 @@ def _row(
         "advantage": advantages.get((prompt.key, _tokens(rollouts, i))),
         "tokens": int(rollouts.length_N[i]),
         "truncated": bool(rollouts.truncated_N[i]),
-        **{f"logged/{name}": _cell(values[i]) for name, values in scored.logged_columns.items()},
+        **{f"logged/{name}": values[i] for name, values in scored.logged_columns.items()},
     }
-
-
-def _cell(value: Any) -> str | None:
-    """What a reward function gave to `log_extra`, as text: columns of a table are of one type."""
-    return None if value is None else str(value)
 
 
 def text_of(prompt: str | list[dict[str, Any]]) -> str:

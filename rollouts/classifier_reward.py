@@ -95,7 +95,7 @@ class ClassifierReward:
 
         loading = logging.get_logger("transformers.modeling_utils")
         level = loading.level
-        loading.setLevel("ERROR")  # what it would warn of is an error below
+        loading.setLevel(logging.ERROR)  # what it would warn of is an error below
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 source, num_labels=1, output_loading_info=True

@@ -154,7 +154,7 @@ def make_server(
             try:
                 with lock:
                     answer = _pack_answer(reward(*batch), len(batch[1]))
-            except Exception as error:
+            except BaseException as error:  # exit() in a reward ends its request alone
                 self._answer(
                     HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}".encode()
                 )

@@ -35,7 +35,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, NoReturn
@@ -74,8 +74,13 @@ class _Log:
         self.metrics: dict[str, list[float]] = {}
 
     def log_extra(self, column: str, values: Iterable[Any]) -> None:
-        """Add values to a column of the completions table: one per row, at once or in parts."""
-        self.columns.setdefault(str(column), []).extend(values)
+        """Add values to a column of the completions table: one per row, at once or in parts.
+
+        What is neither a number nor a text is written as one.
+        """
+        values = values.tolist() if hasattr(values, "tolist") else values
+        plain = [v if v is None or type(v) in (bool, int, float, str) else str(v) for v in values]
+        self.columns.setdefault(str(column), []).extend(plain)
 
     def log_metric(self, name: str, value: float) -> None:
         """Add a number to a metric of the step, which is the mean of them."""
@@ -127,6 +132,26 @@ class Call:
         return Called(value_K, failed, log.columns, log.metrics)
 
 
+@contextlib.contextmanager
+def _no_exit() -> Iterator[None]:
+    """In this block `os._exit` raises SystemExit, as `sys.exit` does; in child processes it exits.
+
+    Code that a policy wrote would else end a run with status 0, without a word.
+    """
+    leave, owner = os._exit, os.getpid()
+
+    def refuse(status: int) -> NoReturn:
+        if os.getpid() != owner:
+            leave(status)
+        raise SystemExit(f"os._exit({status})")
+
+    os._exit = refuse
+    try:
+        yield
+    finally:
+        os._exit = leave
+
+
 def attempt(call: Call, seconds: float | None) -> Called | BaseException:
     """What the call gave, or what ended it: an exception, `SystemExit` too, or `Overdue`.
 
@@ -137,11 +162,8 @@ def attempt(call: Call, seconds: float | None) -> Called | BaseException:
     try:
         if getattr(call.function, "isolated", False):
             return _in_process(call, seconds)
-        if seconds is None:
-            return call.run()
-        if can_interrupt():
-            return interrupt_after(seconds, call.run, name=f"reward function {call.name!r}")
-        return _in_thread(call.run, seconds)
+        with _no_exit():
+            return _within(seconds, call.run, name=f"reward function {call.name!r}")
     except (RewardError, KeyboardInterrupt):
         raise
     except BaseException as error:
@@ -161,6 +183,15 @@ async def attempt_async(call: Call, seconds: float | None) -> Called | BaseExcep
     if isinstance(outcome, RewardError):
         raise outcome
     return outcome
+
+
+def _within(seconds: float | None, run: Callable[[], Any], *, name: str) -> Any:
+    """The result of `run()`; Overdue if it takes longer than `seconds`, None being for ever."""
+    if seconds is None:
+        return run()
+    if can_interrupt():
+        return interrupt_after(seconds, run, name=name)
+    return _in_thread(run, seconds)
 
 
 def _in_thread(run: Callable[[], Any], seconds: float) -> Any:
@@ -343,18 +374,15 @@ def run_in_loop(awaitable: Awaitable[Any], seconds: float | None, *, name: str) 
             something blocks the loop.
     """
     run = functools.partial(event_loop().run, awaitable)
-    if seconds is None:
-        return run()
-    if can_interrupt():
-        return interrupt_after(seconds, run, name=name)
-    return _in_thread(run, seconds)
+    with _no_exit():
+        return _within(seconds, run, name=name)
 
 
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether a function is `async def`, or an object whose call is; partials are looked into."""
     while isinstance(function, functools.partial):
         function = function.func
-    return any(map(inspect.iscoroutinefunction, (function, function.__call__)))
+    return any(map(inspect.iscoroutinefunction, (function, function.__call__)))  # type: ignore[operator]
 
 
 # From what a function returned to numbers.

@@ -191,12 +191,17 @@ def soft_overlong(max_completion_len: int, soft_punish_cache: int) -> RewardFunc
             f"max_completion_len={largest!r} and soft_punish_cache={cache!r}"
         )
 
-    def penalty(completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
-        over = [len(ids) - (largest - cache) for ids in completion_ids]
-        return [0.0 if n <= 0 else -1.0 if n > cache else -n / cache for n in over]
-
-    penalty.__name__ = "soft_overlong"
+    # A partial, so that its arguments can be told from outside, as a resumed run does.
+    penalty = functools.partial(_overlong, largest, cache)
+    penalty.__name__ = "soft_overlong"  # type: ignore[attr-defined]
     return penalty
+
+
+def _overlong(
+    largest: int, cache: int, /, completion_ids: list[list[int]], **columns: Any
+) -> list[float | None]:
+    over = [len(ids) - (largest - cache) for ids in completion_ids]
+    return [0.0 if n <= 0 else -1.0 if n > cache else -n / cache for n in over]
 
 
 BUILT_IN: dict[str, RewardFunction] = {

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import select
 import signal
@@ -48,7 +49,8 @@ class _Watchdog:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
-        self.armed = self.has_raised = False
+        self.armed = self.has_raised = self.is_impossible = False
+        self.deadline = math.inf
 
     def prepare(self) -> None:
         if self._process is None or self._owner != os.getpid():  # a fork has its own
@@ -57,8 +59,8 @@ class _Watchdog:
     def start(self, seconds: float, name: str) -> None:
         self.prepare()
         # Absolute, so that a child that is slow to wake does not add to it: processes share the clock.
-        deadline = time.monotonic() + seconds
-        line = f"{deadline!r} {seconds!r} {max(seconds, KILL_SECONDS)!r} {name}\n".encode()
+        self.deadline = time.monotonic() + seconds
+        line = f"{self.deadline!r} {seconds!r} {max(seconds, KILL_SECONDS)!r} {name}\n".encode()
         try:
             self._send(line)
         except BrokenPipeError:
@@ -81,7 +83,7 @@ class _Watchdog:
         assert self._process.stdin is not None and self._process.stdout is not None
         atexit.register(self._end, self._process)
         if not self._process.stdout.read(1):
-            raise RuntimeError(f"the process that times rewards ended with {self._process.wait()}")
+            raise OSError(f"the process that times rewards ended with {self._process.wait()}")
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         if self._owner == os.getpid():
@@ -94,7 +96,8 @@ class _Watchdog:
         self._process.stdin.write(line)
 
     def on_signal(self, *_: Any) -> None:
-        if self.armed:  # a signal that comes late is of no matter
+        # A signal that was meant for an earlier call is of no matter.
+        if self.armed and time.monotonic() >= self.deadline:
             self.has_raised = True
             raise _Interrupt
 
@@ -108,13 +111,20 @@ def can_interrupt() -> bool:
         threading.current_thread() is threading.main_thread()
         and hasattr(signal, "SIGVTALRM")
         and not _watchdog.armed
+        and not _watchdog.is_impossible
     )
 
 
 def prepare() -> None:
-    """Start the second process, if there is none yet, so that no call has to wait for it."""
+    """Start the second process, if there is none yet, so that no call has to wait for it.
+
+    Where none can be started, `can_interrupt` is False from then on.
+    """
     if can_interrupt():
-        _watchdog.prepare()
+        try:
+            _watchdog.prepare()
+        except OSError:
+            _watchdog.is_impossible = True
 
 
 def interrupt_after(seconds: float, call: Callable[[], Any], *, name: str) -> Any:
@@ -159,8 +169,10 @@ def _watch(parent: int) -> None:
     """Wait for one line per call, and for one more at its end; signal the parent in between."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the parent
     os.write(1, b".")  # ready
+    name = ""  # of the call that is going on
     while line := _line(parent):
         if not line.strip():  # the end of a call
+            name = ""
             continue
         *times, name = line.decode().strip().split(None, 3)
         deadline, seconds, patience = map(float, times)
@@ -183,6 +195,8 @@ def _watch(parent: int) -> None:
                 )
                 os.kill(parent, signal.SIGKILL)
                 return
+    if name:
+        print(f"process {parent} ended within a call of {name}", file=sys.stderr, flush=True)
 
 
 def _line(parent: int) -> bytes:

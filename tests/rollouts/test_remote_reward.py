@@ -152,15 +152,16 @@ def test_serve_answers_until_it_is_stopped(monkeypatch):
 # Failures
 
 
-def test_a_reward_that_raises_names_url_prompt_and_reason_and_is_not_repeated(running):
+@pytest.mark.parametrize("error", [KeyError("no face"), SystemExit("'no face'")])
+def test_a_reward_that_raises_names_url_prompt_and_reason_and_is_not_repeated(running, error):
     calls = []
 
     def raises(*_):
         calls.append(1)
-        raise KeyError("no face")
+        raise error
 
     url = running(raises)
-    message = rf"reward server {url} \(first prompt 'one ball'\) answered 500: KeyError: 'no face'"
+    message = rf"reward server {url} \(first prompt 'one ball'\) answered 500: \w+: 'no face'"
     with pytest.raises(ValueError, match=message):
         RemoteReward(url, retry_wait=0)(images(), PROMPTS, [{}] * 3)
     assert len(calls) == 1

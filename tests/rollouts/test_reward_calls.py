@@ -158,6 +158,7 @@ def test_code_that_cannot_be_interrupted_is_killed_with_a_message():
     [
         (lambda: sys.exit(3), "SystemExit: 3"),
         (lambda: exec("raise SystemExit"), "SystemExit: "),
+        (lambda: os._exit(0), "SystemExit: os._exit(0)"),
         (lambda: (_ for _ in ()).throw(GeneratorExit), "GeneratorExit: "),
         (lambda: (_ for _ in ()).throw(asyncio.CancelledError()), "CancelledError: "),
     ],
@@ -167,6 +168,31 @@ def test_what_would_end_the_run_fails_the_row(leave, said, timeout):
     assert result.failed == {1: f"reward: raised {said}"}
     with pytest.raises(RewardError, match="prompt key1, reward function reward: raised"):
         run(at_bad(leave), ["x", "bad"], timeout=timeout)
+
+
+def test_child_processes_of_a_reward_still_exit():
+    def forks():
+        child = os.fork()
+        if child == 0:
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+    assert run(at_bad(forks), ["bad"], timeout=30.0).reward_K.tolist() == [1.0]
+    assert os._exit.__module__ == "posix"
+
+
+def test_a_process_that_ends_within_a_call_is_told():
+    code = """
+        import os
+        from rollouts.prompts import Prompt
+        from rollouts.rewards import score
+        def ends(completions, **_):
+            os.kill(os.getpid(), 9)
+        score([ends], [Prompt(key="k", prompt="p", token_ids=(1,), columns={})], ["x"], [[1]], timeout=5)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "ended within a call of reward function 'ends'" in done.stderr
 
 
 def test_somebody_who_stops_the_run_stops_it():
@@ -412,6 +438,15 @@ def test_only_functions_that_take_them_get_state_and_logs():
     check_columns([plain, asks], [prompt(0)])
     with pytest.raises(RewardError, match="asks needs a column 'trainer_state'"):
         run([asks], ["x"])
+
+
+def test_what_is_logged_is_plain():
+    def logs(completions, log_extra, **_):
+        log_extra("tensor", torch.ones(2))
+        log_extra("objects", [{"a": 1}, None])
+        return ones(completions)
+
+    assert run(logs, ["a", "b"]).columns == {"tensor": [1.0, 1.0], "objects": ["{'a': 1}", None]}
 
 
 def test_columns_are_logged_at_once_or_in_parts_one_value_per_row():
