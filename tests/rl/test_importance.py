@@ -31,7 +31,8 @@ def batch(seed=0, num_rollouts=8, num_steps=5):
 def by_loop(trainer_NT, engine_NT, mask_NT, level, mode, cap, floor):
     """The definition, one decision at a time, in plain Python."""
     factor_NT = torch.zeros_like(trainer_NT)
-    names = ("is_count", "is_ratio", "is_above", "is_below", "is_tokens", "is_difference")
+    names = ("is_count", "is_ratio", "is_above", "is_below", "is_tokens", "is_unknown")
+    names += ("is_difference",)
     found = dict.fromkeys(names, 0.0) | {"is_ratio_max": 0.0, "is_difference_max": 0.0}
     for n in range(len(mask_NT)):
         steps = [t for t in range(mask_NT.shape[1]) if mask_NT[n, t]]
@@ -77,6 +78,7 @@ def test_by_hand():
             "is_above": 1,
             "is_below": 0,
             "is_tokens": 4,
+            "is_unknown": 0,
             "is_difference": sum(logs),
             "is_ratio_max": 3,
             "is_difference_max": math.log(4),
