@@ -15,6 +15,7 @@ from trl import ModelConfig, get_peft_config
 from recipes.config import ConfigError
 from recipes.data import load_rows, split_validation
 from recipes.images.task import ImageTask
+from rl import denoising_pipeline
 from rl.arguments import nearest
 from rl.denoising_config import DenoisingConfig
 from rl.denoising_pipeline import ATTENTION, read_pipeline
@@ -129,7 +130,7 @@ def load_pipeline(config: DenoisingConfig, model_config: ModelConfig) -> Any:
     """The pipeline the settings name, with a scheduler whose steps are Gaussian actions.
 
     Raises:
-        ConfigError: if no model is named, or rule `ddim` does not fit it.
+        ConfigError: if no model is named, or the rule of the plan does not fit it.
     """
     name = model_config.model_name_or_path
     if name is None:
@@ -144,6 +145,18 @@ def load_pipeline(config: DenoisingConfig, model_config: ModelConfig) -> Any:
             dtype=torch.float32 if dtype in (None, "auto") else getattr(torch, dtype),
             revision=model_config.model_revision,
         )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def ddim_of(scheduler: Any) -> Any:
+    """`rl.denoising_pipeline.ddim_of`, whose refusals are settings' errors here.
+
+    Raises:
+        ConfigError: if DDIM cannot take the scheduler's place.
+    """
+    try:
+        return denoising_pipeline.ddim_of(scheduler)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -37,6 +37,13 @@ IN_THE_LEVELS = ("snr_shift_scale",)
 """Settings that act on the table of noise levels alone, which `ddim_of` takes whole."""
 
 
+OF_DIFFUSIONS = (
+    *("beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
+    *("timestep_spacing", "steps_offset", "use_flow_sigmas", "flow_shift"),
+)
+"""Settings of schedulers set up for a flow that a flow does not read, or that `flow_of` takes over."""
+
+
 def read_pipeline(
     name: str,
     *,
@@ -51,13 +58,13 @@ def read_pipeline(
 
     Args:
         name: a folder or hub id.
-        rule: the noise rule; under `ddim` a scheduler of another class is replaced (`set_ddim`).
+        rule: the noise rule; a scheduler of a class that it cannot use is replaced (`set_scheduler`).
         device: where all of it goes.
         dtype: of its weights.
         revision: commit of a hub id; None takes the newest.
 
     Raises:
-        ValueError: if rule `ddim` does not fit the model.
+        ValueError: if the rule does not fit the model.
     """
     from diffusers import DiffusionPipeline
 
@@ -75,29 +82,28 @@ def read_pipeline(
     pipeline = DiffusionPipeline.from_pretrained(
         name, revision=revision, torch_dtype=dtype, use_safetensors=True, **absent
     )
-    if rule == "ddim":
-        set_ddim(pipeline)
+    set_scheduler(pipeline, rule)
     return pipeline.to(device)
 
 
-def set_ddim(pipeline: Any) -> None:
-    """Replace a scheduler of another class by DDIM, in place, and say so; see `ddim_of`.
+def set_scheduler(pipeline: Any, rule: str) -> None:
+    """Replace a scheduler that the rule cannot use, in place, and say so; see `ddim_of`, `flow_of`.
 
     Raises:
-        ValueError: as `ddim_of`.
+        ValueError: as `ddim_of` and `flow_of`.
     """
-    from diffusers import DDIMScheduler
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     own = pipeline.scheduler
-    if type(own) is DDIMScheduler:
+    if type(own) is (DDIMScheduler if rule == "ddim" else FlowMatchEulerDiscreteScheduler):
         return
-    pipeline.scheduler = ddim_of(own)
-    is_linspace = own.config.get("timestep_spacing") == "linspace"
-    print(
-        f"{type(own).__name__} is replaced by DDIMScheduler for rule ddim"
-        + (", its timesteps spaced leading, not by linspace" if is_linspace else ""),
-        file=sys.stderr,
-    )
+    made = pipeline.scheduler = ddim_of(own) if rule == "ddim" else flow_of(own)
+    line = f"{type(own).__name__} is replaced by {type(made).__name__} for rule {rule}"
+    if rule != "ddim":
+        line += f", with shift {made.config.shift}"
+    elif own.config.get("timestep_spacing") == "linspace":
+        line += ", its timesteps spaced leading, not by linspace"
+    print(line, file=sys.stderr)
 
 
 def place(pipeline: Any, device: torch.device) -> None:
@@ -126,6 +132,31 @@ def lora_of(peft_config: Any) -> Any:
         peft_config = copy.copy(peft_config)
         peft_config.target_modules = set(ATTENTION)
     return peft_config
+
+
+def flow_of(scheduler: Any) -> Any:
+    """The Euler scheduler of flow matching in the place of another solver of flows, with its shift.
+
+    Sana comes with a DPMSolverMultistepScheduler and Wan with a UniPCMultistepScheduler that are set up
+    for flows. The levels of n steps lie on the same shifted line, but not at the same places.
+
+    Raises:
+        ValueError: if the scheduler is not set up for a flow, or has a setting that would be dropped.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    given: Any = scheduler.config
+    if given.get("prediction_type") != "flow_prediction" or not given.get("use_flow_sigmas"):
+        raise ValueError(
+            f"rules flow_sde, constant_sde and cps are for flow-matching models, and the "
+            f"{type(scheduler).__name__} of this one is not set up for a flow; for a model that "
+            f"predicts {', '.join(VARIANCE_PRESERVING)} write rule: ddim in plan"
+        )
+    target = FlowMatchEulerDiscreteScheduler
+    _refuse_dropped(scheduler, target, OF_DIFFUSIONS)
+    known = inspect.signature(target.__init__).parameters
+    settings = {key: value for key, value in given.items() if key in known}
+    return target(**settings | {"shift": given.get("flow_shift", 1.0)})
 
 
 def ddim_of(scheduler: Any) -> Any:
@@ -159,7 +190,7 @@ def ddim_of(scheduler: Any) -> Any:
             f"than by small steps of a diffusion, or at other noise levels. Schedulers it replaces: "
             f"{', '.join(DDIM_CAN_REPLACE)}"
         )
-    _refuse_dropped(scheduler)
+    _refuse_dropped(scheduler, DDIMScheduler, IN_THE_LEVELS)
     kept: dict[str, Any] = {}
     if given.get("timestep_spacing") == "linspace":
         kept |= {"timestep_spacing": "leading", "steps_offset": 1}
@@ -179,18 +210,17 @@ def ddim_of(scheduler: Any) -> Any:
     return made
 
 
-def _refuse_dropped(scheduler: Any) -> None:
-    """Raise ValueError for a setting of a scheduler that DDIM does not have and that says something."""
-    from diffusers import DDIMScheduler
-
-    known = {*inspect.signature(DDIMScheduler.__init__).parameters, *SOLVER_ONLY, *IN_THE_LEVELS}
+def _refuse_dropped(scheduler: Any, target: Any, taken_over: tuple[str, ...]) -> None:
+    """Raise ValueError for a setting of a scheduler that says something and that `target` lacks."""
+    known = {*inspect.signature(target.__init__).parameters, *SOLVER_ONLY, *taken_over}
     own = inspect.signature(type(scheduler).__init__).parameters
     for key, value in scheduler.config.items():
         if key.startswith("_") or key in known or not value:
             continue
         if key not in own or value != own[key].default:
             raise ValueError(
-                f"{key}={value!r} of {type(scheduler).__name__} is no setting of DDIMScheduler, which "
-                f"replaces it for rule ddim: the model would be sampled in another way than it says. "
-                f"Save the pipeline with a DDIMScheduler of your choice and name that folder"
+                f"{key}={value!r} of {type(scheduler).__name__} is no setting of {target.__name__}, "
+                f"which replaces it for the rule of plan: the model would be sampled in another way "
+                f"than it says. Save the pipeline with a {target.__name__} of your choice and name "
+                f"that folder"
             )

@@ -21,7 +21,7 @@ from rl.changed_settings import refuse_decisive
 from rl.denoising import DENOISING, load_image_rewards
 from rl.denoising_adapters import save_lora
 from rl.denoising_config import DenoisingConfig
-from rl.denoising_pipeline import place, read_pipeline, set_ddim
+from rl.denoising_pipeline import place, read_pipeline, set_scheduler
 from rl.evaluation import evaluate
 from rl.line import Batch
 from rl.pictures import diversity, save_grid, thinned
@@ -35,8 +35,8 @@ class DenoisingTrainer(RolloutTrainer):
 
     Args:
         model: a pipeline, which is moved to the device of the run, or a folder or hub id to read one
-            from, in float32 and without its safety checker. Under rule `ddim` a scheduler of another
-            class is replaced where no engine is given, as by recipes/train.py.
+            from, in float32 and without its safety checker. A scheduler that the rule cannot use
+            is replaced where no engine is given, as by recipes/train.py.
         reward_funcs: one or several: image rewards, their names, or `path/to/file.py:function`.
         args: the settings.
         train_dataset: rows with a text `prompt`; other columns go to the rewards as metadata.
@@ -66,8 +66,8 @@ class DenoisingTrainer(RolloutTrainer):
             model = read_pipeline(str(model), rule=rule, device=args.device)
         else:
             place(model, args.device)
-            if rule == "ddim" and kwargs.get("engine") is None:
-                set_ddim(model)
+            if kwargs.get("engine") is None:
+                set_scheduler(model, rule)
         device = args.reward_device or args.device
         reward_funcs = load_image_rewards(reward_funcs, args.reward_weights, device=device)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)

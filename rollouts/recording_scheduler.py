@@ -383,7 +383,7 @@ def _check_ddim(config: Any) -> None:
         raise ValueError(
             f"snr_shift_scale={config['snr_shift_scale']} shifts the noise levels of CogVideoX and "
             f"CogView3-Plus, and DDIMScheduler does not know it: give it trained_betas with the "
-            f"levels of the model's own scheduler, as `ddim_of` of recipes/diffusion.py does"
+            f"levels of the model's own scheduler, as `ddim_of` of rl/denoising_pipeline.py does"
         )
 
 

@@ -24,7 +24,7 @@ from trl import ModelConfig
 from recipes.config import ConfigError
 from recipes.diffusion import load_pipeline
 from rl.denoising_config import DenoisingConfig
-from rl.denoising_pipeline import ddim_of
+from rl.denoising_pipeline import ddim_of, flow_of
 from rollouts.recording_scheduler import Recording, recording_scheduler
 from tests.tiny_pipelines import add_tiny_text_encoder, add_tiny_vae, tiny_sd, tiny_sd3
 
@@ -190,3 +190,46 @@ def test_a_scheduler_whose_settings_ddim_would_drop_is_refused(scheduler, messag
 def test_how_another_scheduler_solves_is_no_matter():
     ddim_of(PNDMScheduler(skip_prk_steps=True))
     ddim_of(DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=3))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        # As Sana and Wan come.
+        DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+        ),
+    ],
+    ids=["Sana", "Wan"],
+)
+def test_another_solver_of_flows_is_replaced_with_its_shift(given):
+    ours = flow_of(given)
+    assert type(ours) is FlowMatchEulerDiscreteScheduler
+    given.set_timesteps(20)
+    ours.set_timesteps(20)
+    # Both go down one line from noise, shift t / (1 + (shift - 1) t), in steps of nearly one size.
+    shift = given.config.flow_shift
+    straight = [s / (shift - (shift - 1) * s) for s in (given.sigmas[:-1], ours.sigmas[:-1])]
+    torch.testing.assert_close(straight[0][:15], straight[1][:15].float(), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (PNDMScheduler(), "PNDMScheduler of this one is not set up for a flow.*write rule: ddim"),
+        (DPMSolverMultistepScheduler(), "DPMSolverMultistepScheduler of this one is not set up"),
+        (
+            UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, thresholding=True
+            ),
+            "thresholding=True of UniPCMultistepScheduler is no setting of FlowMatchEuler",
+        ),
+    ],
+    ids=["PNDM", "DPM", "thresholding"],
+)
+def test_flow_rules_are_refused_where_the_model_is_of_another_kind(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        flow_of(scheduler)

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 from peft import LoraConfig
 
-from rl.denoising_pipeline import ATTENTION, lora_of, place, set_ddim
+from rl.denoising_pipeline import ATTENTION, lora_of, place, set_scheduler
 from rl.denoising_trainer import DenoisingTrainer
 from tests import tiny_denoising as tiny
 from tests.recipes.test_load_pipeline import save, tiny_checker
@@ -44,7 +44,7 @@ def test_the_scheduler_of_a_pipeline_in_memory_is_replaced_too_unless_an_engine_
     settings = tiny.config(tmp_path)
     with pytest.raises(ValueError, match="PNDMScheduler"):
         tiny.engine(around)
-    set_ddim(around)
+    set_scheduler(around, "ddim")
     assert type(around.scheduler) is DDIMScheduler
     tiny.engine(around)
     flow = tiny_pipeline("sd3")
