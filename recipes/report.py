@@ -140,7 +140,7 @@ def _turned(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """A table on its side: a row for each column, a column for each run."""
     first = next(iter(rows[0]))
     return [
-        {first: name} | {row[first]: row[name].replace("\n", " ") for row in rows}
+        {"": name} | {row[first]: row[name].replace("\n", " ") for row in rows}
         for name in rows[0]
         if name != first
     ]

@@ -11,6 +11,7 @@ Every setting is a key of the YAML file or an argument; arguments win. `--help` 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `recipes` beside this file
+# DeepSpeed, where it is installed, says on import that it found no GPU; the device is printed anyway.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.msg)
 
 import torch
 from accelerate import PartialState

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from rl.methods import (
 )
 from rl.reference import Reference
 from rl.scorer import Scorer
+from rl.tracking import no_progress_bars
 from rl.waves import GroupBuffer
 from rollouts.batch import TokenRollouts
 from rollouts.classifier_reward import ClassifierReward
@@ -386,7 +388,9 @@ def pretrained(kind: Any, source: str, *, trust_remote_code: bool = False, **set
             allowed.
     """
     try:
-        return kind.from_pretrained(source, trust_remote_code=trust_remote_code, **settings)
+        # A download shows how far it is; a folder is read in no time.
+        with no_progress_bars() if Path(source).is_dir() else nullcontext():
+            return kind.from_pretrained(source, trust_remote_code=trust_remote_code, **settings)
     except ValueError as error:
         if trust_remote_code or "trust_remote_code" not in str(error):
             raise

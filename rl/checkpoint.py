@@ -202,7 +202,8 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
             raise TornCheckpointError(f"{path} is damaged: {file} is {start_of(expected)}")
         if not file or Path(file).is_absolute() or ".." in Path(file).parts:
             raise TornCheckpointError(f"{path} is damaged: it names {file!r}, outside its folder")
-    if missing := {_ARRAYS, _PLAIN} - files.keys():
+    is_run_state = isinstance(name, str) and _NAME.fullmatch(name) is not None
+    if is_run_state and (missing := {_ARRAYS, _PLAIN} - files.keys()):
         raise TornCheckpointError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     if name != folder.name and _NAME.fullmatch(folder.name):
         raise TornCheckpointError(f"{folder} was made as {start_of(name)}: it was renamed")

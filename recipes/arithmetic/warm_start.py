@@ -21,11 +21,13 @@ import datasets
 import torch
 import transformers
 import trl
+from transformers.trainer_callback import PrinterCallback
 
 from recipes.arithmetic.model import build_model, build_tokenizer
 from recipes.arithmetic.tasks import LEVELS, problems, warm_start_rows
 from recipes.config import parse
 from rl.checkpoint import TornCheckpointError, seal, verify
+from rl.tracking import no_progress_bars
 
 SETTINGS_FILE = "warm_start.json"
 """What a folder was made with, beside the checkpoint."""
@@ -159,18 +161,21 @@ def _train(scratch: Path, folder: Path, settings: WarmStart, *, quiet: bool) -> 
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
-        disable_tqdm=quiet,
+        disable_tqdm=quiet or not sys.stderr.isatty(),
     )
-    trainer = trl.SFTTrainer(
-        model,
-        args=config,
-        train_dataset=datasets.Dataset.from_list(
-            [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
-        ),
-        processing_class=tokenizer,
-    )
+    with no_progress_bars():
+        trainer = trl.SFTTrainer(
+            model,
+            args=config,
+            train_dataset=datasets.Dataset.from_list(
+                [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+            ),
+            processing_class=tokenizer,
+        )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
-    trainer.save_model(str(folder))
+    with no_progress_bars():
+        trainer.save_model(str(folder))
     for path in folder.glob("*.bin"):  # training arguments, pickled: no part of a checkpoint
         path.unlink()
 

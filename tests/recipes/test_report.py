@@ -179,6 +179,11 @@ def test_a_standard_narrow_terminal_shows_every_number_whole(run, words):
     assert all(number in printed for number in ("11,520", "691,200", "345,600", " gvm "))
 
 
+def test_a_run_may_have_any_name_on_a_narrow_terminal(tmp_path, words):
+    cost = reported(fake_run(tmp_path / "run", steps=2), width=80)[2].split("Seconds by phase")[0]
+    assert re.search(r"tokens generated +23,040 *\n", cost)
+
+
 def test_a_narrow_terminal_shows_the_means_where_all_runs_do_not_fit(tmp_path, words):
     folders = [fake_run(tmp_path / f"gvm-seed{seed}", steps=2, seed=seed) for seed in range(1, 7)]
     printed = reported(*folders, width=80, group_seeds=True)[2]
