@@ -92,7 +92,9 @@ class DenoisingScorer:
         logprob_N = step_logprob(x_next, mean[which_N], std_U[which_N])
         return logprob_N, gaussian_kl(mean, reference, std_U)[which_N]
 
-    def statistics(self, model: torch.nn.Module, rollouts: DenoisingRollouts) -> Any:
+    def statistics(
+        self, model: torch.nn.Module, rollouts: DenoisingRollouts, *, differentiable: bool = False
+    ) -> Any:
         """Not to be had: the entropy of a step is a constant of its noise."""
         raise TypeError("a denoising step has no entropy to be recomputed")
 

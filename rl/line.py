@@ -40,7 +40,9 @@ class Scores(Protocol):
 
     def logprobs(self, model: torch.nn.Module, rollouts: Any) -> torch.Tensor: ...
 
-    def statistics(self, model: torch.nn.Module, rollouts: Any, **settings: Any) -> Any: ...
+    def statistics(
+        self, model: torch.nn.Module, rollouts: Any, *, differentiable: bool = False
+    ) -> Any: ...
 
 
 class History(Protocol):

@@ -421,7 +421,7 @@ def advantage_after_of(config: RolloutConfig) -> Callable[[Rollouts], torch.Tens
     """PODS compares the rows it keeps with each other, by the unbiased std (arXiv:2504.13818)."""
     if config.down_sampling != "pods":
         return None
-    again = partial(advantages.grpo, scale=scale_of(config), **_std_of(config))
+    again: Callable = partial(advantages.grpo, scale=scale_of(config), **_std_of(config))
     return lambda rollouts: again(_set(rollouts.reward_N), rollouts.prompt_N)
 
 

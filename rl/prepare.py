@@ -132,7 +132,7 @@ def _columns(line: Line) -> set[str]:
 def _correction(line: Line, rollouts: Rollouts) -> tuple[torch.Tensor, dict[str, float]]:
     """Factors of the weights, and means of what engine and trainer differ by."""
     config = line.config
-    assert rollouts.old_logprob_NT is not None
+    assert rollouts.old_logprob_NT is not None and config.importance_correction is not None
     level, mode = config.importance_correction.split("_")
     factor_NT, sums = correction(
         rollouts.old_logprob_NT,

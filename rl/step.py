@@ -10,6 +10,7 @@ Axes: P prompts, N rollouts (flat rows), K rows kept, T tokens.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -97,8 +98,12 @@ def mini_batches(line: Line, batch: Batch) -> list[torch.Tensor]:
 def _of_no_weight(rows: Rollouts) -> Rollouts:
     """`rows` that take part in a micro-batch and count nowhere in its loss."""
     names = ("weight_NT", "kl_weight_NT", "bonus_NT")
-    columns = {n: column for n in names if (column := getattr(rows, n)) is not None}
-    return replace(rows, **{name: torch.zeros_like(column) for name, column in columns.items()})
+    columns: dict[str, Any] = {
+        name: torch.zeros_like(column)
+        for name in names
+        if (column := getattr(rows, name)) is not None
+    }
+    return replace(rows, **columns)
 
 
 def loss_of(

@@ -527,7 +527,9 @@ def _stopping_and_rows(config: RolloutConfig) -> None:
     choice("token_denominator", config.token_denominator, DENOMINATORS)
     varies = "token_selection" if config.token_selection != "none" else ""
     varies = varies or "top_entropy_quantile" * (config.top_entropy_quantile < 1)
-    varies = varies or "importance_correction" * config.importance_correction.startswith("token")
+    varies = varies or "importance_correction" * str(config.importance_correction).startswith(
+        "token"
+    )
     if config.loss in ONE_RATIO_PER_ROW and varies:
         raise ValueError(
             f"loss {config.loss!r} has one ratio per row, so that weights must be constant in it, but "

@@ -256,7 +256,8 @@ class VLLMEngine:
         """Requests of all processes that share this vLLM, their salt, and where this one's begin."""
         if self._num_together == 1:
             return mine, self._salt, 0
-        group, given = self._generation.tp_group, [None] * self._num_together
+        group = self._generation.tp_group
+        given: list[Any] = [None] * self._num_together
         torch.distributed.all_gather_object(given, (mine, self._salt), group=group)
         before = given[: torch.distributed.get_rank(group=group)]
         asked = [request for requests, _ in given for request in requests]
