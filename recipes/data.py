@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import string
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,12 @@ from typing import Any
 from rollouts.prompts import prompt_key
 from samplers.keys import stable_hash
 
-Row = dict[str, Any]
+
+class Row(dict[str, Any]):
+    """A row that knows where it was read, which messages about it say."""
+
+    where: str | None = None
+
 
 SPLIT_NAMES = ("train", "validation", "valid", "val", "dev", "eval", "test")
 """Beginnings of file names that say which split of a data set a file in a folder holds."""
@@ -69,23 +75,24 @@ def load_rows(
             f"leave out prompt_column and write {{{prompt_column}}} in the template"
         )
     template = None if prompt_template is None else _parsed_template(prompt_template)
-    rows = [dict(row) for row in itertools.islice(_read(str(source), split, config), limit)]
+    rows = _read_all(str(source), split, config, limit)
     if not rows:
         raise ValueError(f"{str(source)!r} has no rows; at least one is needed")
     for number, row in enumerate(rows):
         prompt: Any
+        name = f"row {number} ({row.where})"
         if template is not None:
-            prompt = _filled(template, row, number)
+            prompt = _filled(template, row, name)
         else:
-            prompt = _value(row, prompt_column, number, asked_by="prompt_column")
+            prompt = _value(row, prompt_column, name, asked_by="prompt_column")
         if answer_column is not None:
-            answer = _value(row, answer_column, number, asked_by="answer_column")
+            answer = _value(row, answer_column, name, asked_by="answer_column")
             row.pop(answer_column, None)
             row["answer"] = answer
         if template is None:
             row.pop(prompt_column, None)
         if conversational or system_prompt is not None:
-            prompt = _messages(prompt, system_prompt, number)
+            prompt = _messages(prompt, system_prompt, name)
         row["prompt"] = prompt
     return rows
 
@@ -127,7 +134,41 @@ def split_validation(
 # Finding and reading the data.
 
 
-def _read(source: str, split: str, config: str | None) -> Iterable[Mapping[str, Any]]:
+Read = tuple[str, Mapping[str, Any]]
+"""Where a row stands, such as "prompts.jsonl, line 7", and the row."""
+
+MAGIC = {
+    b"\x1f\x8b": "compressed with gzip: decompress it first",
+    b"PK\x03\x04": "a zip archive: unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstandard: decompress it first",
+    b"BZh": "compressed with bzip2: decompress it first",
+    b"\xfd7zXZ": "compressed with xz: decompress it first",
+    b"PAR1": "a parquet file: name it .parquet",
+    b"\xff\xfe": "UTF-16 or UTF-32: save it as UTF-8",
+    b"\xfe\xff": "UTF-16: save it as UTF-8",
+}
+"""How a file begins that is no UTF-8 text -> what it is."""
+
+
+def _read_all(source: str, split: str, config: str | None, limit: int | None) -> list[Row]:
+    """The first `limit` rows of a data set, each with where it stands.
+
+    Raises:
+        ValueError: also for what a library says of a damaged file, with the file's name.
+    """
+    rows: list[Row] = []
+    try:
+        for where, content in itertools.islice(_read(source, split, config), limit):
+            row = Row(content)
+            row.where = where
+            rows.append(row)
+    except RecursionError:
+        after = f", after {rows[-1].where}" if rows else ""
+        raise ValueError(f"{source!r}{after}: nested too deep to be read") from None
+    return rows
+
+
+def _read(source: str, split: str, config: str | None) -> Iterable[Read]:
     path = Path(source).expanduser()
     if path.is_file():
         return _read_file(path)
@@ -138,48 +179,81 @@ def _read(source: str, split: str, config: str | None) -> Iterable[Mapping[str, 
     )
     if looks_like_path:
         raise ValueError(f"no file or folder {source!r}{_nearest_path(path)}")
-    return _read_hub(source, split, config)
+    return _numbered(source, _read_hub(source, split, config))
 
 
-def _read_file(path: Path) -> Iterable[Mapping[str, Any]]:
+def _numbered(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Read]:
+    """Rows of a data set that has no lines, counted from 0."""
+    for number, row in enumerate(rows):
+        yield f"{name}, row {number}", row
+
+
+def _read_file(path: Path) -> Iterator[Read]:
+    """Rows of a file; what is wrong with it is said with its name."""
     if path.suffix not in READERS:
         raise ValueError(
             f"cannot read {str(path)!r}: the name must end in one of {', '.join(READERS)}"
         )
-    return READERS[path.suffix](path)
+    if path.suffix != ".parquet":
+        with path.open("rb") as file:
+            start = file.read(8)
+        for magic, what in MAGIC.items():
+            if start.startswith(magic):
+                raise ValueError(f"{path} is {what}")
+    try:
+        yield from READERS[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, line {_bad_line(path)}: {_not_utf8(error)}") from None
 
 
-def _read_text(path: Path) -> Iterator[Mapping[str, Any]]:
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    return f"the byte 0x{byte:02x} is not UTF-8: save the file as UTF-8"
+
+
+def _bad_line(path: Path) -> int:
+    """The first line of a file that is not UTF-8, counted from 1."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 1
+
+
+def _read_text(path: Path) -> Iterator[Read]:
     """A prompt a line; empty lines are left out."""
     with path.open(encoding="utf-8-sig") as lines:
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield {"prompt": line.strip()}
+                yield f"{path}, line {number}", {"prompt": line.strip()}
 
 
-def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
+def _read_jsonl(path: Path) -> Iterator[Read]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = _from_json(line, where)
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); every "
+                    f"{where}: not JSON ({error.msg} at column {error.colno}); every "
                     f"line must be one object"
                 ) from error
             if not isinstance(row, dict):
                 raise ValueError(
-                    f"{path}, line {number}: a {type(row).__name__}; every line must be one object "
+                    f"{where}: a {type(row).__name__}; every line must be one object "
                     f'such as {{"prompt": "2 + 3 =", "answer": "5"}}'
                 )
-            yield row
+            yield where, row
 
 
-def _read_json(path: Path) -> Iterator[Mapping[str, Any]]:
+def _read_json(path: Path) -> Iterator[Read]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = _from_json(path.read_text(encoding="utf-8-sig"), str(path))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}); if it "
@@ -188,36 +262,73 @@ def _read_json(path: Path) -> Iterator[Mapping[str, Any]]:
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}; it must be a list of objects")
     for number, row in enumerate(rows):
+        where = f"{path}, row {number}"
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: a {type(row).__name__}; it must be an object")
-        yield row
+            raise ValueError(f"{where}: a {type(row).__name__}; it must be an object")
+        yield where, row
 
 
-def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
+def _from_json(text: str, where: str) -> Any:
+    """What JSON says; a name that stands twice in one object is refused, not read as the last."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            raise ValueError(f"{where}: {_twice([name for name, _ in items])} in one object")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deep to be read") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        told = str(error)  # such as a number of more than 4300 digits
+        raise ValueError(told if told.startswith(where) else f"{where}: {told}") from None
+
+
+def _twice(names: Sequence[str]) -> str:
+    """Which name stands twice, and which names there are."""
+    name = next(name for position, name in enumerate(names) if name in names[:position])
+    return f"the name {name!r} stands twice"
+
+
+def _read_csv(path: Path) -> Iterator[Read]:
+    csv.field_size_limit(sys.maxsize)  # of this process; its default is 131,072 characters
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: the number of fields differs from the "
-                    f"{len(reader.fieldnames or ())} of the header {reader.fieldnames}"
-                )
-            yield row
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            names = list(reader.fieldnames or ())
+            if len(set(names)) < len(names):
+                raise ValueError(f"{path}, line 1: {_twice(names)} in the header {names}")
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{where}: the number of fields differs from the {len(names)} of the header "
+                        f"{names}"
+                    )
+                yield where, row
+        except csv.Error as error:
+            raise ValueError(f"{path}, after line {reader.line_num}: not CSV ({error})") from error
 
 
-def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+def _read_parquet(path: Path) -> Iterator[Read]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file: {error}") from error
-    with file:
-        for batch in file.iter_batches():
-            yield from batch.to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise ValueError(f"{path}: {_twice(names)} among the columns {names}")
+            rows = itertools.chain.from_iterable(b.to_pylist() for b in file.iter_batches())
+            yield from _numbered(str(path), rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a parquet file that can be read: {error}") from error
 
 
-READERS: dict[str, Callable[[Path], Iterator[Mapping[str, Any]]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Read]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
@@ -227,20 +338,25 @@ READERS: dict[str, Callable[[Path], Iterator[Mapping[str, Any]]]] = {
 """Ending of a file's name -> its reader. Every value of a .csv file is a string."""
 
 
-def _read_folder(folder: Path, split: str) -> Iterable[Mapping[str, Any]]:
+def _read_folder(folder: Path, split: str) -> Iterable[Read]:
     names = {entry.name for entry in folder.iterdir()}
     if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names:
         import datasets
 
-        saved = datasets.load_from_disk(str(folder))
+        try:
+            saved = datasets.load_from_disk(str(folder))
+        except Exception as error:  # whatever a damaged file makes of it
+            raise ValueError(
+                f"{str(folder)!r} is not a saved data set that can be read: {error}"
+            ) from error
         if not isinstance(saved, dict):
-            return saved
+            return _numbered(str(folder), saved)
         if split not in saved:
             raise ValueError(
                 f"{str(folder)!r} has no split {split!r}{_nearest(split, saved)}; it has "
                 f"{sorted(saved)}"
             )
-        return saved[split]
+        return _numbered(f"{folder}, split {split}", saved[split])
 
     files = sorted(path for path in folder.iterdir() if path.suffix in READERS)
     if not files:
@@ -281,18 +397,18 @@ def _read_hub(source: str, split: str, config: str | None) -> Iterable[Mapping[s
 # Bringing rows into shape.
 
 
-def _value(row: Row, column: str, number: int, *, asked_by: str) -> Any:
+def _value(row: Row, column: str, name: str, *, asked_by: str) -> Any:
     """The row's value under a column, which may be a path such as `reward_model.ground_truth`."""
     if column in row:
         return row[column]
     value: Any = row
-    for name in column.split("."):
-        if not isinstance(value, Mapping) or name not in value:
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
             raise ValueError(
-                f"row {number} has no column {column!r}{_nearest(column, row)}; its columns are "
+                f"{name} has no column {column!r}{_nearest(column, row)}; its columns are "
                 f"{sorted(row)}; {asked_by} must name one of these"
             )
-        value = value[name]
+        value = value[part]
     return value
 
 
@@ -313,34 +429,39 @@ def _parsed_template(template: str) -> list[tuple[str, str | None]]:
     return [(literal, field) for literal, field, _, _ in parts]
 
 
-def _filled(template: Iterable[tuple[str, str | None]], row: Row, number: int) -> str:
+def _filled(template: Iterable[tuple[str, str | None]], row: Row, name: str) -> str:
     text = ""
     for literal, field in template:
         text += literal
         if field is None:
             continue
-        value = _value(row, field, number, asked_by="prompt_template, if given,")
+        value = _value(row, field, name, asked_by="prompt_template, if given,")
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(
-                f"row {number}: the column {field!r} of the prompt template holds {value!r}; it "
+                f"{name}: the column {field!r} of the prompt template holds {value!r}; it "
                 f"must be text or a number"
             )
         text += str(value)
     return text
 
 
-def _messages(prompt: Any, system_prompt: str | None, number: int) -> list[Any]:
+def _messages(prompt: Any, system_prompt: str | None, name: str) -> list[Any]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, list):
         raise ValueError(
-            f"row {number} has the prompt {prompt!r} of type {type(prompt).__name__}; it must be a "
+            f"{name} has the prompt {prompt!r} of type {type(prompt).__name__}; it must be a "
             f"string or a list of messages"
         )
     if system_prompt is None:
         return messages
+    if messages and not isinstance(messages[0], Mapping):
+        raise ValueError(
+            f"{name} has the message {messages[0]!r} of type {type(messages[0]).__name__}; it "
+            f"must be a mapping with 'role' and 'content'"
+        )
     if messages and messages[0].get("role") == "system":
         raise ValueError(
-            f"row {number} has a system message already ({messages[0].get('content')!r}): leave "
+            f"{name} has a system message already ({messages[0].get('content')!r}): leave "
             f"out system_prompt, or remove the message from the data"
         )
     return [{"role": "system", "content": system_prompt}, *messages]

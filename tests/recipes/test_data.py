@@ -1,8 +1,11 @@
 """Reading prompts from files and folders, bringing them into shape, holding some out."""
 
+import gzip
 import json
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from recipes.data import load_rows, split_validation
@@ -210,12 +213,20 @@ def test_a_folder_without_data_is_said(tmp_path):
         (
             [{"prompt": "a"}, {"promt": "b"}],
             {},
-            r"row 1 has no column 'prompt' \(nearest: 'promt'\); its columns are \['promt'\]",
+            r"row 1 .* has no column 'prompt' \(nearest: 'promt'\); its columns are \['promt'\]",
         ),
-        (ROWS, {"answer_column": "answers"}, r"row 0 has no column 'answers' \(nearest: 'answer'"),
-        (ROWS, {"answer_column": "answer.x"}, "row 0 has no column 'answer.x'"),
+        (
+            ROWS,
+            {"answer_column": "answers"},
+            r"row 0 .* has no column 'answers' \(nearest: 'answer'",
+        ),
+        (ROWS, {"answer_column": "answer.x"}, "row 0 .* has no column 'answer.x'"),
         (ROWS, {"limit": 0}, "limit must be at least 1 or None, got 0"),
-        (ROWS, {"prompt_template": "{promt}"}, r"row 0 has no column 'promt' \(nearest: 'prompt'"),
+        (
+            ROWS,
+            {"prompt_template": "{promt}"},
+            r"row 0 .* has no column 'promt' \(nearest: 'prompt'",
+        ),
         (ROWS, {"prompt_template": "{prompt"}, r"malformed \(.*a literal brace is doubled"),
         (ROWS, {"prompt_template": r"{prompt} \boxed{}"}, "a field without a plain column name"),
         (ROWS, {"prompt_template": "{prompt!r}"}, "a field without a plain column name"),
@@ -223,7 +234,7 @@ def test_a_folder_without_data_is_said(tmp_path):
         (
             [{"prompt": "a", "x": None}],
             {"prompt_template": "{x}"},
-            "row 0: the column 'x' of the prompt template holds None; it must be text or a number",
+            "row 0 .*: the column 'x' of the prompt template holds None; it must be text or a number",
         ),
         (
             ROWS,
@@ -233,9 +244,9 @@ def test_a_folder_without_data_is_said(tmp_path):
         (
             [{"prompt": [{"role": "system", "content": "Hi"}]}],
             {"system_prompt": "Ho"},
-            r"row 0 has a system message already \('Hi'\): leave out system_prompt",
+            r"row 0 .* has a system message already \('Hi'\): leave out system_prompt",
         ),
-        ([{"prompt": 5}], {"system_prompt": "Ho"}, "row 0 has the prompt 5 of type int"),
+        ([{"prompt": 5}], {"system_prompt": "Ho"}, "row 0 .* has the prompt 5 of type int"),
     ],
 )
 def test_a_bad_row_or_setting_is_named(jsonl, rows, settings, message):
@@ -311,3 +322,87 @@ def test_a_text_file_is_a_prompt_a_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text('\ufeffa red circle\n\n  two cats, "asleep"  \n', encoding="utf-8")
     assert load_rows(path) == [{"prompt": "a red circle"}, {"prompt": 'two cats, "asleep"'}]
+
+
+# Files that no one meant
+
+
+def written(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.csv",
+            "prompt,answer\nok,1\ncaf\xe9,1\n".encode("latin-1"),
+            "line 3: the byte 0xe9 is not",
+        ),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "line 2: the byte 0xff is not UTF-8"),
+        ("a.json", b'[{"prompt": "\xff"}]', "line 1: the byte 0xff is not UTF-8"),
+        ("a.txt", b"ok\nok\n\xe9\n", "line 3: the byte 0xe9 is not UTF-8"),
+        ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), "UTF-16"),
+        ("a.csv", gzip.compress(b"prompt\na\n"), "compressed with gzip"),
+        ("a.jsonl", b"PK\x03\x04...", "a zip archive"),
+        ("a.jsonl", b"PAR1....", "a parquet file: name it .parquet"),
+        ("a.parquet", b"PAR1 and no more", "is not a parquet file that can be read"),
+        (
+            "a.csv",
+            "prompt,answer,prompt\n1,2,3\n",
+            "line 1: the name 'prompt' stands twice in the header",
+        ),
+        ("a.csv", 'prompt\n"never closed\nb\n', "after line 1: not CSV"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "prompt": "b"}',
+            "line 1: the name 'prompt' stands twice in one",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "answer": {"b": 1, "b": 2}}',
+            "line 1: the name 'b' stands twice",
+        ),
+        ("a.jsonl", '{"prompt": "a"}\n' + "[" * 100_000, "line 2: nested too deep"),
+        ("a.json", "[" * 100_000, "nested too deep"),
+        ("a.jsonl", '{"prompt": ' + "1" * 5000 + "}", "line 1: Exceeds the limit"),
+    ],
+)
+def test_a_damaged_file_is_named_with_its_line(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_rows(written(tmp_path, name, content))
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_a_parquet_column_that_stands_twice_is_refused(tmp_path):
+    table = pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet: the name 'prompt' stands twice"):
+        load_rows(tmp_path / "a.parquet")
+
+
+def test_a_long_field_of_a_csv_file_is_read(tmp_path):
+    (row,) = load_rows(written(tmp_path, "a.csv", "prompt,answer\n" + "a" * 140_000 + ",1\n"))
+    assert len(row["prompt"]) == 140_000
+
+
+def test_a_message_that_is_text_is_named(tmp_path):
+    path = written(tmp_path, "a.jsonl", '{"prompt": ["x"]}\n')
+    with pytest.raises(
+        ValueError, match=r"row 0 .*a.jsonl, line 1\) has the message 'x' of type str"
+    ):
+        load_rows(path, system_prompt="s")
+
+
+def test_a_row_says_where_it_stands_also_after_the_split_of_validation(tmp_path):
+    lines = "".join(json.dumps({"prompt": f"p{i}", "answer": str(i)}) + "\n\n" for i in range(4))
+    rows = load_rows(written(tmp_path, "a.jsonl", lines))
+    assert [row.where for row in rows] == [
+        f"{tmp_path / 'a.jsonl'}, line {n}" for n in (1, 3, 5, 7)
+    ]
+    training, held_out = split_validation(rows, 1, seed=0)
+    assert all(
+        row.where.endswith(f"line {2 * int(row['answer']) + 1}") for row in training + held_out
+    )

@@ -226,7 +226,7 @@ def test_every_number_is_finite(tmp_path, value):
         ({"learning_rate": -1e-6}, "learning_rate must be at least 0, got -1e-06"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0"),
-        ({"adam_beta2": 1.0}, r"adam_beta2 must lie in \\[0, 1\\), got 1.0"),
+        ({"adam_beta2": 1.0}, r"adam_beta2 must lie in \[0, 1\), got 1.0"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
         ({"save_total_limit": 0}, "save_total_limit must be at least 1, got 0"),
         ({"max_steps": -2}, "max_steps must be at least 1, or -1"),
