@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -44,8 +45,10 @@ from rl.checkpoint import TornCheckpointError
 from rl.distributed import leave
 from rl.tracking import RunExistsError
 from rl.trainer import RolloutTrainer
-from rollouts.prompts import ensure_pad_token
+from rollouts.prompts import check_rows, ensure_pad_token
+from rollouts.reward_functions import BUILT_IN, WITH_ARGUMENTS, check_reward_name
 from rollouts.rewards import RewardError
+from samplers.refill import RefillError
 
 TASKS = {"arithmetic": "recipes.arithmetic.task"}
 """Embedded tasks: modules with `prepare(recipe, seed) -> (model folder, rows, validation, rewards)`."""
@@ -53,7 +56,10 @@ TASKS = {"arithmetic": "recipes.arithmetic.task"}
 DIFFUSION_TASKS = ("digits",)
 """Embedded tasks of `recipes/diffusion.py`, which is loaded only where it is needed."""
 
-EXPECTED = (ConfigError, ValueError, OSError, RewardError, NoSignalError, FloatingPointError)
+EXPECTED = (
+    *(ConfigError, ValueError, OSError, RewardError, NoSignalError, FloatingPointError),
+    RefillError,
+)
 """Errors whose message says what to do; anything else shows its traceback."""
 
 
@@ -124,7 +130,11 @@ class RecipeArguments:
         },
     )
     num_threads: int | None = field(
-        default=None, metadata={"help": "CPU threads per process. Default: cores / processes."}
+        default=None,
+        metadata={
+            "help": "CPU threads per process. Default: OMP_NUM_THREADS, else the CPUs this process may "
+            "use, shared by the processes. (Launchers set OMP_NUM_THREADS to 1: that 1 is not counted.)"
+        },
     )
     report: bool = field(
         default=True, metadata={"help": "End with a table and pictures of the run."}
@@ -148,8 +158,6 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
         if wants_help:
             parse((RecipeArguments, RolloutConfig, DenoisingConfig, ModelConfig), ["--help"])
         settings = DenoisingConfig
-    elif {"--help", "-h"} & set(sys.argv[1:] if arguments is None else arguments):
-        print("settings of a diffusion run: recipes/train.py --policy diffusion --help\n")
     recipe, config, model_config = parse((RecipeArguments, settings, ModelConfig), arguments)
     if recipe.policy not in ("language", "diffusion"):
         raise ConfigError(f"policy must be language or diffusion, got {recipe.policy!r}")
@@ -157,6 +165,7 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
     if peek("lora_dropout", arguments) is None:  # TRL's default is .05, which would be told as off
         model_config.lora_dropout = 0.0
     _check_model(model_config)
+    _check_recipe(recipe, config)
     state = PartialState()
     _set_threads(recipe, state)
     if is_diffusion:
@@ -205,6 +214,11 @@ def _check_model(model_config: ModelConfig) -> None:
                 f"{name} is not supported: a policy trains and generates in the weights it is given; "
                 "leave it out, and write dtype: bfloat16 and use_peft: true to save memory"
             )
+    dtype = model_config.dtype
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(
+            f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.{nearest(str(dtype), DTYPES)}"
+        )
     name = model_config.model_name_or_path or ""
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise ConfigError(
@@ -213,25 +227,111 @@ def _check_model(model_config: ModelConfig) -> None:
         )
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""What the weights of a model may be loaded as."""
+
+DATA = (
+    *("dataset_name", "dataset_config", "dataset_split", "dataset_limit", "validation_name"),
+    *("validation_split", "validation_size", "prompt_column", "answer_column", "prompt_template"),
+    *("system_prompt", "conversational"),
+)
+"""Settings of data, which an embedded task brings."""
+
+OF_LANGUAGE = ("answer_column", "system_prompt", "conversational", "chat_template", "pad_token")
+"""Settings of recipes that a diffusion model has no use for."""
+
+
+def _check_recipe(recipe: RecipeArguments, config: RolloutConfig) -> None:
+    """Refuse what is known to be wrong before a task is prepared or anything is loaded."""
+    if recipe.num_threads is not None and recipe.num_threads < 1:
+        raise ConfigError(f"num_threads must be at least 1, got {recipe.num_threads}")
+    for name in ("validation_size", "dataset_limit"):
+        value, least = getattr(recipe, name), int(name == "dataset_limit")
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
+    weights = config.reward_weights
+    if weights is not None and recipe.rewards and len(weights) != len(recipe.rewards):
+        raise ConfigError(
+            f"reward_weights has {len(weights)} entries for {len(recipe.rewards)} rewards: write one "
+            "each"
+        )
+    names = [*BUILT_IN, *WITH_ARGUMENTS]
+    if recipe.policy == "diffusion":
+        from rollouts.image_rewards import IMAGE_REWARDS
+        from rollouts.model_rewards import MODEL_REWARDS
+
+        names = [*IMAGE_REWARDS, *MODEL_REWARDS]
+    for spec in recipe.rewards:
+        check_reward_name(spec, names)
+    defaults = RecipeArguments()
+    given = [name for name in DATA if getattr(recipe, name) != getattr(defaults, name)]
+    if recipe.task is not None and given:
+        raise ConfigError(
+            f"task {recipe.task!r} brings its data, so {' and '.join(given)} would have no effect: "
+            "leave it out, or leave out task"
+        )
+    for name in OF_LANGUAGE if recipe.policy == "diffusion" else ():
+        if getattr(recipe, name) != getattr(defaults, name):
+            raise ConfigError(f"{name} has no meaning for a diffusion model: leave it out")
+    if recipe.task is None and recipe.task_settings:
+        raise ConfigError(f"task_settings={recipe.task_settings} needs task, which is not set")
+    if recipe.validation_name is None and "validation_split" in given:
+        raise ConfigError("validation_split needs validation_name: it is a split of that data set")
+    if recipe.validation_name is not None and "validation_size" in given and recipe.validation_size:
+        raise ConfigError(
+            "validation_size draws prompts from the training rows, and validation_name names others: "
+            "write one of them"
+        )
+
+
 def language_trainer(
     recipe: RecipeArguments, config: RolloutConfig, model_config: ModelConfig
 ) -> RolloutTrainer:
     """The trainer of a causal language model that the settings describe."""
     rows, validation, rewards = task_or_data(recipe, config, model_config)
+    tokenizer = load_tokenizer(recipe, model_config)
+    for part in (rows, validation):
+        if part:
+            how: Any = {"id_column": config.id_column, "duplicates": config.duplicates}
+            count = check_rows(part, **how)
+            if part is rows and count < config.prompts_per_step:
+                raise ConfigError(
+                    f"prompts_per_step={config.prompts_per_step} exceeds the {count} prompts of the "
+                    f"training data; write prompts_per_step: {count} or less"
+                )
     return RolloutTrainer(
         load_model(model_config, trust_remote_code=recipe.trust_remote_code),
         rewards,
         config,
         rows,
         eval_dataset=validation or None,
-        processing_class=load_tokenizer(recipe, model_config),
+        processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
     )
 
 
+def available_cpus() -> int:
+    """CPUs that this process may use: by its affinity, and by the quota of its control group."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux
+    cpus = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cpus
+
+
+def _asked_threads() -> int | None:
+    """OMP_NUM_THREADS, unless it is the 1 that launchers set where nobody did."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(value) if value.isdecimal() else 0
+    launched = any(n.startswith("ACCELERATE_") or n == "LOCAL_WORLD_SIZE" for n in os.environ)
+    return None if threads < 1 or (threads == 1 and launched) else threads
+
+
 def _set_threads(recipe: RecipeArguments, state: PartialState) -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-    threads = recipe.num_threads or max(1, (os.cpu_count() or 1) // max(local, 1))
+    threads = recipe.num_threads or _asked_threads() or max(1, available_cpus() // max(local, 1))
     torch.set_num_threads(threads)
     if state.is_main_process:
         print(
@@ -300,7 +400,7 @@ def task_or_data(
 
 def load_tokenizer(recipe: RecipeArguments, model_config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the chat template and pad token the settings name."""
-    tokenizer = pretrained(
+    tokenizer = _loaded(
         AutoTokenizer,
         model_config.model_name_or_path or "",
         revision=model_config.model_revision,
@@ -312,16 +412,33 @@ def load_tokenizer(recipe: RecipeArguments, model_config: ModelConfig) -> PreTra
                 f"chat_template must be a file with a Jinja template, got {recipe.chat_template!r}, "
                 "which does not exist"
             )
-        tokenizer.chat_template = Path(recipe.chat_template).read_text()
+        try:
+            tokenizer.chat_template = Path(recipe.chat_template).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"chat_template {recipe.chat_template} is not UTF-8: {error}"
+            ) from None
     ensure_pad_token(tokenizer, recipe.pad_token)
     return tokenizer
+
+
+def _loaded(kind: Any, source: str, **settings: Any) -> Any:
+    """`pretrained`, with what libraries say of damaged files or missing parts as one line."""
+    try:
+        return pretrained(kind, source, **settings)
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"model_name_or_path={source!r} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
 
 
 def load_model(model_config: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model the settings name, by TRL's conventions."""
     assert model_config.model_name_or_path is not None
     dtype = model_config.dtype
-    return pretrained(
+    return _loaded(
         AutoModelForCausalLM,
         model_config.model_name_or_path,
         trust_remote_code=trust_remote_code,
@@ -331,7 +448,15 @@ def load_model(model_config: ModelConfig, *, trust_remote_code: bool = False) ->
     )
 
 
+def _plain_warning(message: Warning | str, category: type[Warning], *where: Any) -> str:
+    """A warning as one line; those that are not about use keep their place in the code."""
+    if issubclass(category, UserWarning):
+        return f"warning: {message}\n"
+    return f"{where[0]}:{where[1]}: {category.__name__}: {message}\n"
+
+
 if __name__ == "__main__":
+    warnings.formatwarning = _plain_warning
     try:
         main()
     except (TornCheckpointError, RunExistsError, *EXPECTED) as error:

@@ -533,7 +533,7 @@ def default_correction(config: RolloutConfig) -> str:
     After a filter vLLM's log-probabilities are those of a narrower distribution, and the ratio of a row
     falls with its length: there it is left to who asks for it.
     """
-    filtered = config.top_k or config.top_p != 1 or config.min_p
+    filtered = config.top_k or config.top_p != 1 or config.min_p or config.repetition_penalty != 1
     if config.engine != "vllm" or filtered:
         return "none"
     return "token_truncate" if config.loss == "vespo" else "sequence_mask"

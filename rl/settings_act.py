@@ -13,7 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from rl.methods import ADVANTAGES, KEEPS_PER_PROMPT, NEEDS_COLUMN, READS_SUCCESS
+from rl.methods import (
+    ADVANTAGES,
+    AGGREGATIONS,
+    KEEPS_PER_PROMPT,
+    NEEDS_COLUMN,
+    READS_SUCCESS,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ def _reads_posterior(c: Any) -> bool:
 def _drops_rows(c: Any) -> bool:
     return (
         c.down_sampling != "none"
+        or c.mask_truncated_completions
         or c.pilot_use == "discard"
         or getattr(c, "branch_threshold", None) is not None
     )
@@ -86,6 +93,19 @@ _SERVER = Acts(
     lambda c: c.engine == "vllm" and c.vllm_mode == "server", "engine: vllm with vllm_mode: server"
 )
 _BUDGETS = _not("allocator", "uniform", "an allocator other than uniform", unset=(1,))
+_HAPO = Acts(
+    lambda c: c.loss == "hapo" or bool(c.adaptive_temperature_tau),
+    "loss: hapo, or adaptive_temperature_tau above 0",
+)
+_MOVING = _on("sync_ref_model", "sync_ref_model: true")
+_STD = Acts(
+    lambda c: (
+        ADVANTAGES[c.advantage].has_std
+        or c.down_sampling == "pods"
+        or c.multi_objective_aggregation != AGGREGATIONS[0]
+    ),
+    "an advantage that divides by a std, such as grpo",
+)
 _STRATIFIED = _is("advantage", "stratified")
 
 ACTS: dict[str, Acts] = {
@@ -119,19 +139,13 @@ ACTS: dict[str, Acts] = {
         _TOKENS,
     ),
     # generation
-    **dict.fromkeys(
-        ("hapo_quantile", "hapo_sign"),
-        Acts(
-            lambda c: c.loss == "hapo" or bool(c.adaptive_temperature_tau),
-            "loss: hapo, or adaptive_temperature_tau above 0",
-        ),
-    ),
+    **dict.fromkeys(("hapo_quantile", "hapo_sign"), _HAPO),
     "generation_batch_size": _is("engine", "transformers"),
     "vllm_mode": _is("engine", "vllm"),
     **dict.fromkeys(
         (
-            *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_group_port"),
-            "vllm_server_timeout",
+            *("vllm_server_base_url", "vllm_server_timeout", "vllm_server_host"),
+            *("vllm_server_port", "vllm_group_port"),
         ),
         _SERVER,
     ),
@@ -144,21 +158,12 @@ ACTS: dict[str, Acts] = {
     ),
     # learning
     **dict.fromkeys(("stratum_alpha", "stratum_fallback"), _STRATIFIED),
-    **dict.fromkeys(
-        ("std_correction", "std_eps"),
-        Acts(
-            lambda c: ADVANTAGES[c.advantage].has_std or c.down_sampling == "pods",
-            "an advantage that divides by a std, such as advantage: grpo",
-        ),
-    ),
+    **dict.fromkeys(("std_correction", "std_eps"), _STD),
     "kl": _on("beta", "beta above 0"),
     "kl_ratio": Acts(
-        lambda c: bool(c.beta) and c.kl == "k3_weighted", "beta above 0 with kl: k3_weighted"
+        lambda c: bool(c.beta) and c.kl == "k3_weighted", "beta above 0 and kl: k3_weighted"
     ),
-    **dict.fromkeys(
-        ("ref_model_mixup_alpha", "ref_model_sync_steps"),
-        _on("sync_ref_model", "sync_ref_model: true"),
-    ),
+    **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), _MOVING),
     **dict.fromkeys(("importance_cap", "importance_floor"), _CORRECTION),
     "log_floor": _is("objective", "log"),
     "per_device_train_batch_size": Acts(
@@ -255,7 +260,7 @@ ALWAYS: tuple[str, ...] = (
     *("trainer", "selector", "prompts_per_step", "rollouts_per_prompt", "rollouts_multiple_of"),
     *("allocator", "pilot_rollouts", "stopping", "refill", "success_above"),
     # which rows train
-    *("down_sampling", "token_selection", "mask_truncated_completions", "top_entropy_quantile"),
+    *("down_sampling", "token_selection", "mask_truncated_completions"),
     # generation
     *("max_prompt_length", "overlong_prompts", "id_column", "duplicates", "chat_template_kwargs"),
     *("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
@@ -264,8 +269,9 @@ ALWAYS: tuple[str, ...] = (
     *("reward_weights", "reward_timeout", "reward_retries", "max_failed_share"),
     # learning; clips that a loss does not take are refused
     *("advantage", "loss", "objective", "length_weight", "epsilon", "epsilon_high", "delta"),
-    *("ratio_cap", "beta", "reward_kl", "old_logprobs", "importance_correction", "max_mismatch"),
-    *("scale_rewards", "multi_objective_aggregation", "entropy_coef", "sync_ref_model"),
+    *("scale_rewards", "multi_objective_aggregation", "sync_ref_model", "entropy_coef"),
+    *("top_entropy_quantile", "ratio_cap", "beta", "reward_kl", "old_logprobs"),
+    *("importance_correction", "max_mismatch"),
     *("updates_per_step", "num_iterations", "micro_batch_tokens", "fused_logprobs"),
     *("max_generated_tokens", "max_empty_steps"),
     # evaluation and tracking

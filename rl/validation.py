@@ -111,7 +111,7 @@ def _numbers(config: RolloutConfig) -> None:
         kinds = get_args(hint) or (hint,)
         wanted = Integral if float not in kinds else Real
         value = getattr(config, name)
-        if isinstance(value, Real) and not np.isfinite(float(value)):
+        if isinstance(value, Real) and not np.isfinite(float(value)) and name != "max_mismatch":
             raise ValueError(f"{name} must be finite, got {value}")
         if isinstance(value, wanted) or (value is None and type(None) in kinds):
             continue

@@ -308,6 +308,26 @@ def make_prompts(
     return prompts, report
 
 
+def check_rows(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    id_column: str | None = None,
+    duplicates: Literal["error", "drop", "keep"] = "error",
+) -> int:
+    """What `make_prompts` refuses without a tokenizer, before a model is loaded.
+
+    Returns:
+        How many rows there are to use.
+
+    Raises:
+        ValueError: as `make_prompts` does.
+    """
+    rows = _checked_rows(rows)
+    _, numbers, _ = _keys(rows, id_column, duplicates)
+    _refuse_unseen([rows[number] for number in numbers], numbers)
+    return len(numbers)
+
+
 def plain_prompts(
     rows: Iterable[Mapping[str, Any]],
     *,

@@ -18,7 +18,7 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,50 @@ def names_model(spec: str) -> bool:
     if spec in BUILT_IN or ".py" in spec:
         return False
     return Path(spec).expanduser().is_dir() or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", spec))
+
+
+def check_reward_name(spec: str, names: Collection[str]) -> None:
+    """Refuse a reward that cannot be there, without running its file or reading weights.
+
+    Args:
+        spec: as for `load_reward`.
+        names: of the built-in rewards, `name(...)` among them without its arguments.
+
+    Raises:
+        ValueError: no such name or file, or a file that is not Python or does not define the name.
+    """
+    if spec in names or spec.partition("(")[0].strip() in names or names_model(spec):
+        return
+    path_text, colon, name = spec.rpartition(":")
+    if not colon or not path_text.endswith(".py"):
+        raise ValueError(
+            f"no reward function {spec!r}{nearest(spec, names)}: write one of {sorted(names)}, or "
+            "'path/to/file.py:function'"
+        )
+    path = Path(path_text).expanduser()
+    if not path.is_file():
+        load_reward(spec)  # which says what there is
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"reward file {path} is not Python: {error}") from None
+    defined = {word for node in ast.walk(tree) for word in _binds(node)}
+    if name not in defined and "*" not in defined:
+        raise ValueError(f"{path} has no function {name!r}{nearest(name, defined)}")
+
+
+def _binds(node: ast.AST) -> list[str]:
+    """Names that a statement makes known."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.alias):
+        return [(node.asname or node.name).split(".")[0]]
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return [node.id]
+    if isinstance(node, ast.Call):  # globals()["name"] = ..., setattr, exec: not to be read off
+        called = getattr(node.func, "id", "")
+        return ["*"] if called in ("globals", "setattr", "exec") else []
+    return []
 
 
 def load_reward(spec: str) -> RewardFunction:

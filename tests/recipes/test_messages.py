@@ -1,6 +1,7 @@
 """What `recipes/train.py` says to a user whose command cannot work, in the words of that command."""
 
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -8,9 +9,19 @@ import pytest
 import yaml
 from trl import ModelConfig
 
+from recipes import train
 from recipes.config import ConfigError, parse, peek
-from recipes.train import DIFFUSION_TASKS, RecipeArguments, load_tokenizer, main, task_or_data
+from recipes.train import (
+    DIFFUSION_TASKS,
+    EXPECTED,
+    RecipeArguments,
+    load_tokenizer,
+    main,
+    task_or_data,
+)
 from rl.arguments import RolloutConfig
+from rollouts.reward_functions import check_reward_name
+from samplers.refill import RefillError
 from tests import tiny
 
 MATH = Path(__file__).resolve().parents[2] / "recipes" / "math"
@@ -151,3 +162,115 @@ def test_a_chat_template_that_is_not_there(model_folder):
         ConfigError, match="chat_template must be a file .*'chat.jinja', which does"
     ):
         load_tokenizer(recipe, ModelConfig(model_name_or_path=model_folder))
+
+
+# What is known before anything is prepared or loaded
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--rewards", "exact_mach"), "no reward function 'exact_mach' .nearest: 'exact_match'"),
+        (("--rewards", "nowhere.py:f"), "no reward file 'nowhere.py'"),
+        (("--reward_weights", "1", "2", "--rewards", "f1"), "reward_weights has 2 entries for 1"),
+        (("--dtype", "nope"), "--dtype: invalid choice: 'nope'"),
+        (("--num_threads", "-1"), "num_threads must be at least 1, got -1"),
+        (("--num_threads", "0"), "num_threads must be at least 1, got 0"),
+        (("--validation_size", "-1"), "validation_size must be at least 0"),
+        (("--dataset_limit", "0"), "dataset_limit must be at least 1"),
+        (("--dataset_name", "x.jsonl"), "task 'arithmetic' brings its data, so dataset_name"),
+        (("--system_prompt", "Be brief"), "task 'arithmetic' brings its data, so system_prompt"),
+        (("--max_steps", "-1", "--num_train_epochs", "inf"), "num_train_epochs must be finite"),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_warm_start(tmp_path, words, message):
+    settings = json.dumps({"folder": str(tmp_path / "warm"), "train": 2})
+    run = (
+        "--task",
+        "arithmetic",
+        "--task_settings",
+        settings,
+        "--output_dir",
+        str(tmp_path / "run"),
+    )
+    with pytest.raises(EXPECTED, match=message):
+        main([*run, "--use_cpu", "true", "--report_to", "none", *words])
+    assert not (tmp_path / "warm").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--task_settings", '{"a": 1}'), "task_settings=.* needs task"),
+        (("--validation_split", "dev"), "validation_split needs validation_name"),
+        (("--validation_name", "v.jsonl", "--validation_size", "3"), "write one of them"),
+        (
+            ("--policy", "diffusion", "--plan", "{}", "--system_prompt", "x"),
+            "plan|system_prompt has no",
+        ),
+    ],
+)
+def test_settings_of_recipes_that_contradict_each_other_are_refused(words, message, prompts):
+    more = (
+        "--dataset_name",
+        prompts,
+        "--use_cpu",
+        "true",
+        "--report_to",
+        "none",
+        "--output_dir",
+        "no",
+    )
+    with pytest.raises(EXPECTED, match=message):
+        main([*more, *words])
+
+
+def test_rows_are_checked_before_the_model_is_loaded(tmp_path, model_folder):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("a", "b", "a")))
+    words = ["--model_name_or_path", model_folder, "--dataset_name", str(path), "--rewards", "f1"]
+    words += ["--validation_size", "0", "--use_cpu", "true", "--report_to", "none"]
+    words += ["--output_dir", str(tmp_path / "run"), "--report", "false"]
+    # The folder holds a tokenizer alone, so that loading a model from it would fail otherwise.
+    with pytest.raises(ValueError, match="rows 0 and 2 have the same prompt"):
+        main(words)
+    with pytest.raises(
+        ValueError, match="prompts_per_step=32 exceeds the 2 prompts of the training"
+    ):
+        main([*words, "--duplicates", "drop"])
+
+
+def test_a_reward_file_is_read_and_not_run_to_see_what_it_defines(tmp_path):
+    path = tmp_path / "rewards.py"
+    path.write_text(
+        "from math import sqrt as root\nraise SystemExit\ndef good(**_): ...\nother = 1\n"
+    )
+    for name in ("good", "other", "root"):
+        check_reward_name(f"{path}:{name}", [])
+    with pytest.raises(ValueError, match="has no function 'goood' .nearest: 'good'"):
+        check_reward_name(f"{path}:goood", [])
+    path.write_text("def broken(:\n")
+    with pytest.raises(ValueError, match="rewards.py is not Python: "):
+        check_reward_name(f"{path}:broken", [])
+
+
+def test_an_unmixed_group_at_the_cap_is_an_error_with_a_message():
+    assert RefillError in EXPECTED
+
+
+# Threads
+
+
+def test_threads_follow_what_the_process_may_use_and_what_was_asked(monkeypatch):
+    for name in [n for n in os.environ if n.startswith("ACCELERATE_") or n == "LOCAL_WORLD_SIZE"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert train.available_cpus() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert train._asked_threads() == 7
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert train._asked_threads() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # a launcher, which sets 1 by itself
+    assert train._asked_threads() is None
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    assert train._asked_threads() is None
