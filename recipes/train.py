@@ -151,13 +151,12 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
     if not is_diffusion and (task := peek("task", arguments)) in DIFFUSION_TASKS:
         raise ConfigError(f"task {task!r} trains a diffusion model: write policy: diffusion too")
     settings: type[RolloutConfig] = RolloutConfig
-    wants_help = bool({"--help", "-h"} & set(sys.argv[1:] if arguments is None else arguments))
-    if is_diffusion or wants_help:
+    if is_diffusion:
         from rl.denoising_config import DenoisingConfig
 
-        if wants_help:
-            parse((RecipeArguments, RolloutConfig, DenoisingConfig, ModelConfig), ["--help"])
         settings = DenoisingConfig
+    elif {"--help", "-h"} & set(sys.argv[1:] if arguments is None else arguments):
+        print("settings of a diffusion run: recipes/train.py --policy diffusion --help\n")
     recipe, config, model_config = parse((RecipeArguments, settings, ModelConfig), arguments)
     if recipe.policy not in ("language", "diffusion"):
         raise ConfigError(f"policy must be language or diffusion, got {recipe.policy!r}")
@@ -265,7 +264,8 @@ def _check_recipe(recipe: RecipeArguments, config: RolloutConfig) -> None:
         check_reward_name(spec, names)
     defaults = RecipeArguments()
     given = [name for name in DATA if getattr(recipe, name) != getattr(defaults, name)]
-    if recipe.task is not None and given:
+    known = DIFFUSION_TASKS if recipe.policy == "diffusion" else TASKS
+    if recipe.task in known and given:
         raise ConfigError(
             f"task {recipe.task!r} brings its data, so {' and '.join(given)} would have no effect: "
             "leave it out, or leave out task"
