@@ -137,10 +137,11 @@ class RolloutConfig(TrainingArguments):
     allocator: str = setting(
         "uniform",
         "How many rollouts each prompt gets: uniform, neyman, cost_aware (neyman, fewer where rollouts "
-        "are long), leave_one_out, dr_grpo, gvm, log, accepted, reinforce_ada, knapsack or "
-        "knapsack_posterior. All but uniform give prompts different budgets, which change what is "
-        "ascended with some advantages (see there): then advantage is leave_one_out where none is "
-        "written, and a warning says what budgets change.",
+        "are long), leave_one_out, dr_grpo, gvm, log, accepted, reinforce_ada, knapsack, "
+        "knapsack_posterior or knapsack_released (what is spare explores prompts that never passed). "
+        "All but uniform give prompts different budgets, which change what is ascended with some "
+        "advantages (see there): then advantage is leave_one_out where none is written, and a warning "
+        "says what budgets change.",
     )
     allocation_scale: str = setting(
         "posterior_std",
@@ -159,7 +160,9 @@ class RolloutConfig(TrainingArguments):
     gvm_gradient_norm: str = setting(
         "none",
         "Gradient norms in the GVM rule: none, mean (of norms, Algorithm 2) or rms (the definition); "
-        "measured at the lm_head on accepted rollouts, used from the next step on.",
+        "measured at the lm_head on accepted rollouts. Those of pilots act in the step they are of, as "
+        "published, if pilot_use is discard; all others from the next step on, as budgets that depend "
+        "on rollouts that train would turn the gradient.",
     )
     pilot_rollouts: int = setting(0, "Rollouts of every prompt before the rest is allocated.")
     pilot_estimate: str = setting(

@@ -1,8 +1,9 @@
-"""Gradient norms of this step's accepted rollouts, for the allocator of the next steps."""
+"""Gradient norms of accepted rollouts, for the allocator: of pilots at once, of others from the next
+step on."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,18 +22,34 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def gradient_norms(line: Line, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """G of each prompt with an accepted rollout, at the lm_head, under the policy that generated.
+    """`norms_of` everything a step generated, which later steps use.
 
-    The rows are dealt to ranks by length and the norms gathered. One step's G is used from the next
-    step on: measured on rollouts that also train, it would bias the gradient it allocates.
-    (`methods`: GVM-RAFT, arXiv:2505.02391, Algorithm 2 or the definition, by `gvm_gradient_norm`.)
+    Measured on rollouts that also train, G would bias the gradient it allocates in the same step.
 
     Returns:
         (K,) int64 data-set rows and (K,) float64 norms.
     """
     if not batch.waves:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
-    rollouts = drawn(batch.waves)
+    index_P = np.concatenate([wave.index_P for wave in batch.waves])
+    return norms_of(line, drawn(batch.waves), index_P)
+
+
+@torch.no_grad()
+def norms_of(line: Line, rollouts: Any, index_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """G of each prompt with an accepted rollout, at the lm_head, under the policy that generated.
+
+    The rows are dealt to ranks by length and the norms gathered. (`methods`: GVM-RAFT,
+    arXiv:2505.02391, Algorithm 2 or the definition, by `gvm_gradient_norm`.)
+
+    Args:
+        line: the stages of the run.
+        rollouts: with successes, the same on every rank.
+        index_P: (P,) data-set row of each of their prompts.
+
+    Returns:
+        (K,) int64 data-set rows and (K,) float64 norms.
+    """
     prompt_N = rollouts.prompt_N
     assert isinstance(rollouts, TokenRollouts)
     accepted = (
@@ -51,7 +68,6 @@ def gradient_norms(line: Line, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     prompt_K, norm_K = reduce[line.config.gvm_gradient_norm](
         norm_N, prompt_N[accepted], torch.ones(len(accepted), dtype=torch.bool)
     )
-    index_P = np.concatenate([wave.index_P for wave in batch.waves])
     return index_P[prompt_K.numpy()], norm_K.numpy()
 
 

@@ -118,8 +118,15 @@ ALLOCATORS: dict[str, tuple[Callable, Callable | None]] = {
     "reinforce_ada": (allocation.neyman, allocation.reinforce_ada_std),
     "knapsack": (allocation.knapsack, allocation.mean_pass_rate),
     "knapsack_posterior": (allocation.knapsack_posterior, None),
+    "knapsack_released": (allocation.knapsack_released, allocation.passed_share),
 }
-BUDGET_MINIMA = {"leave_one_out": 2, "dr_grpo": 3, "knapsack": 2, "knapsack_posterior": 2}
+BUDGET_MINIMA = {
+    "leave_one_out": 2,
+    "dr_grpo": 3,
+    "knapsack": 2,
+    "knapsack_posterior": 2,
+    "knapsack_released": 2,
+}
 SCALES: dict[str, Callable] = {
     # In place of `posterior_std`, where that is an allocator's scale.
     "posterior_std": allocation.posterior_std,
@@ -138,6 +145,8 @@ def allocator_of(config: RolloutConfig) -> tuple[Callable, Callable | None]:
         plug_in = config.pilot_rollouts > 0 and config.pilot_estimate == "pilot"
         scale = allocation.gvm_plug_in if plug_in else allocation.gvm
         scale = partial(scale, alpha=config.gvm_alpha, beta=config.gvm_beta)
+    if config.allocator == "knapsack_released" and config.pilot_estimate == "pilot":
+        scale = allocation.mean_pass_rate  # of counts, which are 0 where no pilot passed
     return solve, scale
 
 

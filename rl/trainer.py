@@ -42,6 +42,7 @@ from rl.reference import Follow
 from rl.step import collect, mini_batches, update
 from rl.termination import Terminated, Termination
 from rl.validation import choice
+from rl.waves import pilots_act
 from rollouts.engine import Engine
 from rollouts.prompts import Prompt
 from rollouts.rewards import RewardFunction
@@ -192,7 +193,7 @@ class RolloutTrainer(Trainer):
             fidelity.settle(self.line)
             batch = collect(self.line, version=self.state.global_step)
             last_step.is_whole = False
-            if self.args.gvm_gradient_norm != "none":
+            if self.args.gvm_gradient_norm != "none" and not pilots_act(self.args):
                 with self.ledger.phase("gradient_norm"):
                     self.planner.observe_gradient_norms(*gradient_norms(self.line, batch))
             fidelity.to_update(self.line, model)

@@ -355,6 +355,13 @@ def validate(config: RolloutConfig) -> None:
             f"gvm_gradient_norm={config.gvm_gradient_norm!r} needs allocator 'gvm', "
             f"got {config.allocator!r}"
         )
+    if config.gvm_gradient_norm != "none" and config.pilot_rollouts and config.pilot_use == "pool":
+        warnings.warn(
+            f"gvm_gradient_norm: {config.gvm_gradient_norm} counts from the next step on, because "
+            "pilots that train must not decide budgets by what they are; Algorithm 2 of GVM, where "
+            "norms of pilots act in their own step, is pilot_use: discard",
+            stacklevel=2,
+        )
     if config.objective == "em" and config.advantage != "raft":
         raise ValueError(
             f"objective 'em' weights accepted rollouts and needs advantage 'raft', got "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from rl.measure import norms_of
 from rl.roll_out import Request, Scored, roll_out
 from rollouts.batch import DenoisingRollouts, Rollouts, TokenRollouts, concatenate
 from rollouts.prompts import Prompt
@@ -101,6 +102,10 @@ def roll_out_wave(line: Line, *, version: int, **which: Any) -> Wave:
         rollouts = replace(scored.rollouts, success_N=torch.from_numpy(success_N))
         proposals.append(proposal)
         rounds.append(replace(scored, rollouts=rollouts))
+        if planner.is_open and pilots_act(line.config):  # after the pilots
+            with ledger.phase("gradient_norm"):
+                measured = norms_of(line, rollouts, proposal.index_P)
+            planner.observe_gradient_norms(*measured, at_once=True)
     if line.config.allocator == "cost_aware":
         length_P = line.ranks.lengths.of([prompt.key for prompt in prompts])
         planner.observe_lengths(proposals[0].index_P, np.maximum(length_P, 1.0))
@@ -110,6 +115,12 @@ def roll_out_wave(line: Line, *, version: int, **which: Any) -> Wave:
         rounds=rounds,
         group_weight_P=planner.group_weight_P,
     )
+
+
+def pilots_act(config: Any) -> bool:
+    """Whether the gradient norms of a step's pilots decide the budgets of that step."""
+    measured = getattr(config, "gvm_gradient_norm", "none") != "none"
+    return measured and config.pilot_rollouts > 0 and config.pilot_use == "discard"
 
 
 def _start_seeds(

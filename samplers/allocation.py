@@ -19,7 +19,8 @@ multiplies it. Axes: P prompts.
     c / (n - 1)                    leave_one_out (RLOO; VIP)
     c (n - 1) / n^2                dr_grpo
     c / n, rollouts cost unequal   cost_aware
-    -                              knapsack, knapsack_posterior: chance of a mixed group times value
+    -                              knapsack, knapsack_posterior, knapsack_released: chance of a mixed
+                                   group times value
     -                              uniform
 """
 
@@ -31,7 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from samplers.boxes import MOST, bound_of, boxes, one_per_prompt
 from samplers.greedy import best_first, fill
-from samplers.knapsack import knapsack, knapsack_posterior
+from samplers.knapsack import knapsack, knapsack_posterior, knapsack_released
 from samplers.scales import (
     FloatArray,
     Scale,
@@ -44,6 +45,7 @@ from samplers.scales import (
     log_std,
     mean_pass_rate,
     mean_std,
+    passed_share,
     plug_in_std,
     posterior_std,
     reinforce_ada_std,
@@ -62,6 +64,7 @@ __all__ = [
     "inverse_sqrt",
     "knapsack",
     "knapsack_posterior",
+    "knapsack_released",
     "leave_one_out",
     "live",
     "log_plug_in",
@@ -69,6 +72,7 @@ __all__ = [
     "mean_pass_rate",
     "mean_std",
     "neyman",
+    "passed_share",
     "plug_in_std",
     "posterior_std",
     "reinforce_ada_std",

@@ -157,7 +157,7 @@ class OnlineBandSelector:
 def mopps_band(
     posterior: BetaPosterior,
     *,
-    short: Short,
+    short: Short = "nearest",
     low: float = 0.3,
     high: float = 0.7,
     candidates: int | None = 16,
@@ -165,8 +165,9 @@ def mopps_band(
 ) -> OnlineBandSelector:
     """MoPPS's second rule: candidates whose drawn pass rate is in [0.3, 0.7].
 
-    How it chooses among more than a step needs, and what it does with fewer, was not found: uniform
-    and `short` are project defaults, not from the paper. See `selection.mopps` for candidates and
+    Of more than a step needs it takes any, each as likely as the next; if there are fewer, it adds the
+    candidates whose draws lie nearest to the band. Both are read in the released code; that candidates
+    are drawn afresh each step is a project default. See `selection.mopps` for their number and the
     decays. (Qu et al., arXiv:2507.04632.)
     """
     return OnlineBandSelector(

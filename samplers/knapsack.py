@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from samplers.boxes import boxes, one_per_prompt
-from samplers.greedy import best_first
+from samplers.greedy import best_first, fill
 from samplers.scales import _beta_parameters as beta_parameters
 
 FloatArray = NDArray[np.float64]
@@ -27,8 +27,8 @@ def knapsack(
 
     (Knapsack RL, arXiv:2509.25849, whose code solves it by dynamic programming. The gain of one
     more rollout, p (1 - p)^2 (p^n (1 - p) + (1 - p)^n p), never increases with n, so the greedy is
-    exact. What no prompt gains from is shared evenly here; the released code gives it to prompts
-    that never passed.)
+    exact. What no prompt gains from is shared evenly here; `knapsack_released` has the fallback of
+    the released code.)
 
     Args:
         p_P: (P,) pass rates in [0, 1], for example `mean_pass_rate` of a posterior, in the place
@@ -43,11 +43,7 @@ def knapsack(
     Raises:
         ValueError: if `total` does not fit the boxes, or a pass rate is outside [0, 1].
     """
-    p_P = one_per_prompt(p_P, name="p_P")
-    valid_P = (p_P >= 0) & (p_P <= 1)
-    if not valid_P.all():
-        p = int(np.flatnonzero(~valid_P)[0])
-        raise ValueError(f"pass rates must be in [0, 1], got {p_P[p]} for prompt {p}")
+    p_P = _pass_rates(p_P)
     lower_P, upper_P = boxes(len(p_P), total, minimum, maximum, least=2)
     columns = (p_P, *_knapsack_columns(p_P))
     return best_first(
@@ -59,6 +55,53 @@ def knapsack(
         guess=_knapsack_guess,
         levels=_guessed_levels(_knapsack_guess, columns, lower_P, upper_P, total),
     )
+
+
+def knapsack_released(
+    p_P: ArrayLike, total: int, *, minimum: ArrayLike = 2, maximum: ArrayLike | None = 128
+) -> IntArray:
+    """`knapsack` with the fallback of the released code: what is spare explores prompts never passed.
+
+    A prompt of 0 < p < 1 is taken to need
+
+        cost = log(1 - 0.9) / log(max(p, 1 - p)),  rounded down, at most its maximum,
+
+    rollouts beyond its minimum to be mixed with a chance of .9. If these prompts together need less
+    than there is, they share what they need by the rule of `knapsack`, and the rest goes evenly to
+    the prompts of p = 0; without any, to those of p = 1. By `knapsack` alone a prompt that never
+    passed gets its minimum for as long as any other gains: of pass rates (.5, 0, 0, 0) and 32
+    rollouts the release makes (5, 9, 9, 9), `knapsack` (26, 2, 2, 2).
+
+    (Knapsack RL, arXiv:2509.25849, read as released, with its alpha of .9. There the fallback knows
+    no maximum. Here what does not fit goes to prompts of p = 1, then to the mixed ones.)
+
+    Args, Returns and Raises: as `knapsack`; `p_P` holds 0 where no rollout passed, as `passed_share` of
+        a posterior does, and not its mean, which is never 0.
+    """
+    p_P = _pass_rates(p_P)
+    lower_P, upper_P = boxes(len(p_P), total, minimum, maximum, least=2)
+    space_P, room = upper_P - lower_P, total - int(lower_P.sum())
+    never_P, always_P = p_P == 0, p_P == 1
+    mixed_P = ~(never_P | always_P)
+    with np.errstate(divide="ignore"):
+        cost_P = np.floor(math.log(0.1) / np.log1p(-np.minimum(p_P, 1 - p_P)))
+    needed = float(np.minimum(cost_P, upper_P)[mixed_P].sum())
+    left = room - int(min(needed, room, int(space_P[mixed_P].sum())))
+    budget_P = lower_P.copy()
+    for alike_P in (never_P, always_P):
+        spare = min(left, int(space_P[alike_P].sum()))
+        if spare:
+            budget_P[alike_P] = fill(lower_P[alike_P], upper_P[alike_P], spare)
+        left -= spare
+    if mixed_P.any():
+        gained = total - int(budget_P.sum())
+        budget_P[mixed_P] = knapsack(
+            p_P[mixed_P],
+            int(lower_P[mixed_P].sum()) + gained,
+            minimum=lower_P[mixed_P],
+            maximum=upper_P[mixed_P],
+        )
+    return budget_P
 
 
 def knapsack_posterior(
@@ -106,6 +149,16 @@ def knapsack_posterior(
         guess=_posterior_guess,
         levels=_guessed_levels(_posterior_guess, columns, lower_P, upper_P, total),
     )
+
+
+def _pass_rates(p_P: ArrayLike) -> FloatArray:
+    """One pass rate per prompt; ValueError if one is not in [0, 1]."""
+    p_P = one_per_prompt(p_P, name="p_P")
+    valid_P = (p_P >= 0) & (p_P <= 1)
+    if not valid_P.all():
+        p = int(np.flatnonzero(~valid_P)[0])
+        raise ValueError(f"pass rates must be in [0, 1], got {p_P[p]} for prompt {p}")
+    return p_P
 
 
 def _knapsack_columns(p_P: FloatArray) -> tuple[FloatArray, ...]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from samplers.allocation import Allocator, Scale, knapsack, posterior_std
+from samplers.allocation import Allocator, Scale, knapsack, knapsack_released, posterior_std
 from samplers.keys import fingerprint, rollout_seeds, stable_hash, step_generator
 from samplers.open_step import (
     Measured,
@@ -170,7 +170,11 @@ class Planner:
             name = getattr(scale, "__name__", repr(scale))
             check_counts(lambda a_P, b_P: self._columns(a_P, b_P, step=0)[0], pilot, name)
         # Multiples of pass rates are those of other prompts.
-        self._multiplies = scale is not None and is_multipliable(scale) and allocate is not knapsack
+        self._multiplies = (
+            scale is not None
+            and is_multipliable(scale)
+            and allocate not in (knapsack, knapsack_released)
+        )
 
         self._step = 0
         self._round = 0
@@ -293,23 +297,38 @@ class Planner:
             success_n = self.success(reward_n)
         return admit(reward_n, success_n)
 
-    def observe_gradient_norms(self, index_K: ArrayLike, norm_K: ArrayLike) -> None:
+    def observe_gradient_norms(
+        self, index_K: ArrayLike, norm_K: ArrayLike, *, at_once: bool = False
+    ) -> None:
         """Remember gradient norms G, the last measured of each prompt; they scale later steps.
 
-        They count from the next step that is opened: norms measured on rollouts must not decide
-        how many more of them the same step makes. A prompt that was never measured is given the
-        mean of the step's measured ones, or 1 if there is none.
+        They count from the next step that is opened: norms measured on rollouts that train must not
+        decide how many more of them the same step makes. A prompt that was never measured is given
+        the mean of the step's measured ones, or 1 if there is none.
+
+        Norms of pilots that are discarded may count in the round that follows them, `at_once`, as in
+        GVM's Algorithm 2 (arXiv:2505.02391). With pooled pilots it is refused: budgets that depend on
+        what the pilots are, and not only on how many passed, turn the gradient.
 
         Args:
             index_K: (K,) distinct rows of the data set.
             norm_K: (K,) norms, finite and non-negative.
 
+            at_once: between discarded pilots and the round that follows them.
+
         Raises:
-            ValueError: if either is not as above, or there is no scale for norms to multiply:
-                scale=None, or the pass rates that `knapsack` takes.
+            ValueError: if either is not as above, there is no scale for norms to multiply: scale=None,
+                or the pass rates that `knapsack` takes; or at once and not after discarded pilots.
         """
         self._check_scale("gradient norms multiply a scale")
+        after_pilots = self.is_open and self._round == 1 and self._in_flight is None
+        if at_once and not (self._discarded and after_pilots):
+            raise ValueError(
+                "norms count at once only between pilots that are discarded and the round after them"
+            )
         self._norms.observe(index_K, norm_K, self.keys)
+        if at_once:
+            self._norms.open_step()
 
     def observe_lengths(self, index_K: ArrayLike, length_K: ArrayLike) -> None:
         """Remember how long a rollout of a prompt is: later steps divide its scale by the root.

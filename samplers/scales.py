@@ -78,14 +78,30 @@ def mean_pass_rate(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
     return _mean(a_P, b_P)
 
 
+def passed_share(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
+    """(a - 1) / (a + b - 2): the share that passed of what a posterior remembers, 0 if none did.
+
+    What `allocation.knapsack_released` takes in the place of a scale; a prompt of which nothing is
+    known has 1/2. It is no scale, as `mean_pass_rate` is none, and takes no bare counts.
+
+    Raises:
+        ValueError: if a parameter is below 1, which those of a `BetaPosterior` are not.
+    """
+    a_P, b_P = _beta_parameters(a_P, b_P, least=1)
+    known_P = a_P + b_P - 2
+    share_P = np.full(known_P.shape, 0.5)
+    return np.divide(a_P - 1, known_P, out=share_P, where=known_P > 0)
+
+
 def is_multipliable(scale: Scale) -> bool:
     """Whether gradient norms and lengths may multiply what the function gives.
 
-    Any function counts as a scale but `mean_pass_rate`, whose multiples are other pass rates.
+    Any function counts as a scale but `mean_pass_rate` and `passed_share`, whose multiples are other
+    pass rates.
     """
     while isinstance(scale, functools.partial):
         scale = scale.func
-    return scale is not mean_pass_rate
+    return scale not in (mean_pass_rate, passed_share)
 
 
 def accepted_std(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:

@@ -17,6 +17,7 @@ from rl.logprobs import completion_logprobs
 from rl.measure import gradient_norms
 from rl.step import collect
 from rl.trainer import NoSignalError, RolloutTrainer
+from rl.waves import roll_out_wave
 from rollouts.batch import TokenRollouts
 from tests import tiny
 
@@ -738,3 +739,20 @@ def test_the_private_names_we_rely_on_are_still_there():
     assert list(taken) == ["self", "model", "trial"], (
         f"Trainer._save_checkpoint takes {list(taken)}: rl/trainer.py overrides it"
     )
+
+
+@pytest.mark.filterwarnings("ignore:budgets change")
+def test_norms_of_discarded_pilots_act_in_their_step_and_pooled_ones_later(tmp_path):
+    def wave(folder, use):
+        pilots = {"pilot_rollouts": 3, "pilot_estimate": "pilot", "pilot_use": use}
+        made = tiny.trainer(
+            folder, reward=tiny.small_digit, gvm_gradient_norm="mean", budget_min=0, **pilots
+        )
+        made.ledger.begin(0)
+        roll_out_wave(made.line, version=0)
+        return made.planner.state_dict()["norm_D"]
+
+    discarded = wave(tmp_path / "1", "discard")
+    assert 0 < np.isfinite(discarded).sum() <= 6 and (discarded[np.isfinite(discarded)] > 0).all()
+    with pytest.warns(UserWarning, match="counts from the next step on.*pilot_use: discard"):
+        assert np.isnan(wave(tmp_path / "2", "pool")).all()

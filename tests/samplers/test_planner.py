@@ -742,3 +742,50 @@ def test_a_state_holds_nothing_that_changes_and_names_its_data_set_once(monkeypa
     planner.observe_gradient_norms([2], [9.0])
     assert before["next_norm_D"][2] == 4
     assert planner.state_dict()["next_norm_D"][2] == 9
+
+
+def discarding(**settings):
+    chosen = {"selector": Chosen([0, 1]), "prompts_per_step": 2, "rollouts_per_step": 16}
+    pilots = {"pilot": 2, "pilots": "discard", "estimate": "pilot", "scale": allocation.gvm_plug_in}
+    return make(**chosen | pilots | {"minimum": 0} | settings)
+
+
+def test_norms_of_discarded_pilots_act_in_their_own_step():
+    planner = discarding()
+    pilots = planner.propose()
+    planner.observe(pilots, [1, 0, 1, 0], pilots.prompt_N)
+    planner.observe_gradient_norms([0, 1], [3.0, 1.0], at_once=True)
+    # 16 - 4 pilots, by equal pass rates and norms of 3 to 1.
+    assert planner.propose().budget_P.tolist() == [9, 3]
+    resumed = discarding()
+    resumed.load_state_dict(planner.state_dict())
+    assert resumed.propose().budget_P.tolist() == [9, 3]
+
+
+def test_a_prompt_none_of_whose_pilots_passed_may_get_nothing_more():
+    planner = discarding()
+    pilots = planner.propose()
+    planner.observe(pilots, [1, 0, 0, 0], pilots.prompt_N)
+    rest = planner.propose()
+    assert rest.budget_P.tolist() == [12, 0]
+    planner.observe(rest, np.ones(12), rest.prompt_N)
+
+
+@pytest.mark.parametrize("settings", [{"pilots": "pool"}, {"pilot": 0, "estimate": "posterior"}])
+def test_norms_of_rollouts_that_train_never_act_at_once(settings):
+    planner = discarding(**settings)
+    rollouts = planner.propose()
+    planner.observe(rollouts, [1.0, 0.0], [0, 1])
+    with pytest.raises(ValueError, match="only between pilots that are discarded and the round"):
+        planner.observe_gradient_norms([0], [3.0], at_once=True)
+
+
+def test_norms_act_at_once_before_the_round_is_proposed_and_not_later():
+    planner = discarding()
+    pilots = planner.propose()
+    with pytest.raises(ValueError, match="only between pilots"):
+        planner.observe_gradient_norms([0], [3.0], at_once=True)
+    planner.observe(pilots, [1, 0, 1, 0], pilots.prompt_N)
+    planner.propose()
+    with pytest.raises(ValueError, match="only between pilots"):
+        planner.observe_gradient_norms([0], [3.0], at_once=True)
