@@ -213,7 +213,7 @@ def _warn_of_unrewarded(line: Line, request: Request, rows: set[int]) -> None:
     line.memory.has_warned_of_unrewarded = True
     key = request.prompts[request.prompt_N[min(rows)]].key
     logger.warning(
-        f"all reward functions returned None for {len(rows)} of {len(request.seed_N)} rollouts, first "
+        f"All reward functions returned None for {len(rows)} of {len(request.seed_N)} rollouts, first "
         f"of prompt {key}: such rollouts are in no mean and train nothing (said once; the ledger counts "
         "them as filtered_unrewarded)"
     )

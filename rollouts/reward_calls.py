@@ -160,7 +160,7 @@ def attempt(call: Call, seconds: float | None) -> Called | BaseException:
         KeyboardInterrupt: somebody stops the run.
     """
     try:
-        if getattr(call.function, "isolated", False):
+        if is_marked(call.function, "isolated"):
             return _in_process(call, seconds)
         with _no_exit():
             return _within(seconds, call.run, name=f"reward function {call.name!r}")
@@ -383,6 +383,13 @@ def is_async(function: Callable[..., Any]) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
     return any(map(inspect.iscoroutinefunction, (function, function.__call__)))  # type: ignore[operator]
+
+
+def is_marked(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has the attribute `name = True`; partials are looked into."""
+    while not hasattr(function, name) and isinstance(function, functools.partial):
+        function = function.func
+    return bool(getattr(function, name, False))
 
 
 # From what a function returned to numbers.

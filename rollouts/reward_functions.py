@@ -305,7 +305,13 @@ def load_reward(spec: str) -> RewardFunction:
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except SystemExit as error:  # would end the run as if all were well
+        raise ValueError(
+            f"{path} ends the program ({start_of(error)}) when it is loaded; put what runs as a script "
+            "under if __name__ == '__main__'"
+        ) from error
     functions = [key for key, value in vars(module).items() if callable(value)]
     if not hasattr(module, name):
         raise ValueError(

@@ -41,6 +41,7 @@ from rollouts.reward_calls import (
     attempt_async,
     described,
     is_async,
+    is_marked,
     reason_of,
     run_in_loop,
     start_of,
@@ -311,8 +312,8 @@ class _Search:
         self.metrics: dict[str, list[float]] = {}
         self._batch = batch
         self._accepted = _accepted(function, {*batch.shared, *LOGS})
-        self._timeout = None if getattr(function, "untimed", False) else timeout
-        self._retries = retries if getattr(function, "remote", False) else 0
+        self._timeout = None if is_marked(function, "untimed") else timeout
+        self._retries = retries if is_marked(function, "remote") else 0
         self._retry_wait = retry_wait
         self._unsettled = set(range(len(batch)))
 
@@ -593,7 +594,7 @@ def _names(functions: Sequence[RewardFunction]) -> list[str]:
                 f"reward function {name} is an asynchronous generator; return a list instead of "
                 "yielding"
             )
-        if is_async(function) and getattr(function, "isolated", False):
+        if is_async(function) and is_marked(function, "isolated"):
             raise ValueError(
                 f"reward function {name} is asynchronous and isolated: make it an ordinary function, "
                 "for example one that calls asyncio.run"
@@ -612,6 +613,8 @@ def _name(function: RewardFunction) -> str:
 def check_columns(functions: Sequence[RewardFunction], prompts: Sequence[Prompt]) -> None:
     """Say before anything is generated whether each function can take what these prompts bring.
 
+    A column that reward functions do not receive is named in a warning.
+
     Raises:
         RewardError: naming the function and the column it needs, with the nearest there is.
         ValueError: if there is no function, two have one name, or a column has the name of an
@@ -622,6 +625,12 @@ def check_columns(functions: Sequence[RewardFunction], prompts: Sequence[Prompt]
         raise ValueError(
             f"column {clash[0]!r} has the name of an argument that reward functions are given; "
             "rename the column"
+        )
+    if hidden := [name for name in RESERVED_COLUMNS if prompts and name in prompts[0].columns]:
+        warnings.warn(
+            f"column {hidden[0]!r} is not given to reward functions, as in TRL; rename it if they need "
+            "it",
+            stacklevel=2,
         )
     for name, function in zip(_names(functions), functions, strict=True):
         _check_signature(function, name, columns, set(SHARED_ARGUMENTS))

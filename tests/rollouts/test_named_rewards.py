@@ -80,6 +80,13 @@ def test_a_class_in_a_file_becomes_an_object_if_it_needs_nothing(tmp_path):
         load_reward(f"{path}:Silent")
 
 
+def test_a_file_that_ends_the_program_is_an_error(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text("import sys\ndef f(**_):\n    return []\nsys.exit()\n")
+    with pytest.raises(ValueError, match=r"script.py ends the program \(SystemExit"):
+        load_reward(f"{path}:f")
+
+
 HOSTILE = (
     *(
         "\\boxed{",

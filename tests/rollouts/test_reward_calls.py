@@ -228,6 +228,15 @@ def test_an_isolated_function_can_be_killed_alone(what, reason):
     assert result.reward_K.tolist() == [1.0]
 
 
+def test_what_is_marked_stays_so_in_a_partial():
+    def ends(completions, level, **columns):
+        os._exit(3)
+
+    ends.isolated = True
+    result = run(functools.partial(ends, level=1), ["x"], max_failed_share=1.0)
+    assert result.failed == {0: "ends: the process of the call ended with status 3"}
+
+
 def test_an_isolated_function_logs_and_breaks_its_contract_as_others():
     def logs(completions, log_extra, log_metric, **columns):
         log_extra("seen", [text.upper() for text in completions])
@@ -467,6 +476,12 @@ def test_columns_are_logged_at_once_or_in_parts_one_value_per_row():
     assert columns == {"upper": ["A", "B"], "upper (again)": ["a", "b"]}
     with pytest.raises(RewardError, match="short gave log_extra 1 values of 'upper' for 2 comp"):
         run([short], ["a", "b"], max_failed_share=1.0)
+
+
+@pytest.mark.parametrize("name", ["completion", "completion_ids"])
+def test_a_column_that_rewards_do_not_get_is_told(name):
+    with pytest.warns(UserWarning, match=f"column '{name}' is not given to reward functions"):
+        check_columns([ones], [prompt(0, **{name: 1})])
 
 
 @pytest.mark.parametrize("name", ["trainer_state", "log_extra", "log_metric"])
