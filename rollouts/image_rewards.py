@@ -40,6 +40,7 @@ from rollouts.image_shapes import (
     shape_match,
 )
 from rollouts.prompts import Prompt
+from rollouts.reward_calls import is_marked
 from rollouts.reward_functions import load_reward
 from rollouts.rewards import RewardError, RewardResult, nearest, score
 
@@ -389,7 +390,8 @@ def _as_text_reward(
         return values
 
     reward.__name__ = name
-    reward.remote = getattr(function, "remote", False)  # type: ignore[attr-defined]
+    for mark in ("remote", "isolated", "untimed"):  # details of an isolated one are lost
+        setattr(reward, mark, is_marked(function, mark))
     return reward
 
 

@@ -587,3 +587,18 @@ def test_a_sum_that_is_too_large_fails_its_row():
     assert list(result.failed) == [0]
     assert "large/larger: the weighted sum of" in result.failed[0]
     assert result.reward_K.tolist() == [2.0]
+
+
+def test_an_image_reward_keeps_its_marks():
+    from rollouts.image_rewards import score_images
+
+    def ends(image_NHWC, prompts, metadata):
+        if "bad" in prompts:
+            os._exit(3)
+        return np.ones(len(prompts))
+
+    ends.isolated = True
+    images = np.zeros((2, 4, 4, 3), dtype=np.uint8)
+    result, _ = score_images([ends], images, ["good", "bad"], max_failed_share=0.5)
+    assert result.failed == {1: "ends: the process of the call ended with status 3"}
+    assert result.reward_K.tolist() == [1.0]
