@@ -199,7 +199,7 @@ def ddim_of(scheduler: Any) -> Any:
     settings |= {"clip_sample": False, "thresholding": False}
     settings["set_alpha_to_one"] = given.get("set_alpha_to_one", False)
     try:
-        made = DDIMScheduler(**settings | kept)
+        made: Any = DDIMScheduler(**settings | kept)
     except NotImplementedError as error:
         raise ValueError(f"rule ddim cannot replace this {name}: {error}") from error
     levels = scheduler.alphas_cumprod.double()

@@ -72,6 +72,8 @@ class DenoisingTrainer(RolloutTrainer):
         reward_funcs = load_image_rewards(reward_funcs, args.reward_weights, device=device)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
         _tell_of_missing_columns(self.line.prompts, self.eval_prompts)
+        if self.eval_prompts:
+            self.line.engine.check(self.eval_prompts, [])  # type: ignore[attr-defined]
         self.pipeline = self.line.engine.pipeline  # type: ignore[attr-defined]
         if self.args.max_evaluations is not None:
             memory = self.line.memory

@@ -205,6 +205,36 @@ def test_the_pipelines_own_text_encoder_and_guidance_serve(tmp_path):
     assert step_logs(tmp_path)[0]["mismatch"] < 1e-3
 
 
+def with_text_encoder():
+    around = tiny.pipeline()
+    torch.manual_seed(5)
+    add_tiny_text_encoder(around)
+    return around
+
+
+def test_settings_reach_the_pipelines_call_and_a_plan_it_cannot_make_is_refused_first(tmp_path):
+    def made(**settings):
+        config = tiny.config(tmp_path, guidance_scale=3.0, **settings)
+        return DenoisingTrainer(with_text_encoder(), "brightness", config, tiny.rows())
+
+    ours = made(negative_prompt="dark", pipeline_kwargs={"guidance_rescale": 0.5}).line.engine
+    assert ours.negative_prompt == "dark"
+    assert ours._arguments["guidance_rescale"] == 0.5
+    with pytest.raises(ValueError, match="StableDiffusionPipeline takes no true_cfg_scale"):
+        made(pipeline_kwargs={"true_cfg_scale": 4.0})
+    with pytest.raises(ValueError, match="timestep 1000 of 1000 steps is beyond the model's 1000"):
+        made(plan={"num_steps": 1000, "rule": "ddim", "level": 1.0}, baseline="prompt")
+
+
+def test_a_negative_prompt_of_each_prompt_is_asked_of_validation_too(tmp_path):
+    config = tiny.config(tmp_path, guidance_scale=3.0, negative_prompt_column="against")
+    rows = [row | {"against": "dark"} for row in tiny.rows()]
+    around = with_text_encoder()
+    with pytest.raises(ValueError, match="'against' must be a text of every prompt"):
+        DenoisingTrainer(around, "brightness", config, rows, eval_dataset=tiny.rows())
+    DenoisingTrainer(around, "brightness", config, rows, eval_dataset=rows)
+
+
 # Validation and pictures
 
 
