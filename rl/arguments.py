@@ -428,6 +428,11 @@ class RolloutConfig(TrainingArguments):
     kl: str = setting(
         "k3_weighted", "Estimate of the KL as a loss: k2, k3 (GRPO) or k3_weighted (by the ratio)."
     )
+    kl_rows: str = setting(
+        "trained",
+        "Rows that the KL covers: trained (those with an advantage) or all (as in TRL: also those of "
+        "groups that pass or fail as one). Its mean is over the rows that it covers.",
+    )
     kl_ratio: str | None = setting(
         None,
         "The ratio of k3_weighted: token, or sequence (the mean over a row). Default: the loss's, as in "

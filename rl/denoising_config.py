@@ -52,6 +52,7 @@ LANGUAGE_ONLY = (
     "chat_template_kwargs",
     *("max_prompt_length", "max_completion_length", "scale_rewards", "std_correction", "std_eps"),
     *("multi_objective_aggregation", "entropy_coef", "top_entropy_quantile", "kl_ratio"),
+    "kl_rows",
     "sync_ref_model",
 )
 """Settings of `RolloutConfig` that have no meaning here and must stay as they are."""

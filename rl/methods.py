@@ -585,8 +585,9 @@ def kl_of(config: RolloutConfig) -> Callable | None:
 
 
 def trains_everywhere(config: RolloutConfig) -> bool:
-    """Whether rows without an advantage stay in the batch: their entropies count."""
-    return bool(config.entropy_coef) or config.top_entropy_quantile < 1
+    """Whether rows without an advantage stay in the batch: their entropies or their KL count."""
+    by_kl = bool(config.beta) and config.kl_rows == "all"
+    return by_kl or bool(config.entropy_coef) or config.top_entropy_quantile < 1
 
 
 def micro_batches_of(config: RolloutConfig) -> Callable[[TokenRollouts], list[torch.Tensor]]:

@@ -83,7 +83,10 @@ def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
     active_NT = (weight_NT != 0) & has_signal(rollouts)[:, None]
     if line.kl is not None and kl_weight_NT is not weight_NT:
         rollouts = replace(rollouts, kl_weight_NT=kl_weight_NT)
-        active_NT |= (kl_weight_NT != 0) & has_signal(rollouts)[:, None]
+    if line.kl is not None:
+        covered_NT = kl_weight_NT != 0
+        everywhere = config.kl_rows == "all"
+        active_NT |= covered_NT if everywhere else covered_NT & has_signal(rollouts)[:, None]
     if config.entropy_coef:
         rollouts = replace(rollouts, bonus_NT=kept_NT)
         active_NT |= kept_NT

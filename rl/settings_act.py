@@ -159,7 +159,7 @@ ACTS: dict[str, Acts] = {
     # learning
     **dict.fromkeys(("stratum_alpha", "stratum_fallback"), _STRATIFIED),
     **dict.fromkeys(("std_correction", "std_eps"), _STD),
-    "kl": _on("beta", "beta above 0"),
+    **dict.fromkeys(("kl", "kl_rows"), _on("beta", "beta above 0")),
     "kl_ratio": Acts(
         lambda c: bool(c.beta) and c.kl == "k3_weighted", "beta above 0 and kl: k3_weighted"
     ),

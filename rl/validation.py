@@ -275,6 +275,7 @@ def validate(config: RolloutConfig) -> None:
     choice("stratum_fallback", config.stratum_fallback, FALLBACKS)
     choice("hapo_sign", config.hapo_sign, ("signed", "released"))
     choice("kl_ratio", config.kl_ratio, (None, "token", "sequence"))
+    choice("kl_rows", config.kl_rows, ("trained", "all"))
     _reference(config)
     if not np.isfinite(config.entropy_coef):
         raise ValueError(f"entropy_coef must be finite, got {config.entropy_coef}")

@@ -45,6 +45,7 @@ LANGUAGE_VALUES = {
     "entropy_coef": 0.1,
     "top_entropy_quantile": 0.2,
     "kl_ratio": "token",
+    "kl_rows": "all",
     "sync_ref_model": True,
 }
 

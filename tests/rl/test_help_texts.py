@@ -6,9 +6,11 @@ from dataclasses import fields
 import pytest
 
 from rl.advantages import FALLBACKS
+from rl.advantages import SCALES as REWARD_SCALES
 from rl.arguments import RolloutConfig
 from rl.methods import (
     ADVANTAGES,
+    AGGREGATIONS,
     ALLOCATORS,
     DOWN_SAMPLERS,
     LOSSES,
@@ -35,6 +37,8 @@ CHOICES = {
     "token_scope": SCOPES,
     "token_denominator": DENOMINATORS,
     "advantage": ADVANTAGES,
+    "scale_rewards": REWARD_SCALES,
+    "multi_objective_aggregation": AGGREGATIONS,
     "stratum_fallback": FALLBACKS,
     "loss": LOSSES,
     "objective": OBJECTIVES,

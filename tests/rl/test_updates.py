@@ -210,6 +210,30 @@ def test_the_engines_mismatch_is_weighed_in(tmp_path, correction, cap, floor, fa
     assert batch.metrics["importance/ratio_mean"] == pytest.approx(1.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("rows", ["trained", "all"])
+def test_the_kl_covers_the_rows_that_it_is_told_to(tmp_path, rows):
+    changes = {"beta": 0.3, "kl": "k3", "kl_rows": rows}
+    made = tiny.trainer(tmp_path, model=tiny.model(dtype=torch.float64), **settings(**changes))
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # away from the reference
+        for weight in made.model.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=noise, dtype=weight.dtype))
+    collected = collect(made.line, version=0)
+    batch = prepare(made.line, made.model, collected)
+    drawn = collected.waves[0].rounds[0].rollouts
+    silent = len(drawn) - int((made.line.advantage(drawn, []) != 0).sum())
+    assert silent > 0 and len(batch.rollouts) == len(drawn) - silent * (rows == "trained")
+    logprob_NT = made.line.score.logprobs(made.model, batch.rollouts)
+    plain = replace(batch.rollouts, reference_logprob_NT=logprob_NT.detach())
+    kl = loss_of(made.line, batch, batch.rollouts, logprob_NT, share=1)[0]
+    kl = kl - loss_of(made.line, batch, plain, logprob_NT, share=1)[0]
+    # TRL's mean over rows of the mean over their tokens.
+    d_NT = logprob_NT - batch.rollouts.reference_logprob_NT
+    k3_NT = ((-d_NT).exp() - 1 + d_NT) * batch.rollouts.mask_NT
+    of_rows = k3_NT.sum(1) / batch.rollouts.length_N
+    assert kl.item() == pytest.approx(0.3 * of_rows.mean().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("correction", ["token_truncate", "sequence_mask"])
 def test_the_kl_does_not_go_by_the_engines_mismatch(tmp_path, correction):
     """As in TRL, which adds it after the correction: the KL is of two policies, whoever drew."""
