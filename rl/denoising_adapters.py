@@ -27,7 +27,7 @@ def denoiser_of(pipeline: Any) -> tuple[str, torch.nn.Module]:
         ValueError: if there is none.
     """
     for name in DENOISERS:
-        denoiser = getattr(pipeline, name, None)
+        denoiser: Any = getattr(pipeline, name, None)
         if denoiser is None:
             continue
         if isinstance(denoiser, PeftModel):
