@@ -33,7 +33,8 @@ def save_state(path: str | Path, state: Any) -> None:
     Raises:
         TypeError: for anything else, naming its place in the state.
     """
-    path, arrays = Path(path), {}
+    path = Path(path)
+    arrays: dict[str, NDArray[Any]] = {}
     text = json.dumps(_plain(state, "state", arrays))
     columns = {f"array_{number}": array for number, array in enumerate(arrays.values())}
     handle, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
