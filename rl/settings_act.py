@@ -60,7 +60,6 @@ def _reads_posterior(c: Any) -> bool:
 def _drops_rows(c: Any) -> bool:
     return (
         c.down_sampling != "none"
-        or c.mask_truncated_completions
         or c.pilot_use == "discard"
         or getattr(c, "branch_threshold", None) is not None
     )

@@ -122,3 +122,28 @@ def test_tokens_without_a_log_probability_train_at_ratio_1_and_are_counted(serve
     assert tiny.lines(tmp_path / "nan") == tiny.lines(tmp_path / "plain")
     for name, value in tiny.parameters(plain).items():
         torch.testing.assert_close(tiny.parameters(spoilt)[name], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_process_without_rows_generates_with_those_that_share_its_vllm(together):
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from rl.roll_out import Request, _generate_and_score
+
+    asked = []
+
+    def generate(prompts, budget_P, *, seeds_N, params, version):
+        asked.append((list(prompts), budget_P.tolist(), len(seeds_N), params, version))
+
+    line = SimpleNamespace(
+        generating=nullcontext,
+        load_weights=lambda policy, version: asked.append("weights"),
+        engine=SimpleNamespace(generates_together=together, generate=generate),
+    )
+    request = Request(prompts=["a", "b"], budget_P=np.array([2, 1]), seed_N=np.arange(3))
+    no_row = np.zeros(0, dtype=np.int64)
+    assert _generate_and_score(line, request, no_row, "params", 7) is None
+    assert asked == ["weights"] + [(["a", "b"], [0, 0], 0, "params", 7)] * together
