@@ -149,7 +149,8 @@ def reasoning_gym(
 ) -> list[float | None]:
     """Score of `final_answer(completion)` by the reasoning-gym task's own verifier, in [0, 1].
 
-    Many tasks give part of the credit for a right answer in a wrong form.
+    Many tasks give part of the credit for a right answer in a wrong form. Some verifiers raise for an
+    answer they cannot read; it is wrong then, if they can read the reference answer.
 
     Columns: `task`, the name of the reasoning-gym data set; `entry`, the generated example with its
     question, answer and metadata, as a dict or as JSON.
@@ -166,7 +167,12 @@ def reasoning_gym(
         if name in _TUPLE_TASKS:
             example = _tuples(example)
         verifier = _verifier(library.get_score_answer_fn, name)
-        rewards.append(float(verifier(answer=final_answer(_text(completion)), entry=example)))
+        try:
+            credit = verifier(answer=final_answer(_text(completion)), entry=example)
+        except Exception:
+            verifier(answer=example["answer"], entry=example)  # raises if the entry is at fault
+            credit = 0.0
+        rewards.append(float(credit))
     return rewards
 
 

@@ -4,7 +4,13 @@ import time
 
 import pytest
 
-from rollouts.reward_functions import BUILT_IN, load_reward, math_verify, soft_overlong
+from rollouts.reward_functions import (
+    BUILT_IN,
+    load_reward,
+    math_verify,
+    reasoning_gym,
+    soft_overlong,
+)
 
 
 def test_soft_overlong_by_hand():
@@ -136,3 +142,12 @@ def test_long_texts_are_no_burden_to_the_mathematics(piece):
     # A comparison of more than five seconds would be NaN.
     assert math_verify([text, right, text + " #### 5"], answer=["5"] * 3)[1:] == [1.0, 1.0]
     assert math_verify([text], answer=["7"]) == [0.0]
+
+
+def test_an_answer_that_a_verifier_cannot_read_is_wrong_and_an_entry_it_cannot_read_fails():
+    library = pytest.importorskip("reasoning_gym")
+    entry = library.create_dataset("prime_factorization", size=1, seed=0)[0]
+    texts = ["no idea", "9" * 5000, str(entry["answer"])]
+    assert reasoning_gym(texts, ["prime_factorization"] * 3, [entry] * 3) == [0.0, 0.0, 1.0]
+    with pytest.raises(KeyError):
+        reasoning_gym(["no idea"], ["prime_factorization"], [{"metadata": {}}])
