@@ -41,6 +41,7 @@ from rl.progress import ProgressLine
 from rl.reference import Follow
 from rl.step import collect, mini_batches, update
 from rl.termination import Terminated, Termination
+from rl.tracker_runs import TrackerRuns
 from rl.validation import choice
 from rl.waves import pilots_act
 from rollouts.engine import Engine
@@ -165,6 +166,8 @@ class RolloutTrainer(Trainer):
         if args.sync_ref_model and self.line.reference is not None:
             self.add_callback(Follow(self.line.reference))
         self.add_callback(self.run_folder)
+        self._tracker_runs = TrackerRuns(str(args.output_dir))
+        self.add_callback(self._tracker_runs)
         self.add_callback(self.progress)
         empty, drawn = lambda: self._empty_steps, lambda: self.ledger.totals["tokens_drawn"]
         self.add_callback(Budget(empty, args.max_empty_steps, setting="max_empty_steps"))
@@ -348,6 +351,7 @@ class RolloutTrainer(Trainer):
                 )
             self._resumed = state
             stack.callback(self.progress.close)
+            stack.enter_context(self._tracker_runs.continued(self.args, from_step=from_step))
             if self.termination is not None:
                 stack.enter_context(self.termination.heeded())
             stack.enter_context(failing.flushed(self))
