@@ -766,7 +766,8 @@ class DiffusersEngine:
         """Whether guidance_scale changes what the pipeline does.
 
         Guidance-distilled models tell by `guidance_embeds` whether they read it, but a pipeline may
-        guide by a pair all the same, as those of Sana and FLUX.2 klein do.
+        guide by a pair all the same, as those of Sana, FLUX.2 klein and Bria Fibo do. A call that has
+        `true_cfg_scale` guides by that.
         """
         config = getattr(self.denoiser, "config", {})
         pair = getattr(type(self.pipeline), "do_classifier_free_guidance", None)
@@ -779,8 +780,11 @@ class DiffusersEngine:
                 return True
             finally:
                 del self.pipeline._guidance_scale
-            return bool(getattr(config, "guidance_embeds", False))
-        return pair is not None or getattr(config, "guidance_embeds", True)
+            embedded = getattr(config, "time_cond_proj_dim", None) is not None  # as in LCM's UNets
+            return embedded or bool(getattr(config, "guidance_embeds", False))
+        call = parameters(type(self.pipeline).__call__)
+        by_pair = "true_cfg_scale" not in call and any(n.startswith("negative_") for n in call)
+        return pair is not None or by_pair or getattr(config, "guidance_embeds", True)
 
     def _check_dropout(self) -> None:
         for name, module in self.denoiser.named_modules():

@@ -267,6 +267,18 @@ def test_guidance_by_a_pair_is_kept_unless_the_pipeline_was_distilled(distilled)
     assert not hasattr(pipeline, "_guidance_scale")
 
 
+@pytest.mark.parametrize(
+    ("name", "reads"),
+    [("BriaFiboPipeline", True), ("FluxPipeline", False), ("Flux2Pipeline", False)],
+)
+def test_guidance_by_a_pair_is_known_by_the_calls_negative_prompt(name, reads):
+    """With a model that says guidance_embeds is false, and a pipeline that does not tell either."""
+    ours = engine("qwen")
+    ours.pipeline.__class__ = getattr(diffusers, name)
+    assert ours.denoiser.config.guidance_embeds is False
+    assert bool(ours._reads_guidance(4.0)) is reads
+
+
 # --- embeddings ---------------------------------------------------------------------------------
 
 

@@ -118,3 +118,34 @@ def test_the_table_says_what_was_run():
     assert {name for name, encodes in rows.items() if encodes == "yes"} == {*OUTPUTS}
     assert {*OUTPUTS} <= {*ENCODERS, *tiny}
     assert {name for name, encodes in rows.items() if encodes == "refused"} == {*CANNOT_RUN}
+
+
+@pytest.mark.slow
+def test_videos_are_decoded_frame_by_frame_as_the_pipeline_does():
+    pipeline = make("WanPipeline")
+    torch.manual_seed(2)
+    pipeline.vae = diffusers.AutoencoderKLWan(
+        base_dim=3,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1] * 4,
+        latents_std=[0.9] * 4,
+    ).eval()
+    call = SIZE | CASES["WanPipeline"].settings["pipeline_kwargs"]
+    prompts = image_prompts(2)
+    expected = pipeline(
+        **encoder("WanPipeline")(prompts),
+        **call,
+        num_inference_steps=3,
+        generator=[seeded_generator(seed, "root", 0) for seed in (7, 8)],
+        output_type="np",
+        return_dict=False,
+    )[0]
+    settings = SIZE | CASES["WanPipeline"].settings
+    ours = DiffusersEngine(pipeline, encode=encoder("WanPipeline"), **settings)
+    silent = plan("WanPipeline", stochastic=())
+    videos = ours.decode(ours.generate(prompts, [1, 1], seeds_N=[7, 8], params=silent))
+    assert videos.shape == (2, 5, 32, 32, 3) and videos.dtype == "uint8"
+    assert (videos == (expected * 255).round().astype("uint8")).all()
