@@ -11,9 +11,11 @@ Axes: N rollouts, T tokens, R rows of the probe.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from rl.logprobs import innermost
@@ -136,6 +138,10 @@ def settle(line: Line) -> None:
     error: Exception | None = None
     with line.policy() as policy:
         try:
+            if isinstance(line.engine, TransformersEngine):
+                # First, as a model that keeps state in its modules scores otherwise afterwards.
+                line.load_weights(policy, version=-1)
+                line.engine.check_model()
             found = _settled(score, policy, line.tokenizer)
         except Exception as caught:
             error = caught
@@ -211,11 +217,14 @@ def _off(
     logprob_RTV = torch.stack([logits[: max(length)].log_softmax(dim=-1) for logits in scaled])
     expected_RT = logprob_RTV.gather(2, rollouts.token_NT[:, :, None])[:, :, 0]
     active_RT = rollouts.mask_NT
-    before, score.right_padded = score.right_padded, right_padded
+    before = score.right_padded, score.pad_id
+    # An ordinary token as padding: the pad token's embedding is often 0, and hides what the model sees
+    # of it until the update has moved a bias.
+    score.right_padded, score.pad_id = right_padded, int(rows[0][0][0])
     try:
         tries = [score.logprobs(policy, rollouts) for _ in range(2)]
     finally:
-        score.right_padded = before
+        score.right_padded, score.pad_id = before
     spread = spread_of(scaled)
     return max(distance(one[active_RT].float(), expected_RT[active_RT], spread) for one in tries)
 
@@ -223,10 +232,22 @@ def _off(
 def to_update(line: Line, model: torch.nn.Module) -> None:
     """Training mode, or evaluation mode but for modules that recompute their activations.
 
-    Those look whether they train, and so stay in training mode; what they hold does not, and their own
-    dropout is off (`assemble.without_dropout`).
+    Those look whether they train, and so stay in training mode. What they hold does not, and their own
+    dropout is off: `assemble.without_dropout` has set their rates to 0, and rates that they read from
+    the model's configuration are 0 in a copy of their own.
     """
     model.train()
-    if getattr(line.score, "in_eval", False):
-        for module in innermost(model).modules():
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
+    if not getattr(line.score, "in_eval", False):
+        return
+    whole = innermost(model)
+    for module in whole.modules():
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
+        config = getattr(module, "config", None)
+        if module.training and module is not whole and isinstance(config, PreTrainedConfig):
+            rates = [
+                n for n, v in vars(config).items() if "drop" in n and isinstance(v, float) and v
+            ]
+            if rates:
+                module.config = copy.copy(config)
+                for name in rates:
+                    setattr(module.config, name, 0.0)

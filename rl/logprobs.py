@@ -202,6 +202,7 @@ def layout_of(
     end_N = ends(rollouts.mask_NT)
     num_steps, width = int(end_N.max()), max(map(len, prompts))
     size_N = torch.tensor([len(prompt) for prompt in prompts])
+    taken = inspect.signature(type(innermost(model)).forward).parameters
     real_NT = torch.arange(num_steps, device=device) < end_N[:, None]
     if right_padded:
         rows = [
@@ -210,19 +211,20 @@ def layout_of(
         ]
         longest = max(map(len, rows))
         ids_NS = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows]).to(device)
-        real_NS = torch.arange(longest, device=device) < (size_N.to(device) + end_N)[:, None]
+        inputs: dict[str, Any] = {
+            "input_ids": ids_NS
+        }  # positions count from 0, and nothing to mask
     else:
         prompt_NS = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
         real_prompt_NS = torch.arange(width) >= (width - size_N)[:, None]
         token_NT = torch.where(real_NT, rollouts.token_NT[:, :num_steps], pad_id)
         ids_NS = torch.cat([prompt_NS.to(device), token_NT], dim=1)
         real_NS = torch.cat([real_prompt_NS.to(device), real_NT], dim=1)
-    inputs: dict[str, Any] = {"input_ids": ids_NS, "attention_mask": real_NS.long()}
-    taken = inspect.signature(type(innermost(model)).forward).parameters
-    if "position_ids" in taken:
-        inputs["position_ids"] = (real_NS.long().cumsum(1) - 1).clamp(min=0)
-    if "logits_to_keep" in taken and not right_padded:
-        inputs["logits_to_keep"] = num_steps + 1
+        inputs = {"input_ids": ids_NS, "attention_mask": real_NS.long()}
+        if "position_ids" in taken:
+            inputs["position_ids"] = (real_NS.long().cumsum(1) - 1).clamp(min=0)
+        if "logits_to_keep" in taken:
+            inputs["logits_to_keep"] = num_steps + 1
     if "use_cache" in taken:
         inputs["use_cache"] = False
     return Layout(inputs, num_steps, size_N.to(device) if right_padded else None)

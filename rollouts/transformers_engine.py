@@ -321,7 +321,7 @@ class _SharedForward:
     Within a wave, that is: a prompt whose rollouts span two waves is prefilled in both.
     """
 
-    def __init__(self, model: Any, prompt_R: Sequence[Prompt]) -> None:
+    def __init__(self, model: Any, prompt_R: Sequence[Prompt], *, padding: int = 0) -> None:
         self.model = model
         accepted = _forward_parameters(model)
         self.takes_positions = "position_ids" in accepted
@@ -330,7 +330,9 @@ class _SharedForward:
             [index_by_ids.setdefault(tuple(p.token_ids), len(index_by_ids)) for p in prompt_R],
             device=model.device,
         )
-        ids_PL, mask_PL = _padded(list(index_by_ids), device=model.device, left=True)
+        ids_PL, mask_PL = _padded(
+            list(index_by_ids), device=model.device, left=True, padding=padding
+        )
         size_P = mask_PL.sum(dim=1)
         self.cache = _growing_cache(model)
         kwargs = self._positions((mask_PL.cumsum(dim=1) - 1).clamp(min=0))
@@ -372,16 +374,17 @@ class _PlainForward:
     Padding is on the right, where a causal model cannot see it, so no mask is needed.
     """
 
-    def __init__(self, model: Any, prompt_R: Sequence[Prompt]) -> None:
+    def __init__(self, model: Any, prompt_R: Sequence[Prompt], *, padding: int = 0) -> None:
         self.model = model
+        self.padding = padding
         ids = [tuple(prompt.token_ids) for prompt in prompt_R]
-        self.ids_KL, mask_KL = _padded(ids, device=model.device, left=False)
+        self.ids_KL, mask_KL = _padded(ids, device=model.device, left=False, padding=padding)
         self.size_K = mask_KL.sum(dim=1)
         self.logits_KV = self._run()
 
     def append(self, token_K: Tensor) -> None:
         if int(self.size_K.max()) == self.ids_KL.shape[1]:
-            self.ids_KL = torch.nn.functional.pad(self.ids_KL, (0, 1))
+            self.ids_KL = torch.nn.functional.pad(self.ids_KL, (0, 1), value=self.padding)
         self.ids_KL = self.ids_KL.scatter(1, self.size_K[:, None], token_K[:, None])
         self.size_K = self.size_K + 1
         self.logits_KV = self._run()
@@ -515,7 +518,10 @@ def _stepwise_logits(
 ) -> list[Tensor]:
     """(L, V) logits that predict each row's completion, token by token; the second leaves midway."""
     prompts = [Prompt(key="", prompt="", token_ids=tuple(p.tolist()), columns={}) for p, _ in rows]
-    forward: _Forward = (_SharedForward if shared else _PlainForward)(model, prompts)
+    # An ordinary token as padding: the embedding of id 0 is often 0, and hides what the model sees.
+    padding = int(rows[0][0][0])
+    kind: type[_SharedForward] | type[_PlainForward] = _SharedForward if shared else _PlainForward
+    forward: _Forward = kind(model, prompts, padding=padding)
     token_RL = torch.stack([completion for _, completion in rows]).to(model.device)
     row_K = torch.arange(len(rows), device=model.device)
     found: list[list[Tensor]] = [[] for _ in rows]
@@ -532,11 +538,11 @@ def _stepwise_logits(
 
 
 def _padded(
-    sequences: Sequence[Sequence[int]], *, device: torch.device, left: bool
+    sequences: Sequence[Sequence[int]], *, device: torch.device, left: bool, padding: int
 ) -> tuple[Tensor, Tensor]:
-    """(P, L) ids padded with 0 on one side, and the int64 mask of what is real."""
+    """(P, L) ids padded on one side, and the int64 mask of what is real."""
     longest = max(len(ids) for ids in sequences)
-    ids_PL = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    ids_PL = torch.full((len(sequences), longest), padding, dtype=torch.int64)
     mask_PL = torch.zeros_like(ids_PL)
     for row, ids in enumerate(sequences):
         place = slice(longest - len(ids), None) if left else slice(0, len(ids))

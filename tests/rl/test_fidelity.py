@@ -7,6 +7,8 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     GPTBigCodeConfig,
     GPTBigCodeForCausalLM,
     OPTConfig,
@@ -140,12 +142,29 @@ def test_dropout_and_noise_of_any_name_are_off_in_the_update(make, tmp_path):
     assert mismatch_of(tmp_path, model=larger(make(), 2)) < 1e-5
 
 
-@pytest.mark.parametrize("make", [opt, phimoe])
+def falcon():
+    """Reads rates of dropout from its configuration, in layers that can recompute activations."""
+    return FalconForCausalLM(
+        FalconConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            alibi=True,
+            hidden_dropout=0.3,
+            attention_dropout=0.3,
+            **IDS,
+        )
+    )
+
+
+@pytest.mark.parametrize("make", [opt, phimoe, falcon])
 def test_and_off_where_activations_are_recomputed(make, tmp_path):
     torch.manual_seed(0)
     model = larger(make(), 2)
     assert mismatch_of(tmp_path, model=model, gradient_checkpointing=True) < 1e-5
     assert model.is_activation_checkpointing
+    if make is falcon:
+        assert model.config.hidden_dropout == 0.3  # which is saved
 
 
 @pytest.mark.parametrize(
@@ -172,7 +191,12 @@ def test_a_policy_that_is_never_that_of_its_rollouts_is_refused_before_any(tmp_p
         seen.extend(completions)
         return tiny.small_digit(completions)
 
-    made = tiny.trainer(tmp_path, model=of_class(LooksBeside), **(GRPO | {"reward": reward}))
+    settings = GRPO | {"reward": reward, "model": of_class(LooksBeside)}
+    made = tiny.trainer(tmp_path / "1", **settings)
+    with pytest.raises(ValueError, match="LooksBeside cannot generate rollouts here"):
+        made.train()
+    engine = Colder(settings["model"], tiny.tokenizer())  # one that the trainer knows nothing of
+    made = tiny.trainer(tmp_path / "2", engine=engine, **settings)
     with pytest.raises(
         ValueError, match="LooksBeside cannot be trained here.*training mode, padded"
     ):
