@@ -74,11 +74,11 @@ TRL: dict[str, tuple[tuple[str, ...], str]] = {
     "wandb_log_unique_prompts": (("completions_rows",), f"{NOT_HERE}; see completions_rows"),
     "log_completions_hub_repo": ((), "not offered: tables go to the run folder and the trackers"),
     "log_multimodal": ((), NOT_HERE),
-    "use_adaptive_entropy": ((), "not offered: entropy_coef stays as it is written"),
-    "entropy_coef_min": ((), "not offered: entropy_coef stays as it is written"),
-    "entropy_coef_max": ((), "not offered: entropy_coef stays as it is written"),
-    "entropy_coef_delta": ((), "not offered: entropy_coef stays as it is written"),
-    "entropy_target": ((), "not offered: entropy_coef stays as it is written"),
+    "use_adaptive_entropy": (("entropy_coef",), "not offered: entropy_coef stays as it is written"),
+    "entropy_coef_min": (("entropy_coef",), "not offered: entropy_coef stays as it is written"),
+    "entropy_coef_max": (("entropy_coef",), "not offered: entropy_coef stays as it is written"),
+    "entropy_coef_delta": (("entropy_coef",), "not offered: entropy_coef stays as it is written"),
+    "entropy_target": (("entropy_coef",), "not offered: entropy_coef stays as it is written"),
     **{
         name: (("loss",), "not offered: loss: sapo has the published temperatures")
         for name in ("sapo_temperature_neg", "sapo_temperature_pos")

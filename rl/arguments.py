@@ -561,7 +561,10 @@ class RolloutConfig(TrainingArguments):
             self.metric_for_best_model = "pass_rate"
         validate(self)
         warn_of_idle(self)
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except TypeError as error:  # of a mapping's keys, such as those of accelerator_config
+            raise ValueError(str(error)) from error
         reentrant = dict(self.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
         may_look = self.activation_checkpointing and not reentrant
         if may_look and self.ddp_find_unused_parameters is None:

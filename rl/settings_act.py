@@ -193,6 +193,10 @@ ACTS: dict[str, Acts] = {
         "a data loader of tokens; the ledger counts them here, see tokens_drawn",
         unset=(False,),  # what parsers make of its default, no
     ),
+    "load_best_model_at_end": Acts(
+        lambda c: _plain(c.eval_strategy) != "no" and _plain(c.save_strategy) != "no",
+        "eval_strategy: steps and save_strategy: steps",
+    ),
     "liger_kernel_config": _on("use_liger_kernel", "use_liger_kernel: true"),
     **dict.fromkeys(
         (
@@ -286,7 +290,7 @@ ALWAYS: tuple[str, ...] = (
     *("log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project"),
     *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     *("eval_strategy", "eval_on_start", "save_only_model", "save_strategy", "save_on_each_node"),
-    *("enable_jit_checkpoint", "push_to_hub", "load_best_model_at_end", "metric_for_best_model"),
+    *("enable_jit_checkpoint", "push_to_hub", "metric_for_best_model"),
     *("greater_is_better", "ignore_data_skip", "restore_callback_states_from_checkpoint"),
     *("full_determinism", "seed", "use_cpu", "accelerator_config", "parallelism_config"),
     *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),

@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import numpy as np
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from rl import advantages
 from rl.advantages import FALLBACKS
@@ -163,6 +167,11 @@ def _of_transformers(config: RolloutConfig) -> None:
                 f"{what}_steps must be positive, got {steps}; to turn it off write "
                 f"{what}_strategy: 'no'"
             )
+    given = [config.report_to] if isinstance(config.report_to, str) else config.report_to or []
+    for name in given:
+        known = name in INTEGRATION_TO_CALLBACK and name not in ("flyte", "kubeflow")
+        if known and name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to: {name} needs a package that is not installed")
     metric = config.metric_for_best_model
     if metric is not None and "/" not in metric:  # with one, of a reward function
         name = metric.removeprefix("eval_")

@@ -313,6 +313,8 @@ def load_reward(spec: str) -> RewardFunction:
     sys.modules[module_name] = module
     try:
         module_spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ImportError(f"reward file {path}: {error}") from error
     except SystemExit as error:  # would end the run as if all were well
         raise ValueError(
             f"{path} ends the program ({start_of(error)}) when it is loaded; put what runs as a script "

@@ -20,7 +20,7 @@ from recipes.train import (
     task_or_data,
 )
 from rl.arguments import RolloutConfig
-from rollouts.reward_functions import check_reward_name
+from rollouts.reward_functions import check_reward_name, load_reward
 from samplers.refill import RefillError
 from tests import tiny
 
@@ -254,8 +254,15 @@ def test_a_reward_file_is_read_and_not_run_to_see_what_it_defines(tmp_path):
         check_reward_name(f"{path}:broken", [])
 
 
-def test_an_unmixed_group_at_the_cap_is_an_error_with_a_message():
-    assert RefillError in EXPECTED
+def test_a_package_that_a_reward_file_lacks_is_told_with_the_file(tmp_path):
+    path = tmp_path / "rewards.py"
+    path.write_text("import nosuch\ndef good(**_): ...\n")
+    with pytest.raises(ImportError, match=r"reward file .*rewards.py: No module named 'nosuch'"):
+        load_reward(f"{path}:good")
+
+
+def test_errors_of_refills_and_missing_packages_end_a_run_with_a_message_alone():
+    assert RefillError in EXPECTED and ImportError in EXPECTED
 
 
 # Threads

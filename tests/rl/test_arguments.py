@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rl import losses
+from rl import losses, validation
 from rl.arguments import RolloutConfig, allocator_of, loss_of
 from rl.validation import _number_hints
 from samplers import allocation
@@ -250,3 +250,9 @@ def test_settings_of_the_base_class_have_ranges_too(tmp_path, settings, message)
 )
 def test_metrics_of_validation_choose_the_best_model(tmp_path, metric):
     assert tiny.config(tmp_path, metric_for_best_model=metric).metric_for_best_model == metric
+
+
+def test_a_tracker_that_is_not_installed_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(validation, "get_available_reporting_integrations", lambda: ["wandb"])
+    with pytest.raises(ValueError, match="report_to: mlflow needs a package that is not installed"):
+        tiny.config(tmp_path, report_to=["wandb", "mlflow"])

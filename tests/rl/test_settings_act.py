@@ -96,6 +96,7 @@ ALONE = {
     "vllm_server_host": "far",
     "vllm_tensor_parallel_size": 2,
     "kl_ratio": "token",
+    "load_best_model_at_end": True,
     "ref_model_mixup_alpha": 0.5,
     "ref_model_sync_steps": 9,
     "per_device_eval_batch_size": 3,
