@@ -467,8 +467,8 @@ class RolloutConfig(TrainingArguments):
         "trainer. Default: sequence_mask with engine vllm (token_truncate for loss vespo), but none "
         "where top_k, top_p or min_p are set; else none.",
     )
-    importance_cap: float = setting(
-        3.0, "Largest ratio trainer / engine that counts in full (TRL: 3)."
+    importance_cap: float | None = setting(
+        None, "Largest ratio trainer / engine that counts in full. Default: 3, as in TRL."
     )
     importance_floor: float | None = setting(None, "Smallest one. Default: none.")
     max_mismatch: float | None = setting(

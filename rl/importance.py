@@ -16,6 +16,8 @@ from rl.losses import Statistics, clamped_exp, count
 
 LEVELS = ("token", "sequence")
 MODES = ("truncate", "mask")
+DEFAULT_CAP = 3.0
+"""TRL's `vllm_importance_sampling_clip_max`, of all its modes."""
 
 
 @torch.no_grad()

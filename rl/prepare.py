@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rl import hapo, step_weights
-from rl.importance import correction
+from rl.importance import DEFAULT_CAP, correction
 from rl.recompute import ENTROPY, OLD, REFERENCE, recompute
 from rl.token_selection import above_quantile
 from rl.waves import size
@@ -143,7 +143,7 @@ def _correction(line: Line, rollouts: Rollouts) -> tuple[torch.Tensor, dict[str,
         rollouts.mask_NT,
         level=level,
         mode=mode,
-        cap=config.importance_cap,
+        cap=DEFAULT_CAP if config.importance_cap is None else config.importance_cap,
         floor=config.importance_floor,
     )
     s = {name: float(value) for name, value in sums.items()}

@@ -86,12 +86,12 @@ def test_without_vllm_it_says_what_to_install(tmp_path):
 def test_the_mismatch_is_corrected_by_default_as_in_trl(tmp_path):
     def correction(**settings):
         made = tiny.config(tmp_path, **settings)
-        return made.importance_correction, made.importance_cap
+        return made.importance_correction
 
-    assert correction(engine="vllm") == ("sequence_mask", 3.0)
-    assert correction(engine="vllm", trainer="grpo", loss="vespo")[0] == "token_truncate"
-    assert correction(engine="vllm", importance_correction="none")[0] == "none"
-    assert correction()[0] == "none"
+    assert correction(engine="vllm") == "sequence_mask"
+    assert correction(engine="vllm", trainer="grpo", loss="vespo") == "token_truncate"
+    assert correction(engine="vllm", importance_correction="none") == "none"
+    assert correction() == "none"
 
 
 def test_the_server_is_found_by_host_and_port_or_by_its_address(tmp_path):
