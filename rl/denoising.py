@@ -373,6 +373,11 @@ def make_denoising_line(
     if config.beta:
         require_adapter(model)
     if config.activation_checkpointing:  # diffusers' own; the base class asks by another name
+        if config.activation_checkpointing_kwargs:
+            raise ValueError(
+                f"activation_checkpointing_kwargs={config.activation_checkpointing_kwargs} is for "
+                "language models: a denoiser recomputes the blocks that diffusers chose; leave it out"
+            )
         model.enable_gradient_checkpointing()  # type: ignore[operator]
         config.activation_checkpointing = False
     if engine is None:

@@ -117,8 +117,26 @@ def test_siblings_train_in_one_update_and_no_update_is_empty(tmp_path):
         assert sum(map(len, branches)) == len(set.union(*branches)) == 4
 
 
-def test_checkpointed_activations_give_the_same_update(tmp_path):
-    one = tiny.run(tmp_path / "one", max_steps=1)
-    other = tiny.run(tmp_path / "other", max_steps=1, activation_checkpointing=True)
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_checkpointed_activations_are_recomputed_and_give_the_same_update(name, tmp_path):
+    runs, counts = [], []
+    for settings in ({}, {name: True}):
+        made = tiny.trainer(tmp_path / str(bool(settings)), max_steps=1, **settings)
+        norm = made.model.down_blocks[0].resnets[0].norm1  # inside what is recomputed
+        graphs = []
+        norm.register_forward_hook(lambda *_, seen=graphs: seen.append(torch.is_grad_enabled()))
+        made.train()
+        runs.append(made)
+        counts.append(sum(graphs))
+    one, other = runs
+    assert counts[1] == 2 * counts[0] > 0
     assert any(getattr(m, "gradient_checkpointing", False) for m in other.model.modules())
     assert difference(parameters(one), parameters(other)) < 1e-6
+
+
+def test_settings_of_checkpointing_that_a_denoiser_does_not_take_are_refused(tmp_path):
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"a": 1}}
+    with pytest.raises(
+        ValueError, match="activation_checkpointing_kwargs=.*is for language models"
+    ):
+        tiny.trainer(tmp_path, **settings)

@@ -1,5 +1,6 @@
 """The update sees the probabilities that rollouts were drawn with, or the run says so and stops."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -23,7 +24,7 @@ from transformers import (
     XGLMForCausalLM,
 )
 
-from rl import fidelity, metrics
+from rl import assemble, fidelity, metrics
 from rl.assemble import load_policy, require_trainable, without_dropout
 from rl.fidelity import MismatchError
 from rl.reference import Reference, not_its_own_reference
@@ -405,6 +406,55 @@ def test_the_reference_is_the_policy_before_training_whatever_trains(config, why
             not torch.allclose(policy(input_ids=ids).logits, start(input_ids=ids).logits, atol=1e-3)
             or why is None
         )
+
+
+# Told before the run
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What `rl.assemble` warns of."""
+    said = []
+    monkeypatch.setattr(assemble.logger, "warning", said.append)
+    return said
+
+
+def test_dropout_of_an_adapter_is_said_to_be_off(told):
+    load_policy(tiny.model(), tiny.tokenizer(), LoraConfig(**LORA, lora_dropout=0.1))
+    load_policy(tiny.model(), tiny.tokenizer(), LoraConfig(**LORA))
+    assert len(told) == 1 and told[0].startswith("lora_dropout=0.1 is not applied")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "learning_rate", "is_told"),
+    [
+        (torch.bfloat16, 1e-6, True),  # 2^-9 of a weight of .02 is 4e-5
+        (torch.bfloat16, 1e-2, False),
+        (torch.float16, 1e-6, True),  # 2^-12 of it is 5e-6
+        (torch.float32, 1e-6, False),
+        (torch.float32, 1e-12, True),
+    ],
+)
+def test_weights_too_coarse_for_the_learning_rate_are_told(
+    dtype, learning_rate, is_told, told, tmp_path
+):
+    tiny.trainer(tmp_path, model=tiny.model(dtype=dtype), learning_rate=learning_rate)
+    said = [text for text in told if "is less than what" in text]
+    assert len(said) == is_told
+    if is_told:
+        kind = str(dtype).removeprefix("torch.")
+        assert f"learning_rate={learning_rate:g} is less than what {kind} can add" in said[0]
+
+
+def test_code_of_a_model_folder_is_not_run_without_leave(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    settings |= {"model_type": "own", "auto_map": code}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "own.py").write_text("raise SystemExit('code was run')")
+    with pytest.raises(ValueError, match="comes with Python code of its own, which was not run"):
+        load_policy(str(tmp_path), tiny.tokenizer())
 
 
 # Activation checkpointing by both names
