@@ -394,6 +394,13 @@ class RolloutTrainer(Trainer):
         refuse_decisive(self, state["settings"], folder)
         before = state.get("about", {}).get("settings", {})
         refuse_other_optimizer(self.args, before, folder)
+        rate = before.get("learning_rate", self.args.learning_rate)
+        if rate != self.args.learning_rate and self._deepspeed_schedules():
+            raise ValueError(
+                f"learning_rate was {rate}, is {self.args.learning_rate}, and the scheduler of "
+                f"DeepSpeed's configuration brings the old one back from {folder}: leave `scheduler` "
+                "out of it, write the old value, or another output_dir"
+            )
         had, has = state["line"]["history"] is not None, self.line.history is not None
         if had != has:
             raise ValueError(
@@ -425,6 +432,12 @@ class RolloutTrainer(Trainer):
         schedule.apply(
             self.optimizer, self.lr_scheduler, self._given, rate=rate, rate_before=before
         )
+
+    def _deepspeed_schedules(self) -> bool:
+        """Whether the learning rate follows a schedule of DeepSpeed's own."""
+        if not self.is_deepspeed_enabled:
+            return False
+        return "scheduler" in self.accelerator.state.deepspeed_plugin.deepspeed_config
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         """The base class's; the best checkpoint is looked for where the run is, not where it was."""
