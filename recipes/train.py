@@ -456,7 +456,7 @@ def _plain_warning(message: Warning | str, category: type[Warning], *where: Any)
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = _plain_warning
+    warnings.formatwarning = _plain_warning  # type: ignore[assignment]
     try:
         main()
     except (TornCheckpointError, RunExistsError, *EXPECTED) as error:
