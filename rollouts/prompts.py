@@ -632,8 +632,8 @@ def _with_one_prefix(
                 twice += 1
     if twice:
         warnings.warn(
-            f"{twice} of {len(texts)} prompts begin with {tokenizer.decode(prefix)!r} already, which "
-            "the tokenizer puts in front of every text: it stands once, not twice",
+            f"{twice} of {len(texts)} prompts begin with {tokenizer.decode(list(prefix))!r} already, "
+            "which the tokenizer puts in front of every text: it stands once, not twice",
             stacklevel=4,
         )
     return ids_P
