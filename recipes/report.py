@@ -15,6 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,9 +239,9 @@ def _differences(runs: list[Run], groups: Groups) -> list[dict[str, str]]:
         for name in sets_of(runs):
             key = f"eval_{name}_pass_rate" if name else "eval_pass_rate"
             found = {
-                "end": paired(baseline, members, lambda a, b, k=key: (_end(a, k), _end(b, k))),
+                "end": paired(baseline, members, partial(_ends, name=key)),
                 "mean of the curve": paired(
-                    baseline, members, lambda a, b, k=key: _over_equal_tokens(a, b, k)
+                    baseline, members, partial(_over_equal_tokens, name=key)
                 ),
             }
             for what, value in found.items():
@@ -262,9 +263,12 @@ DIFFERENCES = (
 )
 
 
-def _end(run: Run, name: str) -> float | None:
-    values = [row[name] for row in run.validation if row.get(name) is not None]
-    return float(values[-1]) if values else None
+def _ends(a: Run, b: Run, name: str) -> tuple[float | None, float | None]:
+    def end(run: Run) -> float | None:
+        values = [row[name] for row in run.validation if row.get(name) is not None]
+        return float(values[-1]) if values else None
+
+    return end(a), end(b)
 
 
 def _over_equal_tokens(a: Run, b: Run, name: str) -> tuple[float | None, float | None]:

@@ -565,7 +565,8 @@ class RolloutConfig(TrainingArguments):
             super().__post_init__()
         except TypeError as error:  # of a mapping's keys, such as those of accelerator_config
             raise ValueError(str(error)) from error
-        reentrant = dict(self.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
+        checkpointing: Any = self.activation_checkpointing_kwargs or {}
+        reentrant = dict(checkpointing).get("use_reentrant", False)
         may_look = self.activation_checkpointing and not reentrant
         if may_look and self.ddp_find_unused_parameters is None:
             # The base class says no, for the sake of checkpointing that is reentrant. DDP would then end

@@ -303,9 +303,8 @@ class Ranks:
 @contextmanager
 def _activations_not_saved(model: torch.nn.Module) -> Iterator[None]:
     """Activation checkpointing off, after which each module has it as before."""
-    saving = [
-        module for module in model.modules() if getattr(module, "gradient_checkpointing", False)
-    ]
+    modules: Any = model.modules()  # any of them may have the attribute
+    saving = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
     for module in saving:
         module.gradient_checkpointing = False
     try:

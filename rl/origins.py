@@ -71,7 +71,7 @@ def described(reward: Any) -> str:
     For example `exact (/home/me/rewards.py, 5f0c...)`. Arguments that a partial function brings are
     part of it.
     """
-    function, given = reward, {}
+    function, given = reward, dict[Any, Any]()
     while isinstance(function, functools.partial):
         given = dict(enumerate(function.args)) | function.keywords | given
         function = function.func
@@ -129,7 +129,7 @@ def _name_of(model: Any) -> str | None:
 
 
 def _config_of(model: Any) -> str | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         config = config.to_dict()
     if config is None:

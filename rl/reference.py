@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -160,7 +160,7 @@ def not_its_own_reference(policy: torch.nn.Module) -> str | None:
         f"{name}.{weight}" if name else weight
         for name, module in policy.named_modules()
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        for weight in _own_weights(module)
+        for weight in _own_weights(cast(torch.nn.Module, module))
     }
     for name, weight in policy.named_parameters():
         if weight.requires_grad and name not in of_adapters:

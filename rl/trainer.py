@@ -236,7 +236,8 @@ class RolloutTrainer(Trainer):
             table = completions.table_of(batch, rows=self.args.completions_rows, step=step)
             if table:
                 self.run_folder.write_completions(table, step=step)
-                trackers, callbacks = self.args.report_to, self.callback_handler.callbacks
+                trackers: Any = self.args.report_to  # a list, once the settings are made
+                callbacks = self.callback_handler.callbacks
                 completions.track(table, step=step, report_to=trackers, callbacks=callbacks)
 
     # -- logging and validation
@@ -373,7 +374,7 @@ class RolloutTrainer(Trainer):
     def _compare(self, folder: Path | None, state: dict[str, Any]) -> Compared:
         """This run against the one it goes on from, or would write over; the main process asks."""
         of_run = (self.args, self.line.prompts, self.eval_prompts, self.prompt_report)
-        more = {"origins": self._origins, "recipe": self.recipe}
+        more: dict[str, Any] = {"origins": self._origins, "recipe": self.recipe}
         step = state.get("step", 0)
         self._about = tracking.about(*of_run, **more, from_step=step)
         run = self.run_folder.folder if folder is None else folder.parent

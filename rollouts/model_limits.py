@@ -40,7 +40,8 @@ def position_limit(model: Any) -> tuple[int | None, str]:
     passes `original_max_position_embeddings`: tokens drawn before that would be trained on under
     another policy than drew them, so that is a limit too.
     """
-    config, limit = getattr(model, "config", None), None
+    config: Any = getattr(model, "config", None)
+    limit = None
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "max_seq_len"):
