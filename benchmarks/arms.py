@@ -85,7 +85,8 @@ def train(arguments: list[str], planner: Planner = None) -> dict[str, Any]:
     history = trainer.state.log_history
     tokens = {h["step"]: h["ledger_total/tokens_drawn"] for h in history if "reward" in h}
     return {
-        "settings": {k: repr(v) for k, v in config.to_dict().items()}
+        # Without what the run is made of besides, such as its command, which names its folder.
+        "settings": {k: repr(v) for k, v in config.to_dict().items() if not k.startswith("run/")}
         | {
             "rollouts_per_step": config.rollouts_per_step,
             "train_prompts": len(rows),

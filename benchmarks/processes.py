@@ -37,6 +37,7 @@ from benchmarks.engine import NUM_ENDS, PROMPT_LENGTH, VOCABULARY, build_model, 
 from rl.arguments import RolloutConfig
 from rl.assemble import reward_of
 from rl.distributed import Ranks
+from rl.line import Memory
 from rl.roll_out import Request, roll_out
 from rollouts.engine import SamplingParams
 from rollouts.prompts import Prompt
@@ -75,6 +76,8 @@ def line_of(ranks: Ranks, lengths: str, config: RolloutConfig) -> Any:
     model.generation_config.eos_token_id = ends or None
     tokenizer = build_tokenizer()
 
+    memory = Memory()
+
     def length(completions: list[str], **_: Any) -> list[float]:
         return [float(len(text)) for text in completions]
 
@@ -82,9 +85,10 @@ def line_of(ranks: Ranks, lengths: str, config: RolloutConfig) -> Any:
         ranks=ranks,
         ledger=Ledger(),
         generating=partial(nullcontext, model),
+        memory=memory,
         load_weights=lambda policy, version: None,  # the engine decodes with this very model
         engine=TransformersEngine(model, tokenizer, max_batch_rows=64),
-        reward=reward_of(config, [length], tokenizer),
+        reward=reward_of(config, [length], tokenizer, memory),
         config=config,
     )
 

@@ -200,7 +200,8 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
         keys = set(expected) if isinstance(expected, dict) else None
         if keys != {"bytes", "blake2b"}:
             raise TornCheckpointError(f"{path} is damaged: {file} is {start_of(expected)}")
-        if not file or Path(file).is_absolute() or ".." in Path(file).parts:
+        is_text = file.encode(errors="replace").decode() == file  # no half of a surrogate pair
+        if not file or not is_text or Path(file).is_absolute() or ".." in Path(file).parts:
             raise TornCheckpointError(f"{path} is damaged: it names {file!r}, outside its folder")
     is_run_state = isinstance(name, str) and _NAME.fullmatch(name) is not None
     if is_run_state and (missing := {_ARRAYS, _PLAIN} - files.keys()):

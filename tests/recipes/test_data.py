@@ -345,7 +345,7 @@ def written(tmp_path, name, content):
         ("a.json", b'[{"prompt": "\xff"}]', "line 1: the byte 0xff is not UTF-8"),
         ("a.txt", b"ok\nok\n\xe9\n", "line 3: the byte 0xe9 is not UTF-8"),
         ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), "UTF-16"),
-        ("a.csv", gzip.compress(b"prompt\na\n"), "compressed with gzip"),
+        ("a.csv", gzip.compress(b"prompt\na\n", mtime=0), "compressed with gzip"),
         ("a.jsonl", b"PK\x03\x04...", "a zip archive"),
         ("a.jsonl", b"PAR1....", "a parquet file: name it .parquet"),
         ("a.parquet", b"PAR1 and no more", "is not a parquet file that can be read"),

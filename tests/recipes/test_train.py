@@ -90,8 +90,11 @@ def test_several_rewards_are_weighted(arguments, tmp_path):
     extra = ["--reward_weights", "0.75", "0.25", "--report", "false"]
     trainer = main([*arguments, "exact_match", *extra])
     logged = trainer.state.log_history[0]
-    names = [name for name in logged if name.startswith("rewards/")]
-    assert len(names) == 2
+    names = {name for name in logged if name.startswith("rewards/")}
+    kinds = ("mean", "std")
+    assert names == {
+        f"rewards/{name}/{kind}" for name in ("right", "exact_match") for kind in kinds
+    }
     right, exact = (logged[f"rewards/{name}/mean"] for name in ("right", "exact_match"))
     assert logged["reward"] == pytest.approx(0.75 * right + 0.25 * exact)
 

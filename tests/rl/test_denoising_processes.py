@@ -41,9 +41,16 @@ def test_two_processes_do_what_one_does(tmp_path):
         text = f"trained {name} as MULTI_CPU DistributedDataParallel of 2"
         assert done.stdout.count(text) == 2, done.stdout
         run(one / name)
-        assert lines(two / name) == lines(one / name), name
+        for row, expected in zip(lines(two / name), lines(one / name), strict=True):
+            # Batches of another size round otherwise, and a pixel on the edge of two of its 256 levels
+            # falls to the other: 1 / 255 of one of 64 pixels in a mean.
+            rewards = {"reward_sums": 1e-3, "pass_rates_before": 1e-4}
+            for column, off in rewards.items():
+                assert row.pop(column) == pytest.approx(expected.pop(column), abs=off), name
+            assert row == expected, name
         ours, theirs = weights(two / name), weights(one / name)
-        assert difference(ours, theirs) < 1e-5, name
+        # At its learning rate of .1 an adapter moves by .3, and a reward's last digit by 2e-5 of that.
+        assert difference(ours, theirs) < (1e-4 if name == "lora" else 1e-5), name
         moved = {n: w for n, w in start().items() if n in theirs}
         assert name == "lora" or difference(moved, theirs) > 1e-4, name
         for row, expected in zip(logs_of(two / name), logs_of(one / name), strict=True):

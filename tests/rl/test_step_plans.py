@@ -106,8 +106,11 @@ def test_temp_flow_grpo_costs_45_nk_a_cycle_and_its_prefixes():
     assert at("temp_flow_grpo", 9) == cycle[0]
 
 
-def test_mix_grpo_ends_before_the_last_two_edges():
-    assert at("mix_grpo", 10**4, num_train_steps=10**5).stochastic == (22,)
+def test_mix_grpo_rolls_back_after_the_last_edge_before_its_stop():
+    # A window of 4 moves by 1 every 25 steps; 23 places lie before the stop, and then it begins anew.
+    assert at("mix_grpo", 22 * 25, num_train_steps=10**5).stochastic == (22,)
+    assert at("mix_grpo", 23 * 25, num_train_steps=10**5).stochastic == (0, 1, 2, 3)
+    assert at("mix_grpo", 10**4, num_train_steps=10**5).stochastic == (9, 10, 11, 12)
 
 
 def test_children_may_differ_between_edges():

@@ -109,6 +109,7 @@ def test_a_run_says_one_line_a_step_and_nothing_else(tmp_path):
         text=True,
         timeout=240,
         check=True,
+        env=os.environ | {"PYTHONWARNINGS": "ignore::UserWarning"},  # of budgets under `em`
     )
     # DeepSpeed, where it is installed, says on import which accelerator it takes.
     said = [line for line in done.stdout.splitlines() if "real_accelerator.py" not in line]
