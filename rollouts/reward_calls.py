@@ -25,10 +25,10 @@ import ctypes
 import functools
 import inspect
 import itertools
+import json
 import math
 import numbers
 import os
-import pickle
 import select
 import signal
 import sys
@@ -36,7 +36,7 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from typing import Any, NoReturn
 
@@ -259,14 +259,35 @@ def _in_process(call: Call, seconds: float | None) -> Called | BaseException:
         code = os.waitstatus_to_exitcode(status)
         what = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
         return _ChildError(f"the process of the call {what}")
-    kind, payload = pickle.loads(reply)  # written by this project's own code in the child
-    if kind == "contract":
-        raise RewardError(payload)
-    if kind == "called":
-        return Called(**payload)
-    error = _ChildError(payload[0])
-    error.add_note(payload[1])
-    return error
+    return _answer(reply, num_rows=len(call.rows))
+
+
+def _answer(reply: bytes, *, num_rows: int) -> Called | BaseException:
+    """What a child wrote. The code that it ran may have written there too: JSON, and looked through.
+
+    Raises:
+        RewardError: the child's, where the function broke its contract.
+    """
+    try:
+        kind, payload = json.loads(reply)
+        if kind == "contract":
+            raise RewardError(str(payload))
+        if kind == "raised":
+            error = _ChildError(str(payload[0]))
+            error.add_note(str(payload[1]))
+            return error
+        called = Called(
+            [None if value is None else float(value) for value in payload["value_K"]],
+            {int(place): str(reason) for place, reason in payload["failed"].items()},
+            {str(name): list(values) for name, values in payload["columns"].items()},
+            {str(name): list(map(float, of)) for name, of in payload["metrics"].items()},
+        )
+        known = [value for value in called.value_K if value is not None]
+        if kind == "called" and len(called.value_K) == num_rows and all(map(math.isfinite, known)):
+            return called
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        pass
+    return _ChildError("the process of the call did not write the rewards of its rows")
 
 
 def _child(call: Call, writing: int) -> NoReturn:
@@ -274,13 +295,12 @@ def _child(call: Call, writing: int) -> NoReturn:
     reply: tuple[str, Any]
     try:
         os.setpgid(0, 0)
-        called = call.run()
-        reply = ("called", {name: getattr(called, name) for name in Called.__slots__})
-        body = pickle.dumps(reply)
+        reply = ("called", asdict(call.run()))
     except RewardError as error:
-        body = pickle.dumps(("contract", str(error)))
+        reply = ("contract", str(error))
     except BaseException as error:
-        body = pickle.dumps(("raised", (reason_of(error), traceback.format_exc())))
+        reply = ("raised", (reason_of(error), traceback.format_exc()))
+    body = json.dumps(reply).encode()
     with contextlib.suppress(BaseException):
         with open(writing, "wb") as pipe:
             pipe.write(body)

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import functools
+import json
 import os
 import re
 import subprocess
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from rollouts import reward_calls
 from rollouts.prompts import Prompt
 from rollouts.reward_calls import event_loop, numbers_of
 from rollouts.rewards import RewardError, check_columns, score
@@ -602,3 +605,26 @@ def test_an_image_reward_keeps_its_marks():
     result, _ = score_images([ends], images, ["good", "bad"], max_failed_share=0.5)
     assert result.failed == {1: "ends: the process of the call ended with status 3"}
     assert result.reward_K.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"cos\nsystem\n(S'exit 1'\ntR.",  # what unpickling would run
+        b"[]",
+        b'["called", {"value_K": [1.0], "failed": {}, "columns": {}, "metrics": {}}]',  # of 2 rows
+        b'["called", {"value_K": [1.0, NaN], "failed": {}, "columns": {}, "metrics": {}}]',
+        b'["called", {"value_K": ["x", 1], "failed": {}, "columns": {}, "metrics": {}}]',
+        b'["called", 3]',
+        b"[" * 100_000,
+    ],
+)
+def test_what_an_isolated_function_writes_is_data_and_is_looked_through(reply):
+    answer = reward_calls._answer(reply, num_rows=2)
+    assert str(answer) == "the process of the call did not write the rewards of its rows"
+
+
+def test_an_answer_of_an_isolated_function_comes_back_as_it_was():
+    called = reward_calls.Called([1 / 3, None], {1: "bad"}, {"a": ["\ud800", 1]}, {"m": [2.0]})
+    reply = json.dumps(("called", dataclasses.asdict(called))).encode()
+    assert reward_calls._answer(reply, num_rows=2) == called
