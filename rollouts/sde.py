@@ -222,8 +222,8 @@ def step_logprob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     applied to exp((new - old) / D) by the loss.
 
     This is the density of every rule, `cps` too. Two releases differ: Flow-GRPO's CPS leaves out
-    2 std^2 and the constants, so its log-ratios are 2 std^2 times these; MixGRPO's constant SDE leaves out
-    the constants by a parenthesis, which no ratio sees.
+    2 std^2 and the constants, so its log-ratios are 2 std^2 times these; MixGRPO's constant SDE leaves
+    out the constants by a parenthesis, which no ratio sees.
 
     Args:
         x_next: (N, ...) the latents that were drawn, as stored.
