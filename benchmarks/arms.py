@@ -63,7 +63,7 @@ def train(arguments: list[str], planner: Planner = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     from recipes import train as recipe_of
     from recipes.config import parse
-    from rl.arguments import RolloutConfig
+    from rl.config.settings import RolloutConfig
     from rl.trainer import RolloutTrainer
 
     arguments = [*arguments, "--save_strategy", "no", "--report_to", "none"]

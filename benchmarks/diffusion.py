@@ -54,7 +54,7 @@ import torch
 from torch import Tensor
 
 from rollouts.batch import DenoisingRollouts, concatenate
-from rollouts.diffusers_engine import DiffusersEngine
+from rollouts.diffusion.engine import DiffusersEngine
 from rollouts.prompts import Prompt
 from rollouts.step_plan import StepPlan
 

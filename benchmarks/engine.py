@@ -23,8 +23,8 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from rollouts.engine import Prompt, SamplingParams
-from rollouts.transformers_engine import TransformersEngine
+from rollouts.engines.contract import Prompt, SamplingParams
+from rollouts.engines.transformers import TransformersEngine
 
 VOCABULARY, PROMPT_LENGTH, COMPLETION_LENGTH, ROLLOUTS_PER_PROMPT = 1024, 32, 64, 8
 PAD = 0

@@ -57,7 +57,7 @@ def train(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> dic
     from recipes.config import parse
     from recipes.diffusion import make_trainer
     from recipes.train import RecipeArguments
-    from rl.denoising_config import DenoisingConfig
+    from rl.config.diffusion import DenoisingConfig
 
     _, recipe, changed = ARMS[arm]
     given = {

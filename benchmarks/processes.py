@@ -3,8 +3,8 @@
     python -m benchmarks.processes [--quick] [--rounds 7]
 
 A 5M-parameter Qwen3 with random weights, 32 prompts of 32 tokens with 1 to 15 rollouts each (256 in
-all), at most 64 new tokens, batches of at most 64 rows on a process, through `rl.roll_out`: dealt by
-expected length, generated, decoded, rewarded and gathered. "even": every rollout has 64 tokens.
+all), at most 64 new tokens, batches of at most 64 rows on a process, through `rl.stages.roll_out`: dealt
+by expected length, generated, decoded, rewarded and gathered. "even": every rollout has 64 tokens.
 "ragged": lengths are nearly geometric with mean 21. In every round both processes share the request,
 then the first makes all of it alone while the other waits, or the other way round, since other work
 may share the machine: `ratio_median` is over the ratios of the rounds.
@@ -34,14 +34,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from benchmarks.engine import NUM_ENDS, PROMPT_LENGTH, VOCABULARY, build_model, build_tokenizer
-from rl.arguments import RolloutConfig
-from rl.assemble import reward_of
-from rl.distributed import Ranks
-from rl.line import Memory
-from rl.roll_out import Request, roll_out
-from rollouts.engine import SamplingParams
+from rl.config.settings import RolloutConfig
+from rl.policies.language import reward_of
+from rl.ranks import Ranks
+from rl.stages.line import Memory
+from rl.stages.roll_out import Request, roll_out
+from rollouts.engines.contract import SamplingParams
+from rollouts.engines.transformers import TransformersEngine
 from rollouts.prompts import Prompt
-from rollouts.transformers_engine import TransformersEngine
 from samplers.ledger import Ledger
 
 RESULT = Path(__file__).parent / "results" / "processes.json"

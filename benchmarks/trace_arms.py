@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from benchmarks.trace_policy import FloatArray, Generator, IntArray, Policy
 from samplers import allocation, downsampling, rules
-from samplers.difficulty_band import OnlineBandSelector, StaticBandSelector
-from samplers.diversity import DiverseSelector
 from samplers.keys import stable_hash
 from samplers.posterior import BetaPosterior
 from samplers.selection import (
@@ -26,8 +24,10 @@ from samplers.selection import (
     UniformSelector,
     mopps,
 )
+from samplers.selection.bands import OnlineBandSelector, StaticBandSelector
+from samplers.selection.diverse import DiverseSelector
 
-# Advantages of `rl/advantages.py` without torch; tests/benchmarks/test_trace.py holds them equal.
+# As `rl.objective.advantages` without torch; tests/benchmarks/test_trace.py keeps them equal.
 
 
 def group_statistics(

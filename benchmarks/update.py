@@ -58,10 +58,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 import torch
 from torch import Tensor, nn
 
-from rl.fused_head import fused_logprobs, fused_statistics, refusal
-from rl.logprobs import completion_logprobs, ends
-from rl.losses import clipped_surrogate
-from rl.micro_batches import by_rows, by_tokens, padding_share
+from rl.logprobs.from_hidden import fused_logprobs, fused_statistics, refusal
+from rl.logprobs.from_logits import completion_logprobs, ends
+from rl.logprobs.micro_batches import by_rows, by_tokens, padding_share
+from rl.objective.losses import clipped_surrogate
 from rollouts.batch import TokenRollouts
 
 PAD, EOS = 0, 1

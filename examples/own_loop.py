@@ -14,9 +14,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project beside this folder
 
-from rl.advantages import leave_one_out
-from rl.losses import clipped_surrogate
-from rl.step_weights import objective_weight
+from rl.objective.advantages import leave_one_out
+from rl.objective.losses import clipped_surrogate
+from rl.objective.weights import objective_weight
 from samplers import allocation, downsampling
 from samplers.planner import Planner
 from samplers.posterior import BetaPosterior

@@ -15,12 +15,12 @@ from trl import ModelConfig, get_peft_config
 from recipes.config import ConfigError
 from recipes.data import load_rows, split_validation
 from recipes.images.task import ImageTask
-from rl import denoising_pipeline
-from rl.arguments import nearest
-from rl.denoising_config import DenoisingConfig
-from rl.denoising_pipeline import ATTENTION, read_pipeline
+from rl.config.diffusion import DenoisingConfig
+from rl.config.settings import nearest
 from rl.denoising_trainer import DenoisingTrainer
-from rollouts.diffusers_engine import DiffusersEngine
+from rl.policies import pipeline as denoising_pipeline
+from rl.policies.pipeline import ATTENTION, read_pipeline
+from rollouts.diffusion.engine import DiffusersEngine
 
 if TYPE_CHECKING:
     from recipes.train import RecipeArguments
@@ -150,7 +150,7 @@ def load_pipeline(config: DenoisingConfig, model_config: ModelConfig) -> Any:
 
 
 def ddim_of(scheduler: Any) -> Any:
-    """`rl.denoising_pipeline.ddim_of`, whose refusals are settings' errors here.
+    """`rl.policies.pipeline.ddim_of`, whose refusals are settings' errors here.
 
     Raises:
         ConfigError: if DDIM cannot take the scheduler's place.

@@ -38,16 +38,16 @@ from trl import ModelConfig, get_peft_config
 
 from recipes.config import ConfigError, parse, peek
 from recipes.data import load_rows, split_validation
-from rl.arguments import RolloutConfig, nearest
-from rl.assemble import pretrained
-from rl.budget import NoSignalError
-from rl.checkpoint import TornCheckpointError
-from rl.distributed import leave
-from rl.tracking import RunExistsError
+from rl.config.settings import RolloutConfig, nearest
+from rl.policies.language import pretrained
+from rl.ranks import leave
+from rl.run.checkpoint import TornCheckpointError
+from rl.run.end import NoSignalError
+from rl.run.tracking import RunExistsError
 from rl.trainer import RolloutTrainer
 from rollouts.prompts import check_rows, ensure_pad_token
-from rollouts.reward_functions import BUILT_IN, WITH_ARGUMENTS, check_reward_name
-from rollouts.rewards import RewardError
+from rollouts.rewards.contract import RewardError
+from rollouts.rewards.text import BUILT_IN, WITH_ARGUMENTS, check_reward_name
 from samplers.refill import RefillError
 
 TASKS = {"arithmetic": "recipes.arithmetic.task"}
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
         raise ConfigError(f"task {task!r} trains a diffusion model: write policy: diffusion too")
     settings: type[RolloutConfig] = RolloutConfig
     if is_diffusion:
-        from rl.denoising_config import DenoisingConfig
+        from rl.config.diffusion import DenoisingConfig
 
         settings = DenoisingConfig
     elif {"--help", "-h"} & set(sys.argv[1:] if arguments is None else arguments):
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> RolloutTrainer:
     final = Path(str(config.output_dir)) / "final"
     trainer.save_model(str(final))
     if recipe.report and state.is_main_process:
-        from recipes.report import report
+        from recipes.report.report import report
 
         report([config.output_dir])
         Console().print(f"model: {final}")
@@ -256,8 +256,8 @@ def _check_recipe(recipe: RecipeArguments, config: RolloutConfig) -> None:
         )
     names = [*BUILT_IN, *WITH_ARGUMENTS]
     if recipe.policy == "diffusion":
-        from rollouts.image_rewards import IMAGE_REWARDS
-        from rollouts.model_rewards import MODEL_REWARDS
+        from rollouts.rewards.image import IMAGE_REWARDS
+        from rollouts.rewards.image_models import MODEL_REWARDS
 
         names = [*IMAGE_REWARDS, *MODEL_REWARDS]
     for spec in recipe.rewards:

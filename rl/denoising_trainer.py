@@ -15,17 +15,17 @@ from diffusers.training_utils import EMAModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback
 
-from rl import tracking
-from rl.budget import Budget
-from rl.changed_settings import refuse_decisive
-from rl.denoising import DENOISING, load_image_rewards
-from rl.denoising_adapters import save_lora
-from rl.denoising_config import DenoisingConfig
-from rl.denoising_pipeline import place, read_pipeline, set_scheduler
-from rl.evaluation import evaluate
-from rl.line import Batch
-from rl.pictures import diversity, save_grid, thinned
-from rl.roll_out import Scored
+from rl.config.diffusion import DenoisingConfig
+from rl.policies.denoiser import save_lora
+from rl.policies.diffusion import DENOISING, load_image_rewards
+from rl.policies.pipeline import place, read_pipeline, set_scheduler
+from rl.run import tracking
+from rl.run.changed_settings import refuse_decisive
+from rl.run.end import Budget
+from rl.run.pictures import diversity, save_grid, thinned
+from rl.stages.line import Batch
+from rl.stages.roll_out import Scored
+from rl.stages.validate import evaluate
 from rl.trainer import RolloutTrainer
 from rollouts.prompts import Prompt
 

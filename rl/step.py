@@ -1,8 +1,8 @@
 """One training step, the map of the project: `collect` decides and gathers, `update` learns.
 
-    propose -> roll out -> reward -> observe everything (-> more rounds, more waves)     rl/waves.py
-    -> advantages -> down-sample -> row weights -> rows without signal leave             rl/weigh.py
-    -> entropies, reference, token weights                                               rl/prepare.py
+    propose -> roll out -> reward -> observe everything (-> more rounds, more waves)   rl/stages/draw.py
+    -> advantages -> down-sample -> row weights -> rows without signal leave           rl/stages/weigh.py
+    -> entropies, reference, token weights                                         rl/stages/prepare.py
     -> deal to ranks -> micro-batches -> loss -> backward
 
 Axes: P prompts, N rollouts (flat rows), K rows kept, T tokens.
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from rl import fidelity, metrics
-from rl.line import Batch, Line
-from rl.waves import groups_of, roll_out_wave
-from rl.weigh import weigh
+from rl.stages import fidelity, metrics
+from rl.stages.draw import groups_of, roll_out_wave
+from rl.stages.line import Batch, Line
+from rl.stages.weigh import weigh
 from rollouts.batch import Rollouts
 
 

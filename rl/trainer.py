@@ -20,10 +20,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
-from rl import checkpoint, completions, failing, fidelity, metrics, schedule, tracking
-from rl.arguments import RolloutConfig
-from rl.assemble import LANGUAGE, PolicyKind, column_of, warn_of_success
-from rl.budget import (
+from rl.config.checks import choice
+from rl.config.settings import RolloutConfig
+from rl.logprobs.reference import Follow
+from rl.policies.language import LANGUAGE, PolicyKind, column_of, warn_of_success
+from rl.run import checkpoint, completions, failing, schedule, tracking
+from rl.run.changed_settings import Compared, compare, refuse_decisive, refuse_other_optimizer
+from rl.run.end import (
     Budget,
     NoSignalError,
     no_signal,
@@ -31,22 +34,20 @@ from rl.budget import (
     num_steps,
     spent_budgets,
 )
-from rl.changed_settings import Compared, compare, refuse_decisive, refuse_other_optimizer
-from rl.evaluation import check_best_metric, evaluate
-from rl.line import Batch
-from rl.measure import gradient_norms
-from rl.origins import DECIDED, adapter_settings, origins
-from rl.prepare import prepare
-from rl.progress import ProgressLine
-from rl.reference import Follow
+from rl.run.origins import DECIDED, adapter_settings, origins
+from rl.run.progress import ProgressLine
+from rl.run.termination import Terminated, Termination
+from rl.run.tracker_runs import TrackerRuns
+from rl.stages import fidelity, metrics
+from rl.stages.draw import pilots_act
+from rl.stages.gradient_norms import gradient_norms
+from rl.stages.line import Batch
+from rl.stages.prepare import prepare
+from rl.stages.validate import check_best_metric, evaluate
 from rl.step import collect, mini_batches, update
-from rl.termination import Terminated, Termination
-from rl.tracker_runs import TrackerRuns
-from rl.validation import choice
-from rl.waves import pilots_act
-from rollouts.engine import Engine
+from rollouts.engines.contract import Engine
 from rollouts.prompts import Prompt
-from rollouts.rewards import RewardFunction
+from rollouts.rewards.contract import RewardFunction
 from samplers.planner import Planner
 from samplers.success import full_marks
 

@@ -43,7 +43,7 @@ class StepPlan:
     num_steps: int
     """T, at least 1."""
     rule: str
-    """Name of the transition in `rollouts/sde.py`, which knows the names."""
+    """Name of the transition in `rollouts/diffusion/sde.py`, which knows the names."""
     level: float
     """The rule's noise level (eta or a); finite, >= 0. At 0 no edge has a log-probability."""
     stochastic: tuple[int, ...]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from samplers.allocation import Allocator
 from samplers.posterior import BetaPosterior
-from samplers.selection import Selector
+from samplers.selection.selectors import Selector
 
 MakeSelector = Callable[[BetaPosterior, Sequence[str]], Selector]
 """`make(posterior, keys) -> selector` over the posterior's prompts, whose keys are `keys`."""

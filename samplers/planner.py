@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from samplers.allocation import Allocator, Scale, knapsack, knapsack_released, posterior_std
+from samplers.allocation.scales import is_multipliable
 from samplers.keys import fingerprint, rollout_seeds, stable_hash, step_generator
 from samplers.open_step import (
     Measured,
@@ -35,8 +36,7 @@ from samplers.posterior import BetaPosterior
 from samplers.proposal import Decision, Proposal, admit, checked_rewards
 from samplers.rows import check_names, row_list
 from samplers.rules import Stopping
-from samplers.scales import is_multipliable
-from samplers.selection import Selector
+from samplers.selection.selectors import Selector
 from samplers.success import Success
 
 FloatArray = NDArray[np.float64]

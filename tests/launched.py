@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from rl.distributed import leave  # noqa: E402
+from rl.ranks import leave  # noqa: E402
 from rl.trainer import RolloutTrainer  # noqa: E402
 from tests import tiny  # noqa: E402
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rl import losses, step_weights
+from rl.objective import losses
+from rl.objective import weights as step_weights
 
 END = 0
 

@@ -45,8 +45,8 @@ def test_a_command_line_names_files_and_settings_that_exist(words):
 
     from recipes.config import parse, peek
     from recipes.train import RecipeArguments
-    from rl.arguments import RolloutConfig
-    from rl.denoising_config import DenoisingConfig
+    from rl.config.diffusion import DenoisingConfig
+    from rl.config.settings import RolloutConfig
 
     at = words.index("recipes/train.py")
     for launch in (words[:at], words[at:]):

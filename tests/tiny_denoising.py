@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from rl.denoising_config import DenoisingConfig
+from rl.config.diffusion import DenoisingConfig
 from rl.denoising_trainer import DenoisingTrainer
 from rollouts.batch import DenoisingRollouts
-from rollouts.diffusers_engine import DiffusersEngine
+from rollouts.diffusion.engine import DiffusersEngine
 from rollouts.step_plan import StepPlan
 from tests.tiny_pipelines import ddim, embeddings, image_prompts, tiny_unet
 

@@ -18,7 +18,7 @@ from diffusers import ConfigMixin, DDIMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from rollouts.image_shapes import within_radius
+from rollouts.rewards.image_shapes import within_radius
 
 RADIUS, STD, TARGET, REACH = 2.0, 0.15, (2.0, 0.0), 0.1
 

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from trl.generation import vllm_client, vllm_generation
 
-from rollouts.drawing import at_temperature, truncate
-from rollouts.engine import SamplingParams
+from rollouts.engines.contract import SamplingParams
+from rollouts.engines.drawing import at_temperature, truncate
+from rollouts.engines.transformers import TransformersEngine
 from rollouts.prompts import Prompt
-from rollouts.transformers_engine import TransformersEngine
 
 
 def complete(engine, ids, settings):

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import reasoning_gym
 
-from rollouts.reward_functions import reasoning_gym as reasoning_gym_score
+from rollouts.rewards.text import reasoning_gym as reasoning_gym_score
 from samplers.keys import stable_hash, step_generator
 
 Row = dict[str, Any]

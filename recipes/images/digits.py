@@ -34,7 +34,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 
 from recipes.config import parse
-from rl.checkpoint import TornCheckpointError, seal, verify
+from rl.run.checkpoint import TornCheckpointError, seal, verify
 from rollouts.prompts import Prompt
 
 SETTINGS_FILE = "digits.json"

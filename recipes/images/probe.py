@@ -25,9 +25,9 @@ from trl import ModelConfig
 from recipes.config import ConfigError, parse
 from recipes.diffusion import engine_of, prepare
 from recipes.train import EXPECTED, RecipeArguments
-from rl.denoising import load_image_rewards
-from rl.denoising_config import DenoisingConfig
-from rollouts.branch_points import BranchPoint, probe_branch_points
+from rl.config.diffusion import DenoisingConfig
+from rl.policies.diffusion import load_image_rewards
+from rollouts.diffusion.branch_points import BranchPoint, probe_branch_points
 from rollouts.prompts import plain_prompts
 
 

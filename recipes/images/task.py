@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recipes.images import digits
-from rl.arguments import nearest
+from rl.config.settings import nearest
 
 
 @dataclass

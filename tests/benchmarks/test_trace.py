@@ -38,7 +38,7 @@ from benchmarks.trace_policy import (
     oracle_over_uniform,
     variance,
 )
-from rl import advantages
+from rl.objective import advantages
 
 SMALL = Settings(num_prompts=48, prompts_per_step=8, rollouts_per_prompt=8, steps=5)
 

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.update import CASES, SIZES, apart, build_rows, peak_bytes
-from rl.logprobs import ends
+from rl.logprobs.from_logits import ends
 
 MIB = 2**20
 

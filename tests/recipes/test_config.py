@@ -10,8 +10,8 @@ from trl import GRPOConfig, ModelConfig
 from recipes.config import ConfigError, help_text, parse
 from recipes.other_names import OTHERS, TRANSFORMERS, TRL, other_name
 from recipes.train import RecipeArguments
-from rl.arguments import RolloutConfig
-from rl.denoising_config import DenoisingConfig
+from rl.config.diffusion import DenoisingConfig
+from rl.config.settings import RolloutConfig
 
 
 @dataclass

@@ -25,9 +25,9 @@ from recipes.images.digits import (
     pretrain,
     train,
 )
-from rollouts.image_rewards import load_image_reward, score_images
 from rollouts.prompts import Prompt
-from rollouts.rewards import RewardError
+from rollouts.rewards.contract import RewardError
+from rollouts.rewards.image import load_image_reward, score_images
 
 QUICK = Digits(steps=2, batch_size=8)
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from recipes.data import load_rows
-from rollouts.image_rewards import load_image_reward
-from rollouts.image_shapes import COLOURS
 from rollouts.prompts import plain_prompts
+from rollouts.rewards.image import load_image_reward
+from rollouts.rewards.image_shapes import COLOURS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes/images/prompts"

@@ -8,7 +8,7 @@ from trl import ModelConfig
 from recipes.config import parse, peek
 from recipes.diffusion import ATTENTION, lora_config
 from recipes.train import RecipeArguments
-from rl.denoising_config import DenoisingConfig
+from rl.config.diffusion import DenoisingConfig
 
 IMAGES = Path(__file__).resolve().parents[2] / "recipes" / "images"
 RECIPES = sorted(IMAGES.rglob("*.yaml"))

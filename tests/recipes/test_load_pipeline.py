@@ -23,9 +23,9 @@ from trl import ModelConfig
 
 from recipes.config import ConfigError
 from recipes.diffusion import load_pipeline
-from rl.denoising_config import DenoisingConfig
-from rl.denoising_pipeline import ddim_of, flow_of
-from rollouts.recording_scheduler import Recording, recording_scheduler
+from rl.config.diffusion import DenoisingConfig
+from rl.policies.pipeline import ddim_of, flow_of
+from rollouts.diffusion.recording_scheduler import Recording, recording_scheduler
 from tests.tiny_pipelines import add_tiny_text_encoder, add_tiny_vae, tiny_sd, tiny_sd3
 
 PLAN = {"num_steps": 4, "rule": "ddim", "level": 1.0, "last_edge": "trained"}

@@ -19,8 +19,8 @@ from recipes.train import (
     main,
     task_or_data,
 )
-from rl.arguments import RolloutConfig
-from rollouts.reward_functions import check_reward_name, load_reward
+from rl.config.settings import RolloutConfig
+from rollouts.rewards.text import check_reward_name, load_reward
 from samplers.refill import RefillError
 from tests import tiny
 

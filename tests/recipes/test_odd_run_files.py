@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from recipes.report import main
-from recipes.run_folder import read_run
-from tests.recipes.test_report import fake_run
+from recipes.report.report import main
+from recipes.report.run_folder import read_run
+from tests.recipes.report.test_report import fake_run
 
 
 @pytest.fixture

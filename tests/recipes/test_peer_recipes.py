@@ -14,8 +14,8 @@ from trl import ModelConfig
 from recipes import diffusion
 from recipes.config import parse
 from recipes.train import RecipeArguments, main
-from rl.denoising_config import DenoisingConfig
-from rl.denoising_weights import kl_factor
+from rl.config.diffusion import DenoisingConfig
+from rl.objective.denoising_weights import kl_factor
 from tests.tiny_pipelines import add_tiny_vae, embeddings, tiny_pipeline
 
 PEERS = sorted(

@@ -7,7 +7,7 @@ from trl import ModelConfig
 
 from recipes.config import parse
 from recipes.train import RecipeArguments
-from rl.arguments import RolloutConfig
+from rl.config.settings import RolloutConfig
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*/*.yaml"))
 FILES = [path for path in FILES if path.parent.name not in ("accelerate", "images")]

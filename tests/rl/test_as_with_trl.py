@@ -176,7 +176,7 @@ def test_a_data_set_of_the_library(tmp_path):
 
 def test_rows_without_any_reward_do_not_train_and_are_told(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("rl.roll_out.logger.warning", said.append)
+    monkeypatch.setattr("rl.stages.roll_out.logger.warning", said.append)
     assert not trained(tmp_path, all_none).moved
     assert len(said) == 1 and said[0].startswith("All reward functions returned None")
 
@@ -280,6 +280,6 @@ def test_a_callback_of_transformers(tmp_path):
 
 
 def test_every_loss_is_one_of_those_that_can_be_written():
-    from rl.methods import LOSSES as KNOWN
+    from rl.config.methods import LOSSES as KNOWN
 
     assert set(itertools.chain(LOSSES, ("raft", "raft_pp", "rloo", "hapo"))) == set(KNOWN)

@@ -13,9 +13,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rl import checkpoint, tracking
+from rl.run import checkpoint, tracking
 from rl.trainer import RolloutTrainer
-from rollouts.rewards import RewardError
+from rollouts.rewards.contract import RewardError
 from tests import tiny
 
 Usage = namedtuple("Usage", "total used free")

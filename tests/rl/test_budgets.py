@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 
-from rl import step_weights
-from rl.arguments import RolloutConfig
-from rl.methods import ADVANTAGES, OBJECTIVE_BUDGETS, advantage_of, what_budgets_change
-from rl.step_weights import OBJECTIVES
+from rl.config.methods import ADVANTAGES, OBJECTIVE_BUDGETS, advantage_of, what_budgets_change
+from rl.config.settings import RolloutConfig
+from rl.objective import weights as step_weights
+from rl.objective.weights import OBJECTIVES
 from rollouts.batch import TokenRollouts
 
 
@@ -156,7 +156,7 @@ def test_even_budgets_are_passed_over_in_silence(trainer):
 
 
 def test_trls_ways_to_write_the_scale_are_understood_and_others_refused():
-    from rl.methods import scale_of
+    from rl.config.methods import scale_of
 
     for given, scale in (
         *((None, "group"), ("group", "group"), (True, "group"), ("true", "group")),

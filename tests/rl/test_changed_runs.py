@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from rl import changed_settings, tracking
-from rl.changed_settings import ChangedRunError, compare
-from rl.origins import described, origins, versions
+from rl.run import changed_settings, tracking
+from rl.run.changed_settings import ChangedRunError, compare
+from rl.run.origins import described, origins, versions
 from rollouts.prompts import Prompt
 from tests import tiny
 
@@ -209,7 +209,7 @@ def test_secrets_of_the_command_line_are_not_written():
 
 
 def test_a_reward_is_described_by_name_file_and_source(tmp_path):
-    from rollouts.reward_functions import load_reward
+    from rollouts.rewards.text import load_reward
 
     path = tmp_path / "mine.py"
     path.write_text(

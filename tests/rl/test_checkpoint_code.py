@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from rl import checkpoint
+from rl.run import checkpoint
 
 
 class Evil:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rl.arguments import RolloutConfig
-from rl.methods import ADVANTAGES, LOSS_DEFAULTS, LOSSES, PRESETS
-from rl.validation import LOSS_SETTINGS, NEVER_NEGATIVE, PER_TOKEN, WITHIN_GROUP
+from rl.config.checks import LOSS_SETTINGS, NEVER_NEGATIVE, PER_TOKEN, WITHIN_GROUP
+from rl.config.methods import ADVANTAGES, LOSS_DEFAULTS, LOSSES, PRESETS
+from rl.config.settings import RolloutConfig
 from tests import tiny
 
 WHITENED_TOKENS = {"advantage": "batch_whitened_tokens", "reward_kl": 0.1, "trainer": "grpo"}
@@ -124,7 +124,7 @@ def test_refill_wants_mixed_groups_whatever_the_advantage():
 
 
 def test_a_diffusion_run_of_one_sample_may_look_at_earlier_steps():
-    from rl.denoising_config import DenoisingConfig
+    from rl.config.diffusion import DenoisingConfig
 
     settings = {"plan": {"num_steps": 2, "rule": "ddim", "level": 1.0}, "rollouts_per_prompt": 1}
     settings |= {"output_dir": "unused", "use_cpu": True, "report_to": "none"}

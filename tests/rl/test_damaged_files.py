@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rl import checkpoint, tracking
+from rl.run import checkpoint, tracking
 from tests import tiny
 
 NEWEST = "checkpoint-3"

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from rl import advantages, branch_advantages
-from rl.denoising import (
+from rl.objective import advantages
+from rl.objective import tree_advantages as branch_advantages
+from rl.objective.prompt_history import PromptHistory
+from rl.policies.diffusion import (
     DenoisingScorer,
     advantage_of,
     decisions_of,
@@ -15,8 +17,7 @@ from rl.denoising import (
     loss_of,
     validations_of,
 )
-from rl.prompt_history import PromptHistory
-from rl.weigh import has_signal, with_credit
+from rl.stages.weigh import has_signal, with_credit
 from tests import tiny_denoising as tiny
 from tests.tiny_denoising import drawn
 from tests.tiny_pipelines import image_prompts

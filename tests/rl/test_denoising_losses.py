@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from rl.losses import clipped_surrogate
-from rl.prompt_history import clamped
+from rl.objective.losses import clipped_surrogate
+from rl.objective.prompt_history import clamped
 
 
 def batch(seed=0, num_rows=6, num_steps=5, spread=0.3):

@@ -9,12 +9,12 @@ from peft import LoraConfig
 from PIL import Image
 
 from rl.denoising_trainer import DenoisingTrainer
-from rl.pictures import diversity
+from rl.run.pictures import diversity
+from rl.stages.draw import roll_out_wave
 from rl.trainer import NoSignalError
-from rl.waves import roll_out_wave
-from rollouts.diffusers_engine import DiffusersEngine
-from rollouts.image_rewards import brightness
-from rollouts.model_rewards import MODEL_REWARDS
+from rollouts.diffusion.engine import DiffusersEngine
+from rollouts.rewards.image import brightness
+from rollouts.rewards.image_models import MODEL_REWARDS
 from tests import tiny_denoising as tiny
 from tests.tiny import lines, parameters, step_logs
 from tests.tiny_denoising import equal, start

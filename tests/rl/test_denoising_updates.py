@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rl.prepare import prepare
+from rl.stages.prepare import prepare
 from rl.step import collect, mini_batches
 from tests import tiny_denoising as tiny
 from tests.tiny import lines, parameters, step_logs

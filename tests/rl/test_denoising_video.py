@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from rl.denoising_trainer import DenoisingTrainer
-from rollouts.diffusers_engine import DiffusersEngine
-from rollouts.image_rewards import brightness
+from rollouts.diffusion.engine import DiffusersEngine
+from rollouts.rewards.image import brightness
 from tests import tiny_denoising as tiny
 from tests.more_pipelines import encoder, make
 from tests.tiny import step_logs

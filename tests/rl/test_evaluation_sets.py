@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rl.metrics import spread
+from rl.stages.metrics import spread
 from tests import tiny
 
 

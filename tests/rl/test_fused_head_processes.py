@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from rl.fused_head import fused_logprobs, refusal
-from rl.logprobs import completion_logprobs
+from rl.logprobs.from_hidden import fused_logprobs, refusal
+from rl.logprobs.from_logits import completion_logprobs
 from rollouts.batch import TokenRollouts
 from tests.tiny_lm import PAD, VOCABULARY, tiny_model
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from rl import checkpoint, schedule
-from rl.termination import Terminated
+from rl.run import checkpoint, schedule
+from rl.run.termination import Terminated
 from tests import tiny
 
 SETTINGS = {

@@ -5,10 +5,8 @@ from dataclasses import fields
 
 import pytest
 
-from rl.advantages import FALLBACKS
-from rl.advantages import SCALES as REWARD_SCALES
-from rl.arguments import RolloutConfig
-from rl.methods import (
+from rl.config.checks import IMPORTANCE_CORRECTIONS
+from rl.config.methods import (
     ADVANTAGES,
     AGGREGATIONS,
     ALLOCATORS,
@@ -20,10 +18,12 @@ from rl.methods import (
     STOPPINGS,
     TOKEN_SELECTIONS,
 )
-from rl.step_weights import DENOMINATORS, LENGTH_RULES, OBJECTIVES
-from rl.token_selection import SCOPES
-from rl.validation import IMPORTANCE_CORRECTIONS
-from samplers.scores import SCORES
+from rl.config.settings import RolloutConfig
+from rl.objective.advantages import FALLBACKS
+from rl.objective.advantages import SCALES as REWARD_SCALES
+from rl.objective.token_selection import SCOPES
+from rl.objective.weights import DENOMINATORS, LENGTH_RULES, OBJECTIVES
+from samplers.selection.scores import SCORES
 
 CHOICES = {
     "trainer": PRESETS,

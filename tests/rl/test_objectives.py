@@ -11,8 +11,8 @@ from functools import partial
 import pytest
 import torch
 
-from rl.advantages import centred, grpo, leave_one_out, raft
-from rl.step_weights import objective_weight
+from rl.objective.advantages import centred, grpo, leave_one_out, raft
+from rl.objective.weights import objective_weight
 from tests.table_policy import (
     TablePolicy,
     expected_loss_gradient,

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rl import checkpoint
+from rl.run import checkpoint
 from tests import tiny
 
 pytestmark = pytest.mark.slow

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from rl import checkpoint
-from rl.budget import NoSignalError
-from rollouts.rewards import RewardError
+from rl.run import checkpoint
+from rl.run.end import NoSignalError
+from rollouts.rewards.contract import RewardError
 from tests import tiny
 from tests.launched import ON_CPU, launch
 from tests.launched import RUNS as RUNS_OF_TWO

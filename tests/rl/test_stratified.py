@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rl.advantages import grpo, stratified
+from rl.objective.advantages import grpo, stratified
 from tests.table_policy import universes
 
 REWARD_N = torch.tensor([1, 1, 0, 1, 0, 0, 0, 1], dtype=torch.float64)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rl import metrics
-from rl.evaluation import evaluate
-from rl.waves import roll_out_wave
+from rl.stages import metrics
+from rl.stages.draw import roll_out_wave
+from rl.stages.validate import evaluate
 from tests import tiny
 
 

@@ -12,12 +12,12 @@ from peft import LoraConfig
 from transformers import Trainer, TrainerCallback
 from trl.models.utils import unwrap_model_for_generation
 
-from rl import checkpoint
-from rl.logprobs import completion_logprobs
-from rl.measure import gradient_norms
+from rl.logprobs.from_logits import completion_logprobs
+from rl.run import checkpoint
+from rl.stages.draw import roll_out_wave
+from rl.stages.gradient_norms import gradient_norms
 from rl.step import collect
 from rl.trainer import NoSignalError, RolloutTrainer
-from rl.waves import roll_out_wave
 from rollouts.batch import TokenRollouts
 from tests import tiny
 
@@ -728,11 +728,11 @@ def test_the_private_names_we_rely_on_are_still_there():
     ):
         assert callable(getattr(owner, name, None)), (
             f"{owner.__module__}.{owner.__name__}.{name} is gone: rl/trainer.py and "
-            "rl/distributed.py rely on it; see what took its place before raising the pinned version"
+            "rl/ranks.py rely on it; see what took its place before raising the pinned version"
         )
     taken = inspect.signature(unwrap_model_for_generation).parameters
     assert {"model", "accelerator", "gradient_checkpointing_kwargs"} <= taken.keys(), (
-        f"trl.models.utils.unwrap_model_for_generation takes {list(taken)}: rl/distributed.py calls "
+        f"trl.models.utils.unwrap_model_for_generation takes {list(taken)}: rl/ranks.py calls "
         "it with model, accelerator and gradient_checkpointing_kwargs"
     )
     taken = inspect.signature(Trainer._save_checkpoint).parameters

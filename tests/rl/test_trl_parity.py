@@ -5,13 +5,13 @@ import types
 import pytest
 import torch
 
-from rl.advantages import grpo
-from rl.importance import correction
-from rl.kl import kl_k3, kl_k3_weighted
-from rl.losses import cispo, clipped_surrogate, sapo
-from rl.sequence_losses import gspo, rloo, vespo
-from rl.step_weights import denominator, objective_weight, token_weight
-from rl.token_selection import above_quantile
+from rl.objective.advantages import grpo
+from rl.objective.importance import correction
+from rl.objective.kl import kl_k3, kl_k3_weighted
+from rl.objective.losses import cispo, clipped_surrogate, sapo
+from rl.objective.sequence_losses import gspo, rloo, vespo
+from rl.objective.token_selection import above_quantile
+from rl.objective.weights import denominator, objective_weight, token_weight
 
 pytestmark = pytest.mark.slow  # importing trl takes seven seconds
 
@@ -207,7 +207,7 @@ def test_trls_delta_is_the_dual_clip():
 
 
 def weights(kind, mask_NT):
-    """Weight and denominator of the table in `rl/losses.py`, every row of weight 1."""
+    """Weight and denominator of the table in `rl/objective/losses.py`, every row of weight 1."""
     if kind == "row_mean":
         return mask_NT.double() / mask_NT.sum(1, keepdim=True), float(len(mask_NT))
     return mask_NT.double(), float(len(mask_NT) if kind == "row_sum" else mask_NT.sum())
@@ -371,10 +371,10 @@ def test_correction_factors_multiply_the_weights_as_in_trl(level, mode):
 
 def weighed(settings, reward_N, prompt_N, mask_NT, truncated_N):
     """What the trainer makes of these rows: their advantages, weights and denominator."""
-    from rl.arguments import RolloutConfig
-    from rl.methods import advantage_of, down_sampler_of
-    from rl.waves import Groups
-    from rl.weigh import weigh
+    from rl.config.methods import advantage_of, down_sampler_of
+    from rl.config.settings import RolloutConfig
+    from rl.stages.draw import Groups
+    from rl.stages.weigh import weigh
     from rollouts.batch import TokenRollouts
 
     num_prompts = int(prompt_N.max()) + 1

@@ -9,10 +9,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3ForSequenceClassification
 
-from rl.budget import NoSignalError
+from rl.run.end import NoSignalError
 from rl.trainer import RolloutTrainer
 from rollouts.prompts import Prompt
-from rollouts.rewards import RewardError, score
+from rollouts.rewards.contract import RewardError, score
 from tests import tiny
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from rl.denoising_config import DenoisingConfig
+from rl.config.diffusion import DenoisingConfig
 from rl.denoising_trainer import DenoisingTrainer
-from rollouts.diffusers_engine import DiffusersEngine
+from rollouts.diffusion.engine import DiffusersEngine
 from rollouts.prompts import Prompt
 from rollouts.step_plan import StepPlan
 from tests import toy_diffusion as toy

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from rl import hapo
-from rl.methods import LOSSES
-from rl.prepare import prepare
+from rl.config.methods import LOSSES
+from rl.objective import hapo
+from rl.objective.token_selection import top_tokens
+from rl.stages.prepare import prepare
 from rl.step import collect, loss_of, mini_batches
-from rl.token_selection import top_tokens
 from tests import tiny
 
 

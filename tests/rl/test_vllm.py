@@ -131,7 +131,7 @@ def test_a_process_without_rows_generates_with_those_that_share_its_vllm(togethe
 
     import numpy as np
 
-    from rl.roll_out import Request, _generate_and_score
+    from rl.stages.roll_out import Request, _generate_and_score
 
     asked = []
 

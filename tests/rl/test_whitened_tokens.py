@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rl.advantages import batch_whitened, batch_whitened_tokens
+from rl.objective.advantages import batch_whitened, batch_whitened_tokens
 from tests import tiny
 
 MASK = torch.tensor([[True, True], [True, False]])

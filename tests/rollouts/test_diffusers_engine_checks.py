@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig
 
 from rollouts.batch import concatenate
-from rollouts.diffusers_engine import DiffusersEngine
-from rollouts.pipeline_arguments import REFUSED
+from rollouts.diffusion.engine import DiffusersEngine
+from rollouts.diffusion.pipeline_arguments import REFUSED
 from rollouts.step_plan import StepPlan
 from tests.tiny_pipelines import (
     ENGINE_SETTINGS,

@@ -11,10 +11,10 @@ import diffusers
 import pytest
 import torch
 
-from rollouts.denoising_tree import seeded_generator
-from rollouts.diffusers_engine import DiffusersEngine
-from rollouts.pipeline_arguments import CANNOT_RUN
-from rollouts.pipeline_prompts import OUTPUTS
+from rollouts.diffusion.engine import DiffusersEngine
+from rollouts.diffusion.pipeline_arguments import CANNOT_RUN
+from rollouts.diffusion.text_encoder import OUTPUTS
+from rollouts.diffusion.tree import seeded_generator
 from rollouts.step_plan import StepPlan
 from tests.more_pipelines import CASES, ENCODERS, add_encoder, encoder, make
 from tests.tiny_pipelines import PIPELINES, image_prompts, tiny_pipeline

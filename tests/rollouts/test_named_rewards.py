@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rollouts.reward_functions import (
+from rollouts.rewards.text import (
     BUILT_IN,
     load_reward,
     math_verify,

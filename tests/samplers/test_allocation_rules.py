@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from scipy import integrate, special, stats
 
 from samplers import allocation
-from samplers import knapsack as knapsack_rule
 from samplers.allocation import (
     align_total,
     cost_aware,
@@ -19,6 +18,7 @@ from samplers.allocation import (
     knapsack_posterior,
     neyman,
 )
+from samplers.allocation import knapsack as knapsack_rule
 
 
 def mixed_value(p, n):

@@ -5,9 +5,9 @@ import pytest
 
 from samplers import allocation
 from samplers.check import check_sampler
-from samplers.difficulty_band import OnlineBandSelector, StaticBandSelector, mopps_band
-from samplers.diversity import DiverseSelector
 from samplers.selection import PosteriorMeanSelector, ThompsonSelector, UniformSelector, mopps
+from samplers.selection.bands import OnlineBandSelector, StaticBandSelector, mopps_band
+from samplers.selection.diverse import DiverseSelector
 
 
 def number_of(key):

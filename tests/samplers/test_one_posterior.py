@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from samplers import allocation
+from samplers.allocation.scales import mean_std, plug_in_std, posterior_std
 from samplers.keys import step_generator
 from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
-from samplers.scales import mean_std, plug_in_std, posterior_std
 from samplers.selection import ThompsonSelector, UniformSelector
 
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from samplers import allocation
-from samplers.difficulty_band import OnlineBandSelector, StaticBandSelector, mopps_band
-from samplers.diversity import DiverseSelector
 from samplers.keys import rollout_seeds
 from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
 from samplers.selection import PosteriorMeanSelector, ThompsonSelector, UniformSelector, mopps
+from samplers.selection.bands import OnlineBandSelector, StaticBandSelector, mopps_band
+from samplers.selection.diverse import DiverseSelector
 
 KEYS = [f"key {i}" for i in range(10)]
 

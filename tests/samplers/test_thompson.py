@@ -5,12 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samplers import scores
-from samplers.difficulty_band import OnlineBandSelector, StaticBandSelector, mopps_band
-from samplers.diversity import DiverseSelector, greedy_diverse
 from samplers.keys import step_generator
 from samplers.posterior import BetaPosterior
-from samplers.selection import PosteriorMeanSelector, ThompsonSelector, UniformSelector, mopps
+from samplers.selection import scores
+from samplers.selection.bands import OnlineBandSelector, StaticBandSelector, mopps_band
+from samplers.selection.diverse import DiverseSelector, greedy_diverse
+from samplers.selection.selectors import (
+    PosteriorMeanSelector,
+    ThompsonSelector,
+    UniformSelector,
+    mopps,
+)
 
 NUM = 40
 EMBEDDING = np.random.default_rng(7).normal(size=(NUM, 3))

@@ -1,0 +1,1 @@
+"""Log-probabilities of recorded rollouts under a model."""

@@ -1,0 +1,1 @@
+"""A run from start to end: folder, logs, checkpoints, failures."""

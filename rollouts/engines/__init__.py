@@ -1,0 +1,1 @@
+"""Engines that generate text, the contract they share, and its test."""

@@ -1,0 +1,1 @@
+"""Rewards: the contract, built-in functions, reward models, limits on time."""
