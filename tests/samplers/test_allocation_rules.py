@@ -18,7 +18,12 @@ from samplers.allocation import (
     knapsack_posterior,
     neyman,
 )
-from samplers.allocation import knapsack as knapsack_rule
+from samplers.allocation.knapsack import (
+    _knapsack_gain,
+    _knapsack_posterior_gain,
+    _posterior_columns,
+    _posterior_guess,
+)
 
 
 def mixed_value(p, n):
@@ -91,8 +96,8 @@ def test_golden_values_of_knapsack():
 
 def posterior_gain(n, a, b):
     a, b = np.full(len(n), float(a)), np.full(len(n), float(b))
-    columns = knapsack_rule._posterior_columns(a, b)
-    return knapsack_rule._knapsack_posterior_gain(n, a, b, *columns)
+    columns = _posterior_columns(a, b)
+    return _knapsack_posterior_gain(n, a, b, *columns)
 
 
 def test_golden_value_of_the_posterior_gain():
@@ -110,7 +115,7 @@ def test_the_posterior_gain_is_the_expected_gain(a, b):
     if a < 100:
         quadrature = [
             integrate.quad(
-                lambda p, m=m: stats.beta.pdf(p, a, b) * knapsack_rule._knapsack_gain(m, p),
+                lambda p, m=m: stats.beta.pdf(p, a, b) * _knapsack_gain(m, p),
                 *(0, 1),
                 points=[0.05, 0.5, 0.95],
                 limit=200,
@@ -127,12 +132,12 @@ def test_what_is_guessed_of_the_posterior_gain_is_mostly_right():
     generator = np.random.default_rng(0)
     p = generator.random(4000)
     a, b = 1 + 8 * p, 9 - 8 * p
-    columns = (a, b, *knapsack_rule._posterior_columns(a, b))
+    columns = (a, b, *_posterior_columns(a, b))
     n = generator.integers(3, 60, 4000).astype(float)
-    gain = [knapsack_rule._knapsack_posterior_gain(m, *columns) for m in (n - 1, n)]
+    gain = [_knapsack_posterior_gain(m, *columns) for m in (n - 1, n)]
     level = np.sqrt(gain[0] * gain[1])  # the unit before n gains more than it, that of n less
     guess = [
-        knapsack_rule._posterior_guess(float(x), *(column[[i]] for column in columns))[0]
+        _posterior_guess(float(x), *(column[[i]] for column in columns))[0]
         for i, x in enumerate(level)
     ]
     assert np.mean(np.array(guess) != n) < 0.05 and np.abs(np.array(guess) - n).max() <= 3
@@ -206,8 +211,8 @@ def test_large_knapsack_budgets_meet_the_real_solution():
     p = np.array([0.003, 0.01, 0.03, 0.1, 0.5])
     budget = knapsack(p, 3000, maximum=None)
     assert budget.min() > 2
-    gain = knapsack_rule._knapsack_gain(budget.astype(float), p)
-    before = knapsack_rule._knapsack_gain(budget - 1.0, p)
+    gain = _knapsack_gain(budget.astype(float), p)
+    before = _knapsack_gain(budget - 1.0, p)
     assert gain.max() <= before.min()
 
 

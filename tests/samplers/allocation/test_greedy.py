@@ -10,8 +10,12 @@ from hypothesis import strategies as st
 
 from samplers import allocation
 from samplers.allocation import _greedy as greedy
-from samplers.allocation import knapsack
 from samplers.allocation._greedy import best_first, fill
+from samplers.allocation.knapsack import (
+    _knapsack_gain,
+    _knapsack_posterior_gain,
+    _posterior_columns,
+)
 
 
 @pytest.fixture(autouse=True, params=[0, 4096], ids=["searched", "sorted"])
@@ -129,11 +133,11 @@ def slow(family, seed):
         return in_turn(gain, lower, upper, room), allocation.dr_grpo(std, total, **box)
     if family == "knapsack":
         columns = (np.minimum(std, 1.0),)
-        function, result = knapsack._knapsack_gain, allocation.knapsack(*columns, total, **box)
+        function, result = _knapsack_gain, allocation.knapsack(*columns, total, **box)
     else:
         a, b = generator.choice([1.0, 1.2, 4.5, 9.0], (2, len(std)))
-        columns = (a, b, *knapsack._posterior_columns(a, b))
-        function = knapsack._knapsack_posterior_gain
+        columns = (a, b, *_posterior_columns(a, b))
+        function = _knapsack_posterior_gain
         result = allocation.knapsack_posterior(a, b, total, **box)
     n = np.arange(int(lower.min()), int(upper.max()) + 1, dtype=float)
     table = [function(n, *(np.full(len(n), c[p]) for c in columns)) for p in range(len(std))]
