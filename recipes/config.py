@@ -24,7 +24,7 @@ import yaml
 from trl import TrlParser
 
 from recipes.other_names import other_name
-from rl.config.settings import nearest
+from rl.config.own import nearest
 
 ALSO_BOOLEAN = ("scale_rewards",)
 """Settings of text for which YAML may say true or false, as TRL's does."""

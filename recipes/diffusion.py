@@ -16,7 +16,7 @@ from recipes.config import ConfigError
 from recipes.data import load_rows, split_validation
 from recipes.images.task import ImageTask
 from rl.config.diffusion import DenoisingConfig
-from rl.config.settings import nearest
+from rl.config.own import nearest
 from rl.denoising_trainer import DenoisingTrainer
 from rl.policies import pipeline as denoising_pipeline
 from rl.policies.pipeline import ATTENTION, read_pipeline

@@ -38,7 +38,8 @@ from trl import ModelConfig, get_peft_config
 
 from recipes.config import ConfigError, parse, peek
 from recipes.data import load_rows, split_validation
-from rl.config.settings import RolloutConfig, nearest
+from rl.config.own import nearest
+from rl.config.settings import RolloutConfig
 from rl.policies.language import pretrained
 from rl.ranks import leave
 from rl.run.checkpoint import TornCheckpointError

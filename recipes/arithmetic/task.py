@@ -11,7 +11,7 @@ from typing import Any
 
 from recipes.arithmetic.tasks import Row, problems, verifier_reward
 from recipes.arithmetic.warm_start import WarmStart, warm_start
-from rl.config.settings import nearest
+from rl.config.own import nearest
 
 
 @dataclass

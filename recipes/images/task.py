@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recipes.images import digits
-from rl.config.settings import nearest
+from rl.config.own import nearest
 
 
 @dataclass

@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -21,13 +20,10 @@ from rl.config.methods import (
     ADVANTAGES,
     AGGREGATIONS,
     ALLOCATORS,
-    BUDGET_MINIMA,
     DOWN_SAMPLERS,
-    KEEPS_PER_PROMPT,
-    LOSS_DEFAULTS,
-    LOSSES,
-    NEEDS_COLUMN,
-    ONE_RATIO_PER_ROW,
+    OBJECTIVES,
+    OWN,
+    PILOT_USES,
     PRESETS,
     SCALES,
     SELECTORS,
@@ -35,14 +31,16 @@ from rl.config.methods import (
     TOKEN_SELECTIONS,
     allocator_of,
     compares_within_group,
+    method_of,
     scale_of,
     what_budgets_change,
 )
+from rl.config.own import choice, is_own, nearest
 from rl.objective import advantages
 from rl.objective.advantages import FALLBACKS
 from rl.objective.kl import kl_loss
 from rl.objective.token_selection import SCOPES
-from rl.objective.weights import DENOMINATORS, LENGTH_RULES, OBJECTIVES
+from rl.objective.weights import DENOMINATORS, LENGTH_RULES
 from samplers.selection.scores import SCORES
 
 if TYPE_CHECKING:
@@ -54,37 +52,17 @@ IMPORTANCE_CORRECTIONS = (
     *("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 )
 
-LOSS_SETTINGS = {
-    "epsilon": "epsilon_low",
-    "epsilon_high": "epsilon_high",
-    "delta": "dual_clip",
-    "ratio_cap": "ratio_cap",
-}
-"""Setting of a clip -> what it is called by the losses that take it."""
-
-WITHIN_GROUP = tuple(name for name, method in ADVANTAGES.items() if method.within_group)
-"""Advantages that compare a rollout with the others of its prompt: 0 where it is alone."""
-
-PER_TOKEN = ("batch_whitened_tokens",)
-"""Advantages that differ between the tokens of a row."""
-
-NEVER_NEGATIVE = ("raft",)
-"""Advantages that accept or leave out."""
+CLIPS = ("epsilon", "epsilon_high", "delta", "ratio_cap")
+"""Settings of clips, which a loss takes or does not."""
 
 
-def nearest(word: str, known: Any) -> str:
-    """' Did you mean X?' for the known name nearest to `word`, or nothing."""
-    close = get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def choice(name: str, value: Any, known: Any) -> None:
-    """Raise ValueError unless `value` is one of the known names; the message suggests the nearest."""
-    if value not in known:
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(str, known))}, got {value!r}."
-            f"{nearest(str(value), known)}"
-        )
+def named(config: RolloutConfig, stage: str, known: Any) -> None:
+    """Raise ValueError unless setting `stage` names one of our methods, or a function of a file."""
+    value = getattr(config, stage)
+    if stage in OWN and is_own(value):
+        method_of(config, stage)  # which loads it
+        return
+    choice(stage, value, known, " or path/to/file.py:function" if stage in OWN else "")
 
 
 def as_mapping(name: str, value: Any) -> dict[str, Any] | None:
@@ -250,15 +228,15 @@ def validate(config: RolloutConfig) -> None:
     _fidelity(config)
     _numbers(config)
     _of_transformers(config)
-    choice("allocator", config.allocator, ALLOCATORS)
-    choice("advantage", config.advantage, ADVANTAGES)
+    named(config, "allocator", ALLOCATORS)
+    named(config, "advantage", ADVANTAGES)
     choice("objective", config.objective, OBJECTIVES)
     choice("length_weight", config.length_weight, LENGTH_RULES)
     choice("gvm_gradient_norm", config.gvm_gradient_norm, ("none", "mean", "rms"))
     choice("pilot_estimate", config.pilot_estimate, ("posterior", "pilot"))
     if config.pilot_estimate == "pilot" and not config.pilot_rollouts:
         raise ValueError("pilot_estimate 'pilot' needs pilot_rollouts of at least 1, got 0")
-    choice("pilot_use", config.pilot_use, ("pool", "discard"))
+    choice("pilot_use", config.pilot_use, PILOT_USES)
     choice("overlong_prompts", config.overlong_prompts, ("error", "truncate", "drop"))
     choice("duplicates", config.duplicates, ("error", "drop", "keep"))
     choice("old_logprobs", config.old_logprobs, ("engine", "trainer"))
@@ -269,10 +247,11 @@ def validate(config: RolloutConfig) -> None:
         raise ValueError(
             f"adaptive_temperature_tau must be below 1, got {config.adaptive_temperature_tau}"
         )
-    if config.reward_kl and config.advantage == "raft":
+    advantage, loss = method_of(config, "advantage"), method_of(config, "loss")
+    if config.reward_kl and advantage.never_negative:
         raise ValueError(
-            "reward_kl makes rewards differ that are accepted alike: write another advantage than "
-            "raft, or beta in its place"
+            f"reward_kl makes rewards differ that are accepted alike: write another advantage than "
+            f"{config.advantage}, or beta in its place"
         )
     if config.allocator == "gvm" and config.gvm_beta < 2:
         raise ValueError(f"gvm_beta must be at least 2, got {config.gvm_beta}")
@@ -372,16 +351,18 @@ def validate(config: RolloutConfig) -> None:
             "norms of pilots act in their own step, is pilot_use: discard",
             stacklevel=2,
         )
-    if config.objective == "em" and config.advantage != "raft":
+    if config.advantage not in OBJECTIVES[config.objective or ""].fits.get(
+        "advantage", (config.advantage,)
+    ):
         raise ValueError(
-            f"objective 'em' weights accepted rollouts and needs advantage 'raft', got "
+            f"objective {config.objective!r} weights accepted rollouts and needs advantage 'raft', got "
             f"{config.advantage!r}; write objective: mean, log or flat, or advantage: raft"
         )
     # After the objective, whose message says more to whom changed only the advantage of a preset.
-    if config.loss == "raft_pp" and config.advantage not in NEVER_NEGATIVE:
+    if loss.positive_only and not (advantage.never_negative or is_own(config.advantage)):
         raise ValueError(
-            f"loss 'raft_pp' has no negative signal, which advantage {config.advantage!r} has: write "
-            "advantage: raft, or loss: grpo"
+            f"loss {config.loss!r} has no negative signal, which advantage {config.advantage!r} has: "
+            "write advantage: raft, or loss: grpo"
         )
     _objective(config)
 
@@ -422,7 +403,7 @@ def _scaling(config: RolloutConfig) -> None:
         raise ValueError(f"std_correction must be 0 or 1, got {config.std_correction}")
     _at_least(config, 0, "std_eps")
     choice("multi_objective_aggregation", config.multi_objective_aggregation, AGGREGATIONS)
-    if config.multi_objective_aggregation == AGGREGATIONS[0]:
+    if config.multi_objective_aggregation == "sum_then_normalize":
         return
     for name, value, wanted in (
         ("advantage", config.advantage, "grpo"),
@@ -455,7 +436,8 @@ def _objective(config: RolloutConfig) -> None:
 def _loss(config: RolloutConfig) -> None:
     """What the loss cannot take, and ratios that compare with the wrong policy."""
     assert config.loss is not None
-    if config.loss in ONE_RATIO_PER_ROW and config.advantage in PER_TOKEN and config.reward_kl:
+    loss, advantage = method_of(config, "loss"), method_of(config, "advantage")
+    if loss.one_ratio_per_row and advantage.per_token and config.reward_kl:
         raise ValueError(
             f"loss {config.loss!r} has one ratio per row, so that advantages must be constant in it, "
             f"but those of advantage {config.advantage!r} differ by token; write loss: gspo_token, or "
@@ -476,13 +458,13 @@ def _loss(config: RolloutConfig) -> None:
 def _clips(config: RolloutConfig) -> None:
     """Refuse a clip that differs from the default, so was set, and that the loss does not take."""
     assert config.loss is not None
+    loss = method_of(config, "loss")
     unset = {"epsilon": 0.2, "delta": None, "ratio_cap": 5.0}
-    unset |= PRESETS[config.trainer] | LOSS_DEFAULTS.get(config.loss, {})
-    taken = LOSSES[config.loss][1]
-    for name, parameter in LOSS_SETTINGS.items():
+    unset |= PRESETS[config.trainer].defaults | loss.defaults
+    for name in CLIPS:
         value = getattr(config, name)
-        if parameter not in taken and value != unset[name]:
-            known = [n for n, p in LOSS_SETTINGS.items() if p in taken]
+        if name not in loss.settings and value != unset[name]:
+            known = [clip for clip in CLIPS if clip in loss.settings]
             raise ValueError(
                 f"{name}={value} has no effect on loss {config.loss!r}, which takes "
                 f"{' and '.join(known) or 'no clip'}: leave {name} out, or write another loss"
@@ -502,7 +484,7 @@ def _rewards(config: RolloutConfig) -> None:
 
 
 def _selection(config: RolloutConfig) -> None:
-    choice("selector", config.selector, SELECTORS)
+    named(config, "selector", SELECTORS)
     choice("selection_score", config.selection_score, SCORES)
     choice("allocation_scale", config.allocation_scale, SCALES)
     choice("band_short", config.band_short, ("raise", "nearest", "uniform"))
@@ -513,18 +495,29 @@ def _selection(config: RolloutConfig) -> None:
             f"the band must have 0 <= band_low <= band_high <= 1, got {config.band_low} and "
             f"{config.band_high}"
         )
-    what = NEEDS_COLUMN.get(config.selector)
-    if what is not None and config.selection_column is None:
+    selector = method_of(config, "selector")
+    if "selection_column" in selector.needs and config.selection_column is None:
         raise ValueError(
-            f"selector {config.selector!r} needs selection_column, the data set's column of {what}"
+            f"selector {config.selector!r} needs selection_column, the data set's column of "
+            f"{selector.column}"
         )
-    if config.selector == "diverse" and config.selection_gamma is None:
-        raise ValueError("selector 'diverse' needs selection_gamma, the weight of distances")
+    _needs(config, "selector")
+
+
+def _needs(config: RolloutConfig, stage: str) -> None:
+    """Refuse a method without a setting that it cannot do without."""
+    for name in method_of(config, stage).needs:
+        if getattr(config, name) is None:
+            help_ = type(config).__dataclass_fields__[name].metadata["help"]
+            what = help_.partition(".")[0]
+            raise ValueError(
+                f"{stage} {getattr(config, stage)!r} needs {name}: {what[0].lower()}{what[1:]}"
+            )
 
 
 def _stopping_and_rows(config: RolloutConfig) -> None:
-    choice("stopping", config.stopping, STOPPINGS)
-    choice("down_sampling", config.down_sampling, DOWN_SAMPLERS)
+    named(config, "stopping", STOPPINGS)
+    named(config, "down_sampling", DOWN_SAMPLERS)
     choice("weight_rows", config.weight_rows, ("trained", "drawn"))
     choice("refill_at_cap", config.refill_at_cap, ("raise", "partial", "pad"))
     _at_least(config, 1, "stopping_wave", "stopping_needed", "rows_per_prompt", "refill_max_draws")
@@ -539,7 +532,7 @@ def _stopping_and_rows(config: RolloutConfig) -> None:
     for name in ("stopping_rho", *shares):
         if not 0 < getattr(config, name) <= 1:
             raise ValueError(f"{name} must lie in (0, 1], got {getattr(config, name)}")
-    choice("token_selection", config.token_selection, TOKEN_SELECTIONS)
+    named(config, "token_selection", TOKEN_SELECTIONS)
     choice("token_scope", config.token_scope, SCOPES)
     choice("token_denominator", config.token_denominator, DENOMINATORS)
     varies = "token_selection" if config.token_selection != "none" else ""
@@ -547,35 +540,35 @@ def _stopping_and_rows(config: RolloutConfig) -> None:
     varies = varies or "importance_correction" * str(config.importance_correction).startswith(
         "token"
     )
-    if config.loss in ONE_RATIO_PER_ROW and varies:
+    if method_of(config, "loss").one_ratio_per_row and varies:
         raise ValueError(
             f"loss {config.loss!r} has one ratio per row, so that weights must be constant in it, but "
             f"{varies}={getattr(config, varies)!r} weighs tokens; write loss: gspo_token"
         )
+    _needs(config, "stopping")
     if config.stopping != "none" and config.stopping_wave is None:
-        raise ValueError(
-            f"stopping {config.stopping!r} needs stopping_wave, rollouts of a prompt between two looks"
-        )
+        raise ValueError(f"stopping {config.stopping!r} needs stopping_wave, as every rule does")
     if config.stopping != "none" and config.pilot_rollouts:
         raise ValueError("a stopping rule has waves of its own: write pilot_rollouts: 0")
     if config.stopping == "balanced" and (config.stopping_needed or 0) < 2:
         raise ValueError(
             f"stopping 'balanced' needs stopping_needed of at least 2, got {config.stopping_needed}"
         )
-    if config.down_sampling in KEEPS_PER_PROMPT and config.rows_per_prompt is None:
-        raise ValueError(f"down_sampling {config.down_sampling!r} needs rows_per_prompt")
-    if config.down_sampling == "pods" and config.advantage == "raft":
+    _needs(config, "down_sampling")
+    advantage, again = method_of(config, "advantage"), method_of(config, "down_sampling")
+    again = getattr(again, "compares_again", False)
+    if again and advantage.never_negative:
         raise ValueError(
             "down_sampling 'pods' compares the rows it keeps by their std: write trainer: grpo, or "
             "down_sampling: balanced"
         )
-    if config.down_sampling == "pods" and config.advantage in PER_TOKEN:
+    if again and advantage.per_token:
         raise ValueError(
             f"down_sampling 'pods' computes the advantages of the rows it keeps anew, so that "
             f"advantage {config.advantage!r} would be ignored: write advantage: grpo, or another "
             "down_sampling"
         )
-    if config.down_sampling == "pods" and config.rows_per_prompt == 1:
+    if again and config.rows_per_prompt == 1:
         raise ValueError(
             "down_sampling 'pods' compares the rows it keeps, and one has nothing to be compared "
             "with: write rows_per_prompt of at least 2, got 1"
@@ -617,7 +610,7 @@ def _budgets(config: RolloutConfig) -> None:
             "one: write rollouts_per_prompt of at least 2"
             + ("" if config.refill else f", or {instead}")
         )
-    lowest = BUDGET_MINIMA.get(config.allocator, 0)
+    lowest = method_of(config, "allocator").minimum
     if least < lowest:
         raise ValueError(
             f"allocator {config.allocator!r} needs budget_min >= {lowest}, got {least}"

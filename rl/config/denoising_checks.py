@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rl.config.checks import choice
+from rl.config.own import choice
 from rl.objective.denoising_weights import KL_REDUCTIONS
 from rollouts.step_plan import StepPlan
 

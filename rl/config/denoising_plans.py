@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from rl.config.checks import choice, nearest
+from rl.config.own import choice, nearest
 from rollouts.diffusion.schedules import (
     StepSchedule,
     all_steps,

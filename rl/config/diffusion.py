@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rl.config.checks import choice
 from rl.config.denoising_checks import OVER_STEPS, check_credit, check_kl, check_numbers
 from rl.config.denoising_plans import plan_at, that_vary
-from rl.config.methods import BUDGET_MINIMA
+from rl.config.methods import method_of
+from rl.config.own import choice
 from rl.config.settings import DECISIVE, RolloutConfig, setting
 from rl.config.settings_act import ACTS_DENOISING, warn_of_idle
 from rl.objective.tree_advantages import (
@@ -270,7 +270,7 @@ class DenoisingConfig(RolloutConfig):
                     f"{name}={value} must be a multiple of the {leaves} leaves of a branch"
                 )
         # Budgets are given out in branches, of which these allocators want more than one.
-        lowest = BUDGET_MINIMA.get(self.allocator, 0) * leaves
+        lowest = method_of(self, "allocator").minimum * leaves
         if budget_min is None and lowest:
             self.budget_min = lowest
         if (self.budget_min or 0) < lowest or lowest > self.rollouts_per_prompt:

@@ -1,20 +1,25 @@
-"""Every method by the name it has in YAML: plain tables, one per stage of the line.
+"""Every method by the name that YAML gives it: one record each, and what builds a stage from its name.
 
-A method is added by its function, in the file that owns its stage, and one entry here. Entries take
-the settings they need from `RolloutConfig`, whose fields say what they mean.
+A record says what a method is, which settings are its own, what it needs and what it does to the
+objective. Choices in `--help`, checks, the table of docs/methods.md and the stages read these records: a
+method is added by a function in the file that owns its stage and one record here. A function of the
+user's own (`advantage: path/to/file.py:function`) gets a record too: `method_of` makes it.
+Axes: D data set, P prompts, N rollouts (flat rows), K rows kept, T tokens.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
+from rl.config.own import choice, is_own, load_own, parameters
 from rl.logprobs import micro_batches
 from rl.logprobs.from_logits import ends
 from rl.objective import advantages, hapo, losses, sequence_losses, token_selection
@@ -36,7 +41,129 @@ if TYPE_CHECKING:
     from rl.config.settings import RolloutConfig
 
 T = TypeVar("T")
+M = TypeVar("M", bound="Method")
 logger = logging.get_logger(__name__)
+
+
+# -- records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One method: what YAML calls it, what it is, and what must be known to combine it with others."""
+
+    name: str
+    help: str
+    """One sentence: what it does."""
+    function: Callable[..., Any] | None = None
+    """What does it; None where the stage then does nothing."""
+    source: str = ""
+    """Authors or name of the paper, with its arXiv number."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Setting of its own -> the parameter of `function` that it is given as; "": its stage reads it."""
+    needs: tuple[str, ...] = ()
+    """Settings that must be written for it to work."""
+    fits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Setting -> the values of it that this goes with; settings that are not here may have any."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Setting -> the value it has here where it is left out."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Parameter of `function` -> the column of the rollouts that it is given."""
+    reads_success: bool = False
+    """Whether it depends on which rollouts succeed."""
+    budgets: str | None = None
+    """How unequal budgets change the objective under it; None: they do not."""
+
+    @property
+    def file(self) -> str:
+        """The file that has `function`, as a path from the root of the repository."""
+        code: Any = self.function
+        while isinstance(code, partial):
+            code = code.func
+        if is_own(self.name):
+            return self.name.partition(":")[0]
+        return "" if code is None else f"{code.__module__.replace('.', '/')}.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectorMethod(Method):
+    """Which prompts are rolled out: `function(posterior, *, keys, ...) -> Selector`."""
+
+    column: str = ""
+    """What `selection_column` of the data set must hold for it; empty: it reads none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocatorMethod(Method):
+    """How many rollouts each prompt gets: `function(std_P, total, *, minimum, maximum) -> budget_P`."""
+
+    scale: Callable[..., Any] | None = None
+    """(a_P, b_P) -> std_P of the posterior; None: `function` takes a_P and b_P themselves."""
+    pilot_scale: Callable[..., Any] | None = None
+    """The same of counts of pilots alone, where it differs."""
+    by_std: bool = False
+    """Whether the scale is the reward's std, which `allocation_scale` names."""
+    minimum: int = 0
+    """Fewest rollouts of a prompt that it can work with."""
+    wants_lengths: bool = False
+    """Whether the planner must be told how long each prompt's rollouts are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageMethod(Method):
+    """From rewards to advantages: `function(reward_N, prompt_N, ...) -> advantage_N or advantage_NT`."""
+
+    by_success: bool = False
+    """Given successes in [0, 1] (`samplers/success.py`) in the place of rewards."""
+    within_group: bool = False
+    """Compares with the prompt's other rollouts: a lone one gets 0."""
+    never_negative: bool = False
+    """Accepts or leaves out, and pushes nothing away."""
+    per_token: bool = False
+    """Differs between the tokens of a row."""
+    charges_kl: bool = False
+    """Charges the KL to the reference token by token, so that rewards stay as they are."""
+
+    @property
+    def has_std(self) -> bool:
+        """Whether it divides by a std."""
+        return "std_eps" in self.settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownSamplingMethod(Method):
+    """Which rows train: `function(column, ..., *, ...) -> rows_K`, increasing."""
+
+    by_passing: bool = False
+    """Given 1 for a pass and 0 else in the place of rewards."""
+    compares_again: bool = False
+    """Whether the rows it keeps are compared with each other once more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossMethod(Method):
+    """`function(logprob_NT, old_logprob_NT, advantage, weight_NT, *, denominator) -> (loss, sums)`."""
+
+    one_ratio_per_row: bool = False
+    """Weights and advantages must be constant within a row."""
+    row_ratio: bool = False
+    """Its ratio is of the whole row, so that the KL's is by default too."""
+    wants_heterogeneity: bool = False
+    """Whether it reads how far each token's entropy is from the step's quantile."""
+    positive_only: bool = False
+    """Has no signal that pushes away, and takes no negative advantage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PilotUse(Method):
+    """What becomes of pilots."""
+
+    trains: bool
+    """Whether they are trained on."""
+
+
+def _named(*methods: M) -> dict[str, M]:
+    return {method.name: method for method in methods}
 
 
 def _set(value: T | None) -> T:
@@ -45,181 +172,437 @@ def _set(value: T | None) -> T:
     return value
 
 
-# -- which prompts: make(config, posterior, keys, column_D) -> Selector
+# -- which prompts are rolled out
+
+_CANDIDATES = {"selection_score": "score", "selection_candidates": "candidates"}
+_BAND = {"band_low": "low", "band_high": "high", "band_short": "short"}
+
+SELECTORS: dict[str, SelectorMethod] = _named(
+    SelectorMethod(
+        name="uniform",
+        function=UniformSelector,
+        settings={"seed": "seed"},
+        help="Every prompt once per epoch, in an order drawn by the seed.",
+    ),
+    SelectorMethod(
+        name="vade",
+        function=ThompsonSelector,
+        settings=_CANDIDATES,
+        reads_success=True,
+        source="VADE, arXiv:2511.18902",
+        help="Draws a pass rate for each prompt from its posterior and takes the best scores.",
+    ),
+    SelectorMethod(
+        name="mopps",
+        function=mopps,
+        settings={"selection_target": "target", "selection_candidates": "candidates"},
+        reads_success=True,
+        source="MoPPS, arXiv:2507.04632",
+        help="Takes the prompts whose drawn pass rates lie closest to a target.",
+    ),
+    SelectorMethod(
+        name="posterior_mean",
+        function=PosteriorMeanSelector,
+        settings={"selection_score": "score"},
+        reads_success=True,
+        help="Takes the prompts of the best expected score, without exploring.",
+    ),
+    SelectorMethod(
+        name="band",
+        function=OnlineBandSelector,
+        settings=_BAND,
+        reads_success=True,
+        help="Takes prompts whose mean pass rate, as learned so far, lies in a band.",
+    ),
+    SelectorMethod(
+        name="static_band",
+        function=StaticBandSelector,
+        settings=_BAND,
+        needs=("selection_column",),
+        column="pass rates in [0, 1]",
+        help="Takes prompts whose pass rate in a column of the data set lies in a band.",
+    ),
+    SelectorMethod(
+        name="diverse",
+        function=DiverseSelector,
+        settings=_CANDIDATES | {"selection_gamma": "gamma"},
+        needs=("selection_column", "selection_gamma"),
+        column="embeddings, equally long lists",
+        reads_success=True,
+        source="PDTS, arXiv:2504.19139",
+        help="Takes prompts of good scores whose embeddings lie far apart.",
+    ),
+)
 
 
-def _uniform(c: RolloutConfig, posterior: BetaPosterior, keys: list[str], _: Any) -> Selector:
-    return UniformSelector(len(keys), seed=c.seed, keys=keys)
-
-
-def _vade(c: RolloutConfig, posterior: BetaPosterior, keys: list[str], _: Any) -> Selector:
-    return ThompsonSelector(
-        posterior, score=c.selection_score, candidates=c.selection_candidates, keys=keys
-    )
-
-
-def _mopps(c: RolloutConfig, posterior: BetaPosterior, keys: list[str], _: Any) -> Selector:
-    return mopps(posterior, target=c.selection_target, candidates=c.selection_candidates, keys=keys)
-
-
-def _posterior_mean(
-    c: RolloutConfig, posterior: BetaPosterior, keys: list[str], _: Any
+def selector_of(
+    config: RolloutConfig,
+    posterior: BetaPosterior,
+    keys: list[str],
+    columns: Callable[[str], list[Any]] | None = None,
 ) -> Selector:
-    return PosteriorMeanSelector(posterior, score=c.selection_score, keys=keys)
+    """The selector named by `config`, over the prompts of these keys.
+
+    Its function is given what its parameters name: `posterior`, `keys`, `num_prompts`, the column of
+    `selection_column` as `column_D` (numbers as `pass_rate_D`, lists as `embedding_DC`), and settings.
+
+    Raises:
+        ValueError: if it reads a column, and the data set's are not given.
+    """
+    method = SELECTORS.get(config.selector) or method_of(config, "selector")
+    given: dict[str, Any] = {"posterior": posterior, "keys": keys, "num_prompts": len(keys)}
+    wanted = parameters(_set(method.function))
+    if reads := {"column_D", "pass_rate_D", "embedding_DC"} & {*wanted}:
+        if columns is None:
+            raise ValueError(f"selector {config.selector!r} needs the columns of the data set")
+        column_D: Any = columns(config.selection_column or "")
+        if "embedding_DC" in reads:
+            column_D = np.stack([np.asarray(row, dtype=np.float64) for row in column_D])
+        given |= dict.fromkeys(reads, column_D)
+    given = {name: value for name, value in given.items() if name in wanted}
+    return _set(method.function)(**given, **_bound(config, method))
 
 
-def _band(c: RolloutConfig, posterior: BetaPosterior, keys: list[str], _: Any) -> Selector:
-    return OnlineBandSelector(posterior, **_bounds(c), keys=keys)
+# -- how many rollouts each prompt gets
 
+_KNAPSACK = "Knapsack RL, arXiv:2509.25849"
 
-def _static_band(c: RolloutConfig, _: BetaPosterior, keys: list[str], column_D: Any) -> Selector:
-    return StaticBandSelector(column_D, **_bounds(c), keys=keys)
+ALLOCATORS: dict[str, AllocatorMethod] = _named(
+    AllocatorMethod(
+        name="uniform",
+        function=allocation.uniform,
+        scale=allocation.posterior_std,
+        help="The same number for every prompt.",
+    ),
+    AllocatorMethod(
+        name="neyman",
+        function=allocation.neyman,
+        scale=allocation.posterior_std,
+        by_std=True,
+        reads_success=True,
+        help="In proportion to the std of the prompt's reward.",
+    ),
+    AllocatorMethod(
+        name="cost_aware",
+        function=allocation.neyman,
+        scale=allocation.posterior_std,
+        by_std=True,
+        wants_lengths=True,
+        reads_success=True,
+        help="Neyman, with fewer rollouts where they are long.",
+    ),
+    AllocatorMethod(
+        name="leave_one_out",
+        function=allocation.leave_one_out,
+        scale=allocation.posterior_std,
+        by_std=True,
+        minimum=2,
+        reads_success=True,
+        source="VIP, arXiv:2602.01601",
+        help="Least gradient variance under leave-one-out advantages.",
+    ),
+    AllocatorMethod(
+        name="dr_grpo",
+        function=allocation.dr_grpo,
+        scale=allocation.posterior_std,
+        by_std=True,
+        minimum=3,
+        reads_success=True,
+        source="VIP, arXiv:2602.01601",
+        help="Least gradient variance under advantages minus the group's mean.",
+    ),
+    AllocatorMethod(
+        name="gvm",
+        function=allocation.neyman,
+        scale=allocation.gvm,
+        pilot_scale=allocation.gvm_plug_in,
+        settings={"gvm_alpha": "alpha", "gvm_beta": "beta"},
+        reads_success=True,
+        source="GVM-RAFT, arXiv:2505.02391",
+        help="Least gradient variance of the EM objective over accepted rollouts: more for rare passes.",
+    ),
+    AllocatorMethod(
+        name="log",
+        function=allocation.neyman,
+        scale=allocation.log_std,
+        reads_success=True,
+        help="Least gradient variance of the log objective.",
+    ),
+    AllocatorMethod(
+        name="accepted",
+        function=allocation.neyman,
+        scale=allocation.accepted_std,
+        reads_success=True,
+        help="Least gradient variance of the mean objective where accepted rollouts alone train.",
+    ),
+    AllocatorMethod(
+        name="reinforce_ada",
+        function=allocation.neyman,
+        scale=allocation.reinforce_ada_std,
+        reads_success=True,
+        source="Reinforce-Ada, arXiv:2510.04996",
+        help="As many rollouts as it takes to see some pass.",
+    ),
+    AllocatorMethod(
+        name="knapsack",
+        function=allocation.knapsack,
+        scale=allocation.mean_pass_rate,
+        minimum=2,
+        reads_success=True,
+        source=_KNAPSACK,
+        help="Most value of groups that are mixed, at the expected pass rates.",
+    ),
+    AllocatorMethod(
+        name="knapsack_posterior",
+        function=allocation.knapsack_posterior,
+        minimum=2,
+        reads_success=True,
+        source=_KNAPSACK,
+        help="The same, on average over the posterior.",
+    ),
+    AllocatorMethod(
+        name="knapsack_released",
+        function=allocation.knapsack_released,
+        scale=allocation.passed_share,
+        pilot_scale=allocation.mean_pass_rate,  # of counts, which are 0 where no pilot passed
+        minimum=2,
+        reads_success=True,
+        source=_KNAPSACK,
+        help="The released code's: what is spare explores prompts that never passed.",
+    ),
+)
 
+SCALES: dict[str, Method] = _named(
+    Method(
+        name="posterior_std",
+        function=allocation.posterior_std,
+        help="The root of the expected p(1 - p) under the posterior.",
+    ),
+    Method(
+        name="plug_in_std",
+        function=allocation.plug_in_std,
+        help="sqrt(p(1 - p)) at the mean pass rate.",
+    ),
+    Method(
+        name="mean_std",
+        function=allocation.mean_std,
+        help="The expected sqrt(p(1 - p)) under the posterior.",
+    ),
+    Method(
+        name="thompson_std",
+        function=allocation.thompson_std,
+        help="sqrt(p(1 - p)) at a pass rate drawn from the posterior.",
+    ),
+)
 
-def _bounds(c: RolloutConfig) -> dict[str, Any]:
-    return {"low": c.band_low, "high": c.band_high, "short": c.band_short}
-
-
-def _diverse(
-    c: RolloutConfig, posterior: BetaPosterior, keys: list[str], column_D: Any
-) -> Selector:
-    return DiverseSelector(
-        posterior,
-        np.stack([np.asarray(embedding, dtype=np.float64) for embedding in column_D]),
-        gamma=_set(c.selection_gamma),
-        score=c.selection_score,
-        candidates=c.selection_candidates,
-        keys=keys,
-    )
-
-
-SELECTORS: dict[str, Callable[..., Selector]] = {
-    "uniform": _uniform,
-    "vade": _vade,
-    "mopps": _mopps,
-    "posterior_mean": _posterior_mean,
-    "band": _band,
-    "static_band": _static_band,
-    "diverse": _diverse,
-}
-NEEDS_COLUMN = {"static_band": "pass rates in [0, 1]", "diverse": "embeddings, equally long lists"}
-
-# -- how many rollouts: integer solver, and what it is given of the posterior (a_P, b_P)
-
-ALLOCATORS: dict[str, tuple[Callable, Callable | None]] = {
-    # `gvm` binds its alpha and beta in `allocator_of`; None: the solver takes the posterior itself.
-    "uniform": (allocation.uniform, allocation.posterior_std),
-    "neyman": (allocation.neyman, allocation.posterior_std),
-    "leave_one_out": (allocation.leave_one_out, allocation.posterior_std),
-    "dr_grpo": (allocation.dr_grpo, allocation.posterior_std),
-    "cost_aware": (allocation.neyman, allocation.posterior_std),  # by length: `rl/stages/draw.py`
-    "gvm": (allocation.neyman, allocation.gvm),
-    "log": (allocation.neyman, allocation.log_std),
-    "accepted": (allocation.neyman, allocation.accepted_std),
-    "reinforce_ada": (allocation.neyman, allocation.reinforce_ada_std),
-    "knapsack": (allocation.knapsack, allocation.mean_pass_rate),
-    "knapsack_posterior": (allocation.knapsack_posterior, None),
-    "knapsack_released": (allocation.knapsack_released, allocation.passed_share),
-}
-BUDGET_MINIMA = {
-    "leave_one_out": 2,
-    "dr_grpo": 3,
-    "knapsack": 2,
-    "knapsack_posterior": 2,
-    "knapsack_released": 2,
-}
-SCALES: dict[str, Callable] = {
-    # In place of `posterior_std`, where that is an allocator's scale.
-    "posterior_std": allocation.posterior_std,
-    "plug_in_std": allocation.plug_in_std,
-    "mean_std": allocation.mean_std,
-    "thompson_std": allocation.thompson_std,
-}
+PILOT_USES: dict[str, PilotUse] = _named(
+    PilotUse(name="pool", trains=True, help="Pilots are ordinary rollouts and train."),
+    PilotUse(name="discard", trains=False, help="Pilots are counted and not trained on."),
+)
 
 
 def allocator_of(config: RolloutConfig) -> tuple[Callable, Callable | None]:
     """The integer solver and the scale function (a_P, b_P) -> std_P named by `config`."""
-    solve, scale = ALLOCATORS[config.allocator]
-    if scale is allocation.posterior_std:
-        scale = SCALES[config.allocation_scale]
-    if config.allocator == "gvm":
-        plug_in = config.pilot_rollouts > 0 and config.pilot_estimate == "pilot"
-        scale = allocation.gvm_plug_in if plug_in else allocation.gvm
-        scale = partial(scale, alpha=config.gvm_alpha, beta=config.gvm_beta)
-    if config.allocator == "knapsack_released" and config.pilot_estimate == "pilot":
-        scale = allocation.mean_pass_rate  # of counts, which are 0 where no pilot passed
+    method = method_of(config, "allocator")
+    assert isinstance(method, AllocatorMethod)
+    solve, scale = _set(method.function), method.scale
+    if method.by_std:
+        scale = _set(SCALES[config.allocation_scale].function)
+    if method.pilot_scale is not None and config.pilot_estimate == "pilot":
+        scale = method.pilot_scale
+    for setting, name in method.settings.items():
+        if scale is not None and name in parameters(scale):
+            scale = partial(scale, **{name: getattr(config, setting)})
+        else:
+            solve = partial(solve, **{name: getattr(config, setting)})
     return solve, scale
 
 
-# -- when to stop a group early: make(config) -> rule
+def discards_pilots(config: RolloutConfig) -> bool:
+    """Whether a step's first rollouts of each prompt are counted and not trained on."""
+    return config.pilot_rollouts > 0 and not PILOT_USES[config.pilot_use].trains
 
-STOPPINGS: dict[str, Callable[[RolloutConfig], rules.Stopping | None]] = {
-    "none": lambda c: None,
-    "positive": lambda c: rules.until_positive(needed=_set(c.stopping_needed)),
-    "balanced": lambda c: rules.until_balanced(keep=_set(c.stopping_needed)),
-    "early": lambda c: rules.while_mixed_is_likely(threshold=c.stopping_threshold),
-    "early_unbiased": lambda c: rules.while_mixed_is_likely_unbiased(
-        threshold=c.stopping_threshold, rho=c.stopping_rho
+
+# -- when a group ends before its budget
+
+_ENDS = "ends groups by what they have earned"
+
+STOPPINGS: dict[str, Method] = _named(
+    Method(name="none", help="Every group has its budget."),
+    Method(
+        name="positive",
+        function=rules.until_positive,
+        settings={"stopping_needed": "needed"},
+        needs=("stopping_wave",),
+        defaults={"stopping_needed": 1},
+        reads_success=True,
+        budgets=_ENDS,
+        source="Reinforce-Ada, arXiv:2510.04996",
+        help="Ends a group once enough of it passed.",
     ),
-}
+    Method(
+        name="balanced",
+        function=rules.until_balanced,
+        settings={"stopping_needed": "keep"},
+        needs=("stopping_wave",),
+        defaults={"stopping_needed": 4},
+        reads_success=True,
+        budgets=_ENDS,
+        source="Reinforce-Ada, arXiv:2510.04996",
+        help="Ends a group once enough of it passed and enough failed.",
+    ),
+    Method(
+        name="early",
+        function=rules.while_mixed_is_likely,
+        settings={"stopping_threshold": "threshold"},
+        needs=("stopping_wave",),
+        reads_success=True,
+        budgets=_ENDS,
+        help="Ends a group that is unlikely to become mixed.",
+    ),
+    Method(
+        name="early_unbiased",
+        function=rules.while_mixed_is_likely_unbiased,
+        settings={"stopping_threshold": "threshold", "stopping_rho": "rho"},
+        needs=("stopping_wave",),
+        reads_success=True,
+        help="The same, but some go on by lot and weigh more, which keeps the objective.",
+    ),
+)
 
-# -- what depends on which rollouts succeed, by the setting that names it
 
-READS_SUCCESS: dict[str, tuple[str, ...]] = {
-    "selector": ("vade", "mopps", "posterior_mean", "band", "diverse"),
-    "allocator": tuple(name for name in ALLOCATORS if name != "uniform"),
-    "stopping": tuple(name for name in STOPPINGS if name != "none"),
-    "objective": ("log", "em"),
-    "down_sampling": ("balanced",),
-}
+def stopping_of(config: RolloutConfig) -> rules.Stopping | None:
+    """The stopping rule named by `config`; None: every group has its budget."""
+    method = method_of(config, "stopping")
+    if method.function is None:
+        return None
+    bound = _bound(config, method)
+    if is_own(method.name):  # the rule itself
+        return partial(method.function, **bound) if bound else method.function
+    return method.function(**bound)
+
 
 # -- advantages of full groups
 
-
-class AdvantageMethod(NamedTuple):
-    """An estimator, and what must be known of it to combine it."""
-
-    function: Callable
-    columns: tuple[str, ...] = ()  # of the rollouts, besides rewards and prompts
-    has_std: bool = False  # divides by a std: takes `std_correction` and `std_eps`
-    by_success: bool = False  # of successes in [0, 1] (`samplers/success.py`), not of rewards
-    within_group: bool = False  # compares with the prompt's other rollouts: a lone one gets 0
-    budgets: str | None = (
-        None  # what n rollouts do to a prompt's weight; None: nothing, from n = 2 on
-    )
-
-
 _MEAN = "weighs a prompt of n rollouts by (n - 1) / n"
 _STD = "weighs a prompt of n rollouts by what its std is likely to be, which depends on n"
+_STDS = {"std_correction": "correction", "std_eps": "eps"}
+_WHITENED = "REINFORCE++, arXiv:2501.03262"
 
-ADVANTAGES: dict[str, AdvantageMethod] = {
-    "leave_one_out": AdvantageMethod(advantages.leave_one_out, within_group=True),
-    "grpo": AdvantageMethod(advantages.grpo, has_std=True, within_group=True, budgets=_STD),
-    "centred": AdvantageMethod(advantages.centred, within_group=True, budgets=_MEAN),
-    "raft": AdvantageMethod(advantages.raft, by_success=True),
-    "batch_whitened": AdvantageMethod(advantages.batch_whitened, has_std=True),
-    "batch_whitened_tokens": AdvantageMethod(
-        advantages.batch_whitened_tokens,
-        ("logprob_NT", "reference_logprob_NT", "mask_NT"),
-        has_std=True,
+ADVANTAGES: dict[str, AdvantageMethod] = _named(
+    AdvantageMethod(
+        name="leave_one_out",
+        function=advantages.leave_one_out,
+        within_group=True,
+        source="RLOO, arXiv:2402.14740",
+        help="Reward minus the mean of the prompt's other rollouts.",
     ),
-    "batch_scaled": AdvantageMethod(
-        advantages.batch_scaled, has_std=True, within_group=True, budgets=_MEAN
+    AdvantageMethod(
+        name="grpo",
+        function=advantages.grpo,
+        settings=_STDS | {"scale_rewards": "scale"},
+        within_group=True,
+        budgets=_STD,
+        source="GRPO, arXiv:2402.03300",
+        help="Reward minus the prompt's mean, divided by the prompt's std.",
     ),
-    "stratified": AdvantageMethod(
-        advantages.stratified, ("stratum_N",), has_std=True, within_group=True, budgets=_STD
+    AdvantageMethod(
+        name="centred",
+        function=advantages.centred,
+        within_group=True,
+        budgets=_MEAN,
+        source="Dr.GRPO, arXiv:2503.20783",
+        help="Reward minus the prompt's mean.",
     ),
-    "token_level": AdvantageMethod(
-        hapo.token_level_group, ("length_N",), within_group=True, budgets=_STD
+    AdvantageMethod(
+        name="raft",
+        function=advantages.raft,
+        by_success=True,
+        never_negative=True,
+        source="GVM-RAFT, arXiv:2505.02391",
+        help="1 for rollouts that are accepted, 0 for the others.",
     ),
-}
-OBJECTIVE_BUDGETS = {
-    "em": "weighs a prompt of pass rate p by 1 - (1 - p)^n, the chance that any of its n passes"
-}
-"""Objectives that budgets change whatever the advantage; `flat` says so by its name."""
+    AdvantageMethod(
+        name="batch_whitened",
+        function=advantages.batch_whitened,
+        settings=_STDS,
+        source=_WHITENED,
+        help="Reward minus the step's mean, divided by the step's std.",
+    ),
+    AdvantageMethod(
+        name="batch_whitened_tokens",
+        function=advantages.batch_whitened_tokens,
+        columns={
+            "logprob_NT": "logprob_NT",
+            "reference_logprob_NT": "reference_logprob_NT",
+            "mask_NT": "mask_NT",
+        },
+        settings=_STDS | {"reward_kl": "beta"},
+        per_token=True,
+        charges_kl=True,
+        source=_WHITENED,
+        help="The same for each token, whose return is charged the KL from there on.",
+    ),
+    AdvantageMethod(
+        name="batch_scaled",
+        function=advantages.batch_scaled,
+        settings=_STDS,
+        within_group=True,
+        budgets=_MEAN,
+        source=_WHITENED,
+        help="Reward minus the prompt's mean, divided by the step's std.",
+    ),
+    AdvantageMethod(
+        name="stratified",
+        function=advantages.stratified,
+        columns={"stratum_N": "stratum_N"},
+        settings=_STDS | {"stratum_alpha": "alpha", "stratum_fallback": "fallback"},
+        within_group=True,
+        budgets=_STD,
+        source="Stratified GRPO, arXiv:2510.06214",
+        help="Grpo among rollouts that used tools alike, blended with grpo of the prompt.",
+    ),
+    AdvantageMethod(
+        name="token_level",
+        function=hapo.token_level_group,
+        columns={"length_N": "length_N"},
+        within_group=True,
+        budgets=_STD,
+        source="HAPO, arXiv:2509.16591",
+        help="Reward minus the mean over the prompt's tokens, divided by their std.",
+    ),
+)
 
-AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
-"""How several rewards become one advantage; see `advantages.normalised_sum`."""
+AGGREGATIONS: dict[str, Method] = _named(
+    Method(name="sum_then_normalize", help="Rewards are weighted and summed, then compared."),
+    Method(
+        name="normalize_then_sum",
+        function=advantages.normalised_sum,
+        settings=_STDS,
+        source="GDPO, arXiv:2601.05242",
+        help="Each reward is compared within the prompt by itself; their weighted sum is divided by its "
+        "std over the step.",
+    ),
+)
+"""How several rewards become one advantage."""
+
+OBJECTIVES: dict[str, Method] = _named(
+    Method(name="mean", help="The pass rate, summed over prompts."),
+    Method(name="log", reads_success=True, help="The log of the pass rate, summed over prompts."),
+    Method(
+        name="em",
+        reads_success=True,
+        fits={"advantage": ("raft",)},
+        budgets="weighs a prompt of pass rate p by 1 - (1 - p)^n, the chance that any of its n passes",
+        source="GVM-RAFT, arXiv:2505.02391",
+        help="The log of the pass rate, by accepted rollouts alone.",
+    ),
+    Method(
+        name="flat",
+        budgets="counts every rollout alike, so a prompt weighs by its budget",
+        help="The mean over rollouts, whatever the budgets make of it.",
+    ),
+)
 
 
 def scale_of(config: RolloutConfig) -> str:
@@ -242,7 +625,7 @@ def preset_advantage(config: RolloutConfig, named: str) -> str:
         return "centred" if scale_of(config) == "none" else "grpo"
     differ = differing_budgets(config)
     keeps = config.down_sampling != "pods" and config.objective != "flat"
-    if not differ or not keeps or config.multi_objective_aggregation != AGGREGATIONS[0]:
+    if not differ or not keeps or config.multi_objective_aggregation != "sum_then_normalize":
         return named
     warnings.warn(
         f"advantage is 'leave_one_out' here: budgets differ by {differ}, and {named!r}, the default, "
@@ -262,7 +645,8 @@ def differing_budgets(config: RolloutConfig) -> str:
 
 def least_budget(config: RolloutConfig) -> int:
     """The default of `budget_min`: 2 where rollouts are compared and the allocator may give fewer."""
-    least, most = BUDGET_MINIMA.get(config.allocator, 1), config.rollouts_per_prompt
+    allocator, most = ALLOCATORS.get(config.allocator), config.rollouts_per_prompt
+    least = max(1, allocator.minimum) if allocator is not None else 1
     if config.allocator == "uniform" or not compares_within_group(config):
         return least
     # Of a branch there are always several, and settings out of range are for `validate`.
@@ -288,62 +672,88 @@ def what_budgets_change(config: RolloutConfig) -> list[str]:
         differ = f"rollouts_multiple_of={config.rollouts_multiple_of}"
     if not differ or config.objective == "flat":
         return []
-    found, method = [], ADVANTAGES[config.advantage or ""]
+    found, method = [], method_of(config, "advantage")
     within = compares_within_group(config)
     if method.budgets is not None and within:
         of_batch = config.advantage == "grpo" and scale_of(config) == "batch"
         effect = _MEAN if of_batch else method.budgets
         found.append(f"advantage {config.advantage!r} {effect}")
-    if config.objective in OBJECTIVE_BUDGETS:
-        found.append(f"objective {config.objective!r} {OBJECTIVE_BUDGETS[config.objective]}")
+    if (effect := OBJECTIVES[config.objective or ""].budgets) is not None:
+        found.append(f"objective {config.objective!r} {effect}")
     least = _set(config.budget_min)
     if config.allocator != "uniform" and least < 1:
         found.append(f"budget_min={least} lets a prompt have no rollout, which takes it out")
     elif config.allocator != "uniform" and least == 1 and within:
         found.append("budget_min=1 lets a prompt have one rollout, which has no advantage")
-    if config.stopping not in ("none", "early_unbiased"):
-        found.append(f"stopping {config.stopping!r} ends groups by what they have earned")
-    if config.allocator != "uniform" and config.pilot_rollouts and config.pilot_use == "pool":
+    if (effect := method_of(config, "stopping").budgets) is not None:
+        found.append(f"stopping {config.stopping!r} {effect}")
+    if config.allocator != "uniform" and config.pilot_rollouts and not discards_pilots(config):
         found.append("pilots that are pooled decide their own prompt's budget")
     return [f"budgets differ by {differ}", *found] if found else []
 
 
-def advantage_of(config: RolloutConfig) -> Callable[[Rollouts, Any], torch.Tensor]:
-    """The estimator named by `config`, of a batch with rewards."""
-    method = ADVANTAGES[config.advantage or ""]
-    function, columns = method.function, method.columns
-    if method.has_std:
-        function = partial(function, **_std_of(config))
-    if config.advantage == "grpo":
-        function = partial(function, scale=scale_of(config))
-    if config.advantage == "stratified":
-        blend = {"alpha": config.stratum_alpha, "fallback": config.stratum_fallback}
-        function = partial(function, **blend)
-    if config.advantage == "batch_whitened_tokens":
-        function = partial(function, beta=config.reward_kl)
+def advantage_of(
+    config: RolloutConfig, own: Callable[..., torch.Tensor] | None = None
+) -> Callable[[Rollouts, Any], torch.Tensor]:
+    """`advantage(rollouts, prompts)` of a batch with rewards, as `config` names it.
+
+    Args:
+        own: a function of your own, `f(reward_N, prompt_N, ...)`, in the place of the named one; see
+            `rl.config.check_own.check_advantage`.
+    """
+    method = _method_or_own(config, "advantage", own)
+    if own is None and config.multi_objective_aggregation != "sum_then_normalize":
+        return _of_functions(config)
+    assert isinstance(method, AdvantageMethod)
+    function = partial(_set(method.function), **_bound(config, method))
+    columns, by_success = method.columns, method.by_success
 
     def advantage(rollouts: Rollouts, _: Any = None) -> torch.Tensor:
-        more = [_column(rollouts, name) for name in columns]
-        value_N = successes(rollouts) if method.by_success else _set(rollouts.reward_N)
-        return function(value_N, rollouts.prompt_N, *more)
+        more = {name: _column(rollouts, column) for name, column in columns.items()}
+        value_N = successes(rollouts) if by_success else _set(rollouts.reward_N)
+        return function(value_N, rollouts.prompt_N, **more)
 
-    def of_functions(rollouts: Rollouts, _: Any = None) -> torch.Tensor:
+    def checked(rollouts: Rollouts, prompts: Any = None) -> torch.Tensor:
+        return own_advantage(advantage(rollouts, prompts), rollouts, name=method.name)
+
+    return advantage if own is None and not is_own(method.name) else checked
+
+
+def _of_functions(config: RolloutConfig) -> Callable[[Rollouts, Any], torch.Tensor]:
+    """The advantage of several rewards, each compared by itself."""
+    method = AGGREGATIONS[config.multi_objective_aggregation]
+    function = partial(_set(method.function), **_bound(config, method))
+
+    def advantage(rollouts: Rollouts, _: Any = None) -> torch.Tensor:
         reward_NF = _set(rollouts.reward_NF)
         weights = config.reward_weights or [1.0] * reward_NF.shape[1]
         weight_F = torch.tensor(weights, dtype=torch.float64)
-        prompt_N, std = rollouts.prompt_N, _std_of(config)
-        return advantages.normalised_sum(reward_NF, prompt_N, weight_F=weight_F, **std)
+        return function(reward_NF, rollouts.prompt_N, weight_F=weight_F)
 
-    return advantage if config.multi_objective_aggregation == AGGREGATIONS[0] else of_functions
+    return advantage
+
+
+def own_advantage(advantage: Any, rollouts: Rollouts, *, name: str) -> torch.Tensor:
+    """What a function of the user's own gave, if it can be trained on.
+
+    Raises:
+        ValueError: naming the function, if it is no float tensor of one row per rollout.
+        FloatingPointError: if it is not finite.
+    """
+    shapes = [(len(rollouts),), tuple(rollouts.mask_NT.shape)]
+    if not isinstance(advantage, torch.Tensor) or tuple(advantage.shape) not in shapes:
+        got = tuple(advantage.shape) if isinstance(advantage, torch.Tensor) else type(advantage)
+        raise ValueError(f"advantage {name} must return a tensor of shape {shapes[0]}, got {got}")
+    if not advantage.dtype.is_floating_point:
+        raise ValueError(f"advantage {name} must return floats, got {advantage.dtype}")
+    if not bool(advantage.isfinite().all()):
+        raise FloatingPointError(f"advantage {name} is not finite")
+    return advantage.detach()
 
 
 def successes(rollouts: Rollouts) -> torch.Tensor:
     """How far each row succeeded; its reward, where nobody has read that as a success."""
     return _set(rollouts.reward_N if rollouts.success_N is None else rollouts.success_N)
-
-
-def _std_of(config: RolloutConfig) -> dict[str, Any]:
-    return {"correction": config.std_correction, "eps": config.std_eps}
 
 
 def _column(rollouts: Rollouts, name: str) -> torch.Tensor | None:
@@ -359,182 +769,321 @@ def _column(rollouts: Rollouts, name: str) -> torch.Tensor | None:
     return _set(value)
 
 
-# -- which rows train: rows(config, reward_N, advantage_N, prompt_N, progress) -> rows_K
+# -- which rows train
 
+_KEEP = {"rows_per_prompt": "keep"}
+_FRACTIONS = {"row_fraction_initial": "", "row_fraction_final": ""}
 
-def _all(c: RolloutConfig, reward_N: Any, *_: Any) -> np.ndarray:
-    return np.arange(len(reward_N))
-
-
-def _d3s(c: RolloutConfig, _: Any, advantage_N: Any, __: Any, progress: float) -> np.ndarray:
-    return downsampling.d3s(advantage_N, row_fraction=_row_fraction(c, progress))
-
-
-def _d3s_two_stage(
-    c: RolloutConfig, _: Any, advantage_N: Any, prompt_N: Any, progress: float
-) -> np.ndarray:
-    share = _row_fraction(c, progress)
-    return downsampling.d3s_two_stage(advantage_N, prompt_N, row_fraction=share)
-
-
-def _row_fraction(c: RolloutConfig, progress: float) -> float:
-    return downsampling.row_fraction(
-        progress, initial=c.row_fraction_initial, final=c.row_fraction_final
-    )
-
-
-def _max_variance(c: RolloutConfig, _: Any, advantage_N: Any, prompt_N: Any, __: Any) -> np.ndarray:
-    return downsampling.max_variance(advantage_N, prompt_N, keep=_set(c.rows_per_prompt))
-
-
-def _pods(c: RolloutConfig, reward_N: Any, _: Any, prompt_N: Any, __: Any) -> np.ndarray:
-    return downsampling.max_variance(reward_N, prompt_N, keep=_set(c.rows_per_prompt))
-
-
-def _half(c: RolloutConfig, reward_N: Any, _: Any, prompt_N: Any, __: Any) -> np.ndarray:
-    return downsampling.half(reward_N, prompt_N, keep=_set(c.rows_per_prompt))
-
-
-def _balanced(c: RolloutConfig, passed_N: Any, _: Any, prompt_N: Any, __: Any) -> np.ndarray:
-    return downsampling.balanced(passed_N, prompt_N, keep=_set(c.rows_per_prompt))
-
-
-DOWN_SAMPLERS: dict[str, Callable[..., np.ndarray]] = {
-    "none": _all,
-    "d3s": _d3s,
-    "d3s_two_stage": _d3s_two_stage,
-    "max_variance": _max_variance,
-    "pods": _pods,
-    "half": _half,
-    "balanced": _balanced,
-}
-BY_PASSING = ("balanced",)  # given 1 for a pass and 0 else in the place of rewards
-KEEPS_PER_PROMPT = ("max_variance", "pods", "half", "balanced")
+DOWN_SAMPLERS: dict[str, DownSamplingMethod] = _named(
+    DownSamplingMethod(name="none", help="All rows train."),
+    DownSamplingMethod(
+        name="d3s",
+        function=downsampling.d3s,
+        columns={"advantage_N": "advantage_N"},
+        settings=_FRACTIONS,
+        source="D3S, arXiv:2509.22115",
+        help="The rows of the batch whose advantages vary most.",
+    ),
+    DownSamplingMethod(
+        name="d3s_two_stage",
+        function=downsampling.d3s_two_stage,
+        columns={"advantage_N": "advantage_N", "prompt_N": "prompt_N"},
+        settings=_FRACTIONS,
+        source="D3S, arXiv:2509.22115",
+        help="The same within each prompt first, then across prompts.",
+    ),
+    DownSamplingMethod(
+        name="max_variance",
+        function=downsampling.max_variance,
+        columns={"value_N": "advantage_N", "prompt_N": "prompt_N"},
+        settings=_KEEP,
+        needs=("rows_per_prompt",),
+        source="D3S, arXiv:2509.22115",
+        help="The rows of each prompt whose advantages vary most.",
+    ),
+    DownSamplingMethod(
+        name="pods",
+        function=downsampling.max_variance,
+        columns={"value_N": "reward_N", "prompt_N": "prompt_N"},
+        settings=_KEEP | dict.fromkeys(_STDS, ""),
+        needs=("rows_per_prompt",),
+        compares_again=True,
+        fits={
+            "advantage": tuple(
+                name
+                for name, method in ADVANTAGES.items()
+                if not (method.never_negative or method.per_token)
+            )
+        },
+        source="PODS, arXiv:2504.13818",
+        help="The rows of each prompt whose rewards vary most, compared with each other once more.",
+    ),
+    DownSamplingMethod(
+        name="half",
+        function=downsampling.half,
+        columns={"value_N": "reward_N", "prompt_N": "prompt_N"},
+        settings=_KEEP,
+        needs=("rows_per_prompt",),
+        help="The best and the worst rows of each prompt, half and half.",
+    ),
+    DownSamplingMethod(
+        name="balanced",
+        function=downsampling.balanced,
+        columns={"reward_N": "passed_N", "prompt_N": "prompt_N"},
+        settings=_KEEP,
+        needs=("rows_per_prompt",),
+        by_passing=True,
+        reads_success=True,
+        source="Reinforce-Ada, arXiv:2510.04996",
+        help="Rows of each prompt that passed and that failed, half and half.",
+    ),
+)
 
 
 def down_sampler_of(config: RolloutConfig) -> Callable[[Rollouts, float], torch.Tensor]:
     """`rows(rollouts, progress) -> rows_K`, increasing, of the method named by `config`."""
-    method = DOWN_SAMPLERS[config.down_sampling]
+    method = method_of(config, "down_sampling")
+    function = method.function
+    if function is None:
+        return lambda rollouts, _: torch.arange(len(rollouts))
+    bound = _bound(config, method)
+    takes_fraction = "row_fraction" in parameters(function)
+    takes_progress = "progress" in parameters(function)
 
     def rows(rollouts: Rollouts, progress: float) -> torch.Tensor:
-        assert rollouts.reward_N is not None and rollouts.advantage_N is not None
-        reward_N = rollouts.reward_N
-        if config.down_sampling in BY_PASSING:
-            reward_N = (_set(rollouts.success_N) == 1).double()
-        columns = (reward_N.numpy(), rollouts.advantage_N.double().numpy())
-        return torch.from_numpy(method(config, *columns, rollouts.prompt_N.numpy(), progress))
+        more: dict[str, Any] = {"progress": progress} if takes_progress else {}
+        if takes_fraction:
+            ends = {"initial": config.row_fraction_initial, "final": config.row_fraction_final}
+            more["row_fraction"] = downsampling.row_fraction(progress, **ends)
+        columns = {n: _row_column(rollouts, column) for n, column in method.columns.items()}
+        kept = function(**columns, **more, **bound)
+        return torch.from_numpy(np.asarray(kept, dtype=np.int64))
 
     return rows
 
 
+def _row_column(rollouts: Rollouts, name: str) -> np.ndarray:
+    """A column of the rollouts as NumPy; `passed_N` is 1 for a pass and 0 else."""
+    if name == "passed_N":
+        return (_set(rollouts.success_N) == 1).double().numpy()
+    column = _set(getattr(rollouts, name))
+    return (column.double() if name == "advantage_N" else column).numpy()
+
+
 def advantage_after_of(config: RolloutConfig) -> Callable[[Rollouts], torch.Tensor] | None:
     """PODS compares the rows it keeps with each other, by the unbiased std (arXiv:2504.13818)."""
-    if config.down_sampling != "pods":
+    method = method_of(config, "down_sampling")
+    if not (isinstance(method, DownSamplingMethod) and method.compares_again):
         return None
-    again: Callable = partial(advantages.grpo, scale=scale_of(config), **_std_of(config))
+    again = partial(advantages.grpo, **_bound(config, ADVANTAGES["grpo"]))
     return lambda rollouts: again(_set(rollouts.reward_N), rollouts.prompt_N)
 
 
-# -- which of their tokens train: select(config, rollouts, share) -> kept_NT
+# -- which of their tokens train
 
-
-def _every_token(_: RolloutConfig, rollouts: Rollouts, __: float) -> torch.Tensor:
-    return rollouts.mask_NT
-
-
-def _d3s_tokens(c: RolloutConfig, rollouts: Rollouts, share: float) -> torch.Tensor:
-    by_token = rollouts.advantage_NT is not None
-    advantage = rollouts.advantage_NT if by_token else rollouts.advantage_N
-    columns = (_set(advantage), _set(rollouts.entropy_NT), rollouts.mask_NT)
-    return token_selection.top_tokens(*columns, fraction=share, scope=c.token_scope)
-
-
-def _entropy_tokens(c: RolloutConfig, rollouts: Rollouts, share: float) -> torch.Tensor:
-    columns = (_set(rollouts.entropy_NT), rollouts.mask_NT)
-    return token_selection.top_entropy(*columns, fraction=share, scope=c.token_scope)
-
-
-TOKEN_SELECTIONS: dict[str, Callable[..., torch.Tensor]] = {
-    "none": _every_token,
-    "d3s": _d3s_tokens,
-    "entropy": _entropy_tokens,
-}
+TOKEN_SELECTIONS: dict[str, Method] = _named(
+    Method(name="none", help="All tokens train."),
+    Method(
+        name="d3s",
+        function=token_selection.top_tokens,
+        columns={"advantage_N": "advantage", "entropy_NT": "entropy_NT", "mask_NT": "mask_NT"},
+        settings={"token_scope": "scope"},
+        source="D3S, arXiv:2509.22115",
+        help="The tokens of largest |advantage| times entropy.",
+    ),
+    Method(
+        name="entropy",
+        function=token_selection.top_entropy,
+        columns={"entropy_NT": "entropy_NT", "mask_NT": "mask_NT"},
+        settings={"token_scope": "scope"},
+        source="Wang et al. 2025, arXiv:2506.01939",
+        help="The tokens of largest entropy.",
+    ),
+)
 
 
 def token_selector_of(config: RolloutConfig) -> Callable[[Rollouts, float], torch.Tensor]:
     """`kept(rollouts, progress) -> kept_NT` of the method named by `config`."""
-    method = TOKEN_SELECTIONS[config.token_selection]
+    method = method_of(config, "token_selection")
+    function = method.function
+    if function is None:
+        return lambda rollouts, _: rollouts.mask_NT
+    bound = _bound(config, method)
+    takes_fraction = "fraction" in parameters(function)
 
     def kept(rollouts: Rollouts, progress: float) -> torch.Tensor:
-        ends = {"initial": config.token_fraction_initial, "final": config.token_fraction_final}
-        return method(config, rollouts, downsampling.token_fraction(progress, **ends))
+        more: dict[str, Any] = {}
+        if takes_fraction:
+            ends = {"initial": config.token_fraction_initial, "final": config.token_fraction_final}
+            more["fraction"] = downsampling.token_fraction(progress, **ends)
+        columns = {n: _token_column(rollouts, column) for n, column in method.columns.items()}
+        return function(**columns, **more, **bound)
 
     return kept
 
 
-# -- losses and the presets that fill settings left unset
+def _token_column(rollouts: Rollouts, name: str) -> torch.Tensor:
+    """A column of the rollouts; `advantage` is the tokens', or the row's where they share one."""
+    if name != "advantage":
+        return _set(getattr(rollouts, name))
+    by_token = rollouts.advantage_NT is not None
+    return _set(rollouts.advantage_NT if by_token else rollouts.advantage_N)
 
-LOSSES: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    # function, and the settings it takes
-    "raft": (losses.raft, ()),
-    "raft_pp": (losses.raft_pp, ("epsilon_low", "epsilon_high")),
-    "grpo": (losses.clipped_surrogate, ("epsilon_low", "epsilon_high", "dual_clip")),
-    "dapo": (losses.clipped_surrogate, ("epsilon_low", "epsilon_high", "dual_clip")),
-    "dr_grpo": (losses.clipped_surrogate, ("epsilon_low", "epsilon_high", "dual_clip")),
-    "cispo": (losses.cispo, ("ratio_cap",)),
-    "sapo": (losses.sapo, ()),
-    "gspo": (sequence_losses.gspo, ("epsilon_low", "epsilon_high", "dual_clip")),
-    "gspo_token": (sequence_losses.gspo_token, ("epsilon_low", "epsilon_high", "dual_clip")),
-    "luspo": (sequence_losses.gspo, ("epsilon_low", "epsilon_high", "dual_clip")),
-    "vespo": (sequence_losses.vespo, ()),
-    "rloo": (sequence_losses.rloo, ("epsilon_low", "epsilon_high")),
-    "hapo": (hapo.hapo, ("epsilon_low", "epsilon_high", "dual_clip")),
-}
-LOSS_COLUMNS: dict[str, dict[str, str]] = {
-    # Ratios of whole rows are over every decision, also those whose weight is 0.
-    name: {"mask_NT": "mask_NT"}
-    for name in ("gspo", "gspo_token", "luspo", "vespo", "rloo")
-} | {"hapo": {"h_NT": "heterogeneity_NT"}}
-ONE_RATIO_PER_ROW = ("gspo", "luspo", "rloo")  # weights constant within a row
+
+# -- losses, and the presets that fill settings left unset
+
+_CLIPS = {"epsilon": "epsilon_low", "epsilon_high": "epsilon_high"}
+_DUAL = _CLIPS | {"delta": "dual_clip"}
+_MASK = {"mask_NT": "mask_NT"}  # a row's ratio is over every decision, also those of weight 0
 _ROW_RATIO = {"epsilon": 3e-4, "epsilon_high": 4e-4}
-LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
-    "dapo": {"length_weight": "token_mean", "epsilon_high": 0.28},
-    "dr_grpo": {"length_weight": "token_sum", "advantage": "centred"},
-    "cispo": {"length_weight": "token_mean"},
-    "gspo": _ROW_RATIO,
-    "gspo_token": _ROW_RATIO,
-    "luspo": _ROW_RATIO | {"length_weight": "row_sum"},
-    "vespo": {"length_weight": "token_mean"},
-    "hapo": {
-        "length_weight": "token_mean",
-        "epsilon_high": 0.28,
-        "delta": 10.0,
-        "advantage": "token_level",
-    },
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "grpo": {
-        "advantage": "grpo",
-        "loss": "grpo",
-        "objective": "mean",
-        "length_weight": "row_mean",
-        "epsilon_high": 0.2,
-    },
-    "raft": {
-        "advantage": "raft",
-        "loss": "raft",
-        "objective": "em",
-        "length_weight": "row_mean",
-        "epsilon_high": 0.2,
-    },
-    "raft++": {
-        "advantage": "raft",
-        "loss": "raft_pp",
-        "objective": "em",
-        "length_weight": "row_mean",
-        "epsilon_high": 0.2,
-    },
-}
+_GSPO = "GSPO, arXiv:2507.18071"
+
+LOSSES: dict[str, LossMethod] = _named(
+    LossMethod(
+        name="raft",
+        function=losses.raft,
+        source="RAFT, arXiv:2504.11343",
+        help="Log-likelihood of accepted rollouts.",
+    ),
+    LossMethod(
+        name="raft_pp",
+        function=losses.raft_pp,
+        settings=_CLIPS,
+        positive_only=True,
+        source="RAFT++, arXiv:2505.02391",
+        help="Clipped ratios of accepted rollouts.",
+    ),
+    LossMethod(
+        name="grpo",
+        function=losses.clipped_surrogate,
+        settings=_DUAL,
+        source="GRPO, arXiv:2402.03300",
+        help="Clipped ratios of tokens times advantages.",
+    ),
+    LossMethod(
+        name="dapo",
+        function=losses.clipped_surrogate,
+        settings=_DUAL,
+        defaults={"length_weight": "token_mean", "epsilon_high": 0.28},
+        source="DAPO, arXiv:2503.14476",
+        help="The same with a higher upper clip, every token counting alike.",
+    ),
+    LossMethod(
+        name="dr_grpo",
+        function=losses.clipped_surrogate,
+        settings=_DUAL,
+        defaults={"length_weight": "token_sum", "advantage": "centred"},
+        source="Dr.GRPO, arXiv:2503.20783",
+        help="The same without division by lengths and stds.",
+    ),
+    LossMethod(
+        name="cispo",
+        function=losses.cispo,
+        settings={"ratio_cap": "ratio_cap"},
+        defaults={"length_weight": "token_mean"},
+        source="MiniMax-M1, arXiv:2506.13585",
+        help="Capped ratios as constant weights of the log-likelihood.",
+    ),
+    LossMethod(
+        name="sapo",
+        function=losses.sapo,
+        source="SAPO, arXiv:2511.20347",
+        help="A smooth gate of the ratio in the place of a clip.",
+    ),
+    LossMethod(
+        name="gspo",
+        function=sequence_losses.gspo,
+        settings=_DUAL,
+        defaults=_ROW_RATIO,
+        columns=_MASK,
+        one_ratio_per_row=True,
+        row_ratio=True,
+        source=_GSPO,
+        help="One clipped ratio per rollout, the mean over its tokens.",
+    ),
+    LossMethod(
+        name="gspo_token",
+        function=sequence_losses.gspo_token,
+        settings=_DUAL,
+        defaults=_ROW_RATIO,
+        columns=_MASK,
+        row_ratio=True,
+        source=_GSPO,
+        help="The same, with advantages that may differ between tokens.",
+    ),
+    LossMethod(
+        name="luspo",
+        function=sequence_losses.gspo,
+        settings=_DUAL,
+        defaults=_ROW_RATIO | {"length_weight": "row_sum"},
+        columns=_MASK,
+        one_ratio_per_row=True,
+        row_ratio=True,
+        source="LUSPO, arXiv:2602.05261",
+        help="Gspo with rollouts that count by their length.",
+    ),
+    LossMethod(
+        name="vespo",
+        function=sequence_losses.vespo,
+        defaults={"length_weight": "token_mean"},
+        columns=_MASK,
+        source="VESPO, arXiv:2602.10693",
+        help="A smooth weight of the whole rollout's ratio in the place of a clip.",
+    ),
+    LossMethod(
+        name="rloo",
+        function=sequence_losses.rloo,
+        settings=_CLIPS,
+        columns=_MASK,
+        one_ratio_per_row=True,
+        source="RLOO, arXiv:2402.14740",
+        help="The whole rollout's ratio, clipped.",
+    ),
+    LossMethod(
+        name="hapo",
+        function=hapo.hapo,
+        settings=_DUAL,
+        defaults={
+            "length_weight": "token_mean",
+            "epsilon_high": 0.28,
+            "delta": 10.0,
+            "advantage": "token_level",
+        },
+        columns={"h_NT": "heterogeneity_NT"},
+        wants_heterogeneity=True,
+        source="HAPO, arXiv:2509.16591",
+        help="Clips and advantages that depend on each token's entropy.",
+    ),
+)
+
+_RAFT = {"advantage": "raft", "objective": "em", "length_weight": "row_mean", "epsilon_high": 0.2}
+
+PRESETS: dict[str, Method] = _named(
+    Method(
+        name="grpo",
+        defaults={
+            "advantage": "grpo",
+            "loss": "grpo",
+            "objective": "mean",
+            "length_weight": "row_mean",
+            "epsilon_high": 0.2,
+        },
+        source="GRPO, arXiv:2402.03300",
+        help="Group-relative advantages, clipped ratios, mean objective.",
+    ),
+    Method(
+        name="raft",
+        defaults=_RAFT | {"loss": "raft"},
+        source="RAFT, arXiv:2504.11343",
+        help="Accepted rollouts, their log-likelihood, EM objective.",
+    ),
+    Method(
+        name="raft++",
+        defaults=_RAFT | {"loss": "raft_pp"},
+        source="RAFT++, arXiv:2505.02391",
+        help="Accepted rollouts, clipped ratios, EM objective.",
+    ),
+)
 
 
 def default_correction(config: RolloutConfig) -> str:
@@ -549,22 +1098,23 @@ def default_correction(config: RolloutConfig) -> str:
     return "token_truncate" if config.loss == "vespo" else "sequence_mask"
 
 
-def loss_of(config: RolloutConfig) -> Callable:
-    """The loss named by `config`, its clip ranges bound."""
-    function, names = LOSSES[config.loss or ""]
-    known = {
-        "epsilon_low": config.epsilon,
-        "epsilon_high": config.epsilon_high,
-        "dual_clip": config.delta,
-        "ratio_cap": config.ratio_cap,
-    }
-    return partial(function, **{name: known[name] for name in names}) if names else function
+def loss_of(config: RolloutConfig, own: Callable[..., Any] | None = None) -> Callable:
+    """The loss named by `config`, its clips bound; `own` is a function in the place of the named one."""
+    method = _method_or_own(config, "loss", own)
+    bound = _bound(config, method)
+    return partial(_set(method.function), **bound) if bound else _set(method.function)
+
+
+def loss_columns_of(config: RolloutConfig, own: Callable[..., Any] | None = None) -> dict[str, str]:
+    """Parameters of the loss besides the common ones -> the columns of the rollouts they are given."""
+    method = _method_or_own(config, "loss", own)
+    return dict(method.columns)
 
 
 def kl_ratio_of(config: RolloutConfig) -> str:
     """`kl_ratio`, where it is left out that of the loss, as in TRL."""
-    of_loss = "sequence" if config.loss in ("gspo", "gspo_token", "luspo") else "token"
-    return config.kl_ratio or of_loss
+    loss = LOSSES.get(config.loss or "")
+    return config.kl_ratio or ("sequence" if loss is not None and loss.row_ratio else "token")
 
 
 def kl_of(config: RolloutConfig) -> Callable | None:
@@ -604,3 +1154,113 @@ def micro_batches_of(config: RolloutConfig) -> Callable[[TokenRollouts], list[to
         return by_tokens
     rows = config.per_device_train_batch_size
     return lambda rollouts: micro_batches.by_rows(ends(rollouts.mask_NT), rows)
+
+
+# -- all of them, and functions of the user's own
+
+METHODS: dict[str, Mapping[str, Method]] = {
+    "trainer": PRESETS,
+    "selector": SELECTORS,
+    "allocator": ALLOCATORS,
+    "allocation_scale": SCALES,
+    "pilot_use": PILOT_USES,
+    "stopping": STOPPINGS,
+    "advantage": ADVANTAGES,
+    "multi_objective_aggregation": AGGREGATIONS,
+    "objective": OBJECTIVES,
+    "down_sampling": DOWN_SAMPLERS,
+    "token_selection": TOKEN_SELECTIONS,
+    "loss": LOSSES,
+}
+"""Setting that names a method -> the records it may name."""
+
+OWN: dict[str, type[Method]] = {
+    "selector": SelectorMethod,
+    "allocator": AllocatorMethod,
+    "stopping": Method,
+    "advantage": AdvantageMethod,
+    "down_sampling": DownSamplingMethod,
+    "token_selection": Method,
+    "loss": LossMethod,
+}
+"""Stages that take `path/to/file.py:function` -> the kind of record that such a function gets."""
+
+
+def method_of(config: Any, stage: str) -> Any:
+    """The record of the method that setting `stage` names: one of `METHODS`, or of a file of the user's.
+
+    Raises:
+        ValueError: if there is no such method, file or function.
+    """
+    name = getattr(config, stage) or ""
+    if stage in OWN and is_own(name):
+        return own_method(config, stage, load_own(name, what=stage), name=name)
+    if name not in METHODS[stage]:
+        choice(stage, name, METHODS[stage])
+    return METHODS[stage][name]
+
+
+def own_method(config: Any, stage: str, function: Callable[..., Any], name: str = "") -> Any:
+    """The record of a function that is not one of ours: what it is given is what its parameters name.
+
+    A parameter with the name of a column of the rollouts is given that, and one with the name of a
+    setting its value, beside what every function of the stage is given.
+    """
+    columns = {*COLUMNS, *MORE_COLUMNS.get(stage, ())} - {*GIVEN.get(stage, ())}
+    known = {*parameters(function)}
+    more: dict[str, Any] = {"by_std": True} if stage == "allocator" else {}
+    reads = stage in ("allocator", "stopping") or {"posterior", "success_N", "passed_N"} & known
+    return OWN[stage](
+        name=name or getattr(function, "__name__", type(function).__name__),
+        function=function,
+        help="A function of your own.",
+        columns={} if stage in BY_PLANNER else {n: n for n in sorted(columns & known)},
+        settings={f.name: f.name for f in fields(config) if f.name in known},
+        reads_success=bool(reads),
+        **more,
+    )
+
+
+def _method_or_own(config: Any, stage: str, own: Callable[..., Any] | None) -> Any:
+    return method_of(config, stage) if own is None else own_method(config, stage, own)
+
+
+COLUMNS = (
+    *("prompt_N", "mask_NT", "logprob_NT", "reward_N", "reward_NF", "success_N", "advantage_N"),
+    *("advantage_NT", "entropy_NT", "old_logprob_NT", "reference_logprob_NT", "heterogeneity_NT"),
+    *("length_N", "truncated_N", "token_NT", "stratum_N", "seed_N"),
+)
+"""Columns of rollouts that a function of the user's own may name."""
+
+MORE_COLUMNS = {"down_sampling": ("passed_N",), "token_selection": ("advantage",)}
+"""What functions of a stage may name besides."""
+
+GIVEN = {
+    "advantage": ("reward_N", "prompt_N"),
+    "loss": ("logprob_NT", "old_logprob_NT", "advantage_N", "weight_NT", "denominator"),
+}
+"""What functions of a stage are given in their first places, whatever the parameters are called."""
+
+BY_PLANNER = ("selector", "allocator", "stopping")
+"""Stages before there are rollouts."""
+
+
+def reads_success(config: Any) -> dict[str, str]:
+    """The stages of `config` that depend on which rollouts succeed -> their methods."""
+    stages = ("selector", "allocator", "stopping", "objective", "down_sampling")
+    found = {}
+    for stage in stages:
+        method = method_of(config, stage)
+        if method.reads_success:
+            found[stage] = method.name
+    return found
+
+
+def _bound(config: Any, method: Method) -> dict[str, Any]:
+    """Settings of a method, by the names of its function's parameters."""
+    special = {"scale_rewards": scale_of}
+    return {
+        name: special[setting](config) if setting in special else getattr(config, setting)
+        for setting, name in method.settings.items()
+        if name
+    }

@@ -12,40 +12,19 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from rl.config.checks import as_mapping, choice, nearest, validate
+from rl.config.checks import as_mapping, validate
 from rl.config.generation_kwargs import apply_generation_kwargs
 from rl.config.methods import (
-    ADVANTAGES,
-    ALLOCATORS,
-    DOWN_SAMPLERS,
-    LOSS_DEFAULTS,
-    LOSSES,
     PRESETS,
-    SELECTORS,
     STOPPINGS,
-    allocator_of,
     default_correction,
     least_budget,
-    loss_of,
+    method_of,
     preset_advantage,
 )
+from rl.config.own import choice
 from rl.config.settings_act import warn_of_idle
 from samplers.allocation import align_total
-
-__all__ = [
-    "ADVANTAGES",
-    "ALLOCATORS",
-    "DECISIVE",
-    "DOWN_SAMPLERS",
-    "LOSSES",
-    "PRESETS",
-    "SELECTORS",
-    "STOPPINGS",
-    "RolloutConfig",
-    "allocator_of",
-    "loss_of",
-    "nearest",
-]
 
 DECISIVE = (
     *("seed", "selector", "selection_score", "selection_candidates", "selection_target"),
@@ -542,10 +521,10 @@ class RolloutConfig(TrainingArguments):
             if getattr(self, name) is None:  # the base class would do the same, and warn
                 setattr(self, name, getattr(self, name.replace("activation", "gradient")))
         choice("trainer", self.trainer, PRESETS)
-        preset = dict(PRESETS[self.trainer])
-        loss = self.loss if self.loss is not None else preset["loss"]
-        choice("loss", loss, LOSSES)
-        preset |= {"epsilon": 0.2} | LOSS_DEFAULTS.get(loss, {})
+        preset = dict(PRESETS[self.trainer].defaults)
+        if self.loss is None:
+            self.loss = preset["loss"]
+        preset |= {"epsilon": 0.2} | method_of(self, "loss").defaults
         if self.advantage is None:
             self.advantage = preset_advantage(self, preset["advantage"])
         for name, value in preset.items():
@@ -556,7 +535,8 @@ class RolloutConfig(TrainingArguments):
         if self.importance_correction is None:
             self.importance_correction = default_correction(self)
         if self.stopping_needed is None:
-            self.stopping_needed = 4 if self.stopping == "balanced" else 1
+            known = STOPPINGS.get(self.stopping, STOPPINGS["none"])
+            self.stopping_needed = known.defaults.get("stopping_needed", 1)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "pass_rate"
         validate(self)

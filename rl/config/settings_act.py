@@ -13,13 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from rl.config.methods import (
-    ADVANTAGES,
-    AGGREGATIONS,
-    KEEPS_PER_PROMPT,
-    NEEDS_COLUMN,
-    READS_SUCCESS,
-)
+from rl.config.methods import METHODS, method_of
 
 
 @dataclass(frozen=True)
@@ -51,9 +45,8 @@ def _on(name: str, needs: str) -> Acts:
 
 
 def _reads_posterior(c: Any) -> bool:
-    reads = ("selector", "allocator")
     return c.stopping in ("early", "early_unbiased") or any(
-        getattr(c, name) in READS_SUCCESS[name] for name in reads
+        method_of(c, stage).reads_success for stage in ("selector", "allocator")
     )
 
 
@@ -98,10 +91,9 @@ _HAPO = Acts(
 )
 _MOVING = _on("sync_ref_model", "sync_ref_model: true")
 _STD = Acts(
-    lambda c: (
-        ADVANTAGES[c.advantage].has_std
-        or c.down_sampling == "pods"
-        or c.multi_objective_aggregation != AGGREGATIONS[0]
+    lambda c: any(
+        "std_eps" in method_of(c, stage).settings
+        for stage in ("advantage", "down_sampling", "multi_objective_aggregation")
     ),
     "an advantage that divides by a std, such as grpo",
 )
@@ -112,7 +104,9 @@ ACTS: dict[str, Acts] = {
     "selection_score": _is("selector", "vade", "posterior_mean", "diverse"),
     "selection_candidates": _is("selector", "vade", "mopps", "diverse"),
     "selection_target": _is("selector", "mopps"),
-    "selection_column": _is("selector", *NEEDS_COLUMN),
+    "selection_column": _is(
+        "selector", *(n for n, m in METHODS["selector"].items() if "selection_column" in m.needs)
+    ),
     "selection_gamma": _is("selector", "diverse"),
     **dict.fromkeys(("band_low", "band_high", "band_short"), _BAND),
     "allocation_scale": _is("allocator", "neyman", "cost_aware", "leave_one_out", "dr_grpo"),
@@ -131,7 +125,9 @@ ACTS: dict[str, Acts] = {
     **dict.fromkeys(("posterior_decay_chosen", "posterior_decay_rest"), _POSTERIOR),
     # which rows train
     **dict.fromkeys(("row_fraction_initial", "row_fraction_final"), _D3S),
-    "rows_per_prompt": _is("down_sampling", *KEEPS_PER_PROMPT),
+    "rows_per_prompt": _is(
+        "down_sampling", *(n for n, m in METHODS["down_sampling"].items() if m.needs)
+    ),
     "weight_rows": Acts(_drops_rows, "down_sampling, or another setting that drops rows"),
     **dict.fromkeys(
         ("token_fraction_initial", "token_fraction_final", "token_scope", "token_denominator"),

@@ -20,18 +20,17 @@ from transformers import (
 from transformers.utils import logging
 
 from rl.config.methods import (
-    LOSS_COLUMNS,
-    NEEDS_COLUMN,
-    READS_SUCCESS,
-    SELECTORS,
-    STOPPINGS,
     advantage_after_of,
     advantage_of,
     allocator_of,
     down_sampler_of,
     kl_of,
+    loss_columns_of,
     loss_of,
     micro_batches_of,
+    reads_success,
+    selector_of,
+    stopping_of,
     token_selector_of,
 )
 from rl.config.settings import RolloutConfig
@@ -96,15 +95,10 @@ def make_planner(
     )
     named, named_scale = allocator_of(config)
     assert config.budget_min is not None
-    column_D: list[Any] | None = None
-    if config.selector in NEEDS_COLUMN:
-        if columns is None:
-            raise ValueError(f"selector {config.selector!r} needs the columns of the data set")
-        column_D = columns(config.selection_column or "")
-    stopping = STOPPINGS[config.stopping](config)
+    stopping = stopping_of(config)
     return Planner(
         posterior,
-        SELECTORS[config.selector](config, posterior, keys, column_D),
+        selector_of(config, posterior, keys, columns),
         wrap(allocate or named),
         keys=keys,
         prompts_per_step=config.prompts_per_step,
@@ -203,7 +197,7 @@ def make_line(
         micro_batches=micro_batches,
         cut=lambda rollouts: [rollouts.take(rows) for rows in micro_batches(rollouts)],
         loss=loss_of(config),
-        loss_columns=LOSS_COLUMNS.get(config.loss or "", {}),
+        loss_columns=loss_columns_of(config),
         kl=kl_of(config),
         ledger=Ledger(),
         memory=memory,
@@ -307,11 +301,7 @@ def _vllm(config: RolloutConfig, model: Any, tokenizer: Any, accelerator: Accele
 
 def warn_of_success(config: RolloutConfig, num_rewards: int) -> None:
     """Warn how success is read where several rewards are added up and a method depends on it."""
-    reads = {
-        name: getattr(config, name)
-        for name in ("selector", "allocator", "stopping", "objective", "down_sampling")
-        if getattr(config, name) in READS_SUCCESS[name]
-    }
+    reads = reads_success(config)
     if num_rewards > 1 and reads and config.success_above is None:
         logger.warning(
             f"{', '.join(f'{name}: {value}' for name, value in reads.items())}: success is a rollout's "

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import ast
 import functools
-import hashlib
 import importlib.util
 import inspect
 import json
 import math
 import re
 import string
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rollouts.rewards.contract import RewardError, RewardFunction, nearest, start_of
+from rollouts.from_file import load_function
+from rollouts.rewards.contract import RewardError, RewardFunction, nearest
 from rollouts.rewards.math_worker import MathWorker
 
 
@@ -291,59 +290,14 @@ def load_reward(spec: str) -> RewardFunction:
     start = spec.partition("(")[0].strip()
     if start in WITH_ARGUMENTS:
         return _with_arguments(spec, start)
-    path_text, colon, name = spec.rpartition(":")
+    path_text, colon, _ = spec.rpartition(":")
     if not colon or not path_text.endswith(".py"):
         names = [*BUILT_IN, *WITH_ARGUMENTS]
         raise ValueError(
             f"no reward function {spec!r}{nearest(spec, names)}: write one of {sorted(names)}, "
             "'path/to/file.py:function', or the folder or hub id of a reward model"
         )
-    path = Path(path_text).expanduser()
-    if not path.is_file():
-        neighbours = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise ValueError(
-            f"no reward file {str(path)!r} in {str(Path.cwd())!r}{nearest(path.name, neighbours)}"
-        )
-    # Under a name of its own, and known to Python: dataclasses and pickle look modules up.
-    digest = hashlib.blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()
-    module_name = f"reward_file_{digest}"
-    module_spec = importlib.util.spec_from_file_location(module_name, path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except ImportError as error:
-        raise ImportError(f"reward file {path}: {error}") from error
-    except SystemExit as error:  # would end the run as if all were well
-        raise ValueError(
-            f"{path} ends the program ({start_of(error)}) when it is loaded; put what runs as a script "
-            "under if __name__ == '__main__'"
-        ) from error
-    functions = [key for key, value in vars(module).items() if callable(value)]
-    if not hasattr(module, name):
-        raise ValueError(
-            f"{path} has no function {name!r}{nearest(name, functions)}; it has {functions}"
-        )
-    function = getattr(module, name)
-    if inspect.isclass(function):
-        function = _instance(function, f"{path}:{name}")
-    if not callable(function):
-        raise ValueError(f"{name!r} in {path} is {start_of(function)}, not a function")
-    return function
-
-
-def _instance(kind: type, where: str) -> Any:
-    """An object of a class that needs no arguments."""
-    try:
-        inspect.signature(kind).bind()
-    except TypeError as error:
-        raise ValueError(
-            f"{where} is a class whose objects need arguments ({error}): write a line such as "
-            f"reward = {kind.__name__}(...) in the file, and name that: "
-            f"{where.rpartition(':')[0]}:reward"
-        ) from error
-    return kind()
+    return load_function(spec, what="reward")
 
 
 def _with_arguments(spec: str, name: str) -> RewardFunction:

@@ -6,10 +6,9 @@ import warnings
 import pytest
 import torch
 
-from rl.config.methods import ADVANTAGES, OBJECTIVE_BUDGETS, advantage_of, what_budgets_change
+from rl.config.methods import ADVANTAGES, OBJECTIVES, advantage_of, what_budgets_change
 from rl.config.settings import RolloutConfig
 from rl.objective import weights as step_weights
-from rl.objective.weights import OBJECTIVES
 from rollouts.batch import TokenRollouts
 
 
@@ -83,7 +82,7 @@ def test_scaled_otherwise_the_mean_still_depends_on_budgets(scale):
 def test_an_objective_is_said_to_depend_on_budgets_if_and_only_if_it_does(objective):
     made, told = config(trainer="raft", allocator="gvm", objective=objective)
     ratio = shares(made, (2, 6))[1]
-    assert (abs(ratio - 1) > 1e-9) == bool(told) == (objective in OBJECTIVE_BUDGETS)
+    assert (abs(ratio - 1) > 1e-9) == bool(told) == (OBJECTIVES[objective].budgets is not None)
     if told:
         # 1 - (1 - p)^n of both budgets.
         assert ratio == pytest.approx((1 - 0.7**6) / (1 - 0.7**2), abs=1e-12)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rl.config.checks import LOSS_SETTINGS, NEVER_NEGATIVE, PER_TOKEN, WITHIN_GROUP
-from rl.config.methods import ADVANTAGES, LOSS_DEFAULTS, LOSSES, PRESETS
+from rl.config.checks import CLIPS
+from rl.config.methods import ADVANTAGES, LOSSES, PRESETS
 from rl.config.settings import RolloutConfig
 from tests import tiny
 
@@ -90,14 +90,14 @@ def test_raft_pp_takes_the_advantages_that_are_never_negative(tmp_path, advantag
     inner = made.line.advantage
     object.__setattr__(made.line, "advantage", lambda *a: least.append(inner(*a)) or least[-1])
     made.train()
-    assert bool((least[0] < 0).any()) == (advantage not in NEVER_NEGATIVE)
-    assert (least[0].ndim == 2) == (advantage in PER_TOKEN)
+    assert bool((least[0] < 0).any()) == (not ADVANTAGES[advantage].never_negative)
+    assert (least[0].ndim == 2) == ADVANTAGES[advantage].per_token
 
 
 @pytest.mark.parametrize("advantage", sorted({*ADVANTAGES} - {"batch_whitened_tokens"}))
 def test_one_rollout_of_each_prompt_is_refused_where_it_has_nothing_to_be_compared_with(advantage):
     settings = {"trainer": "grpo", "advantage": advantage, "rollouts_per_prompt": 1}
-    if advantage not in WITHIN_GROUP:
+    if not ADVANTAGES[advantage].within_group:
         config(**settings)
         return
     for more in (
@@ -115,7 +115,7 @@ def test_a_lone_rollout_has_no_advantage_within_its_group(advantage):
     method = ADVANTAGES[advantage]
     more = [torch.ones(2, dtype=torch.int64) for _ in method.columns]
     advantage_N = method.function(torch.tensor([1.0, 0.0]), torch.tensor([0, 1]), *more)
-    assert bool((advantage_N == 0).all()) == (advantage in WITHIN_GROUP)
+    assert bool((advantage_N == 0).all()) == method.within_group
 
 
 def test_refill_wants_mixed_groups_whatever_the_advantage():
@@ -137,11 +137,11 @@ def test_a_diffusion_run_of_one_sample_may_look_at_earlier_steps():
 
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
-@pytest.mark.parametrize("name", sorted(LOSS_SETTINGS))
+@pytest.mark.parametrize("name", CLIPS)
 def test_a_clip_that_was_set_is_taken_or_refused(loss, name):
     advantage = "raft" if loss.startswith("raft") else "grpo"
     settings = {"trainer": "grpo", "advantage": advantage, "loss": loss, name: 2.5}
-    if LOSS_SETTINGS[name] in LOSSES[loss][1]:
+    if name in LOSSES[loss].settings:
         assert getattr(config(**settings), name) == 2.5
         return
     with pytest.raises(
@@ -153,7 +153,7 @@ def test_a_clip_that_was_set_is_taken_or_refused(loss, name):
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 @pytest.mark.parametrize("trainer", sorted(PRESETS))
 def test_what_a_preset_or_a_loss_brings_is_never_refused(trainer, loss):
-    advantage = LOSS_DEFAULTS.get(loss, {}).get("advantage", "raft")
+    advantage = LOSSES[loss].defaults.get("advantage", "raft")
     found = config(trainer=trainer, loss=loss, objective="mean", advantage=advantage)
     assert found.loss == loss
 

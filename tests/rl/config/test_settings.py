@@ -6,7 +6,8 @@ import pytest
 
 from rl.config import checks as validation
 from rl.config.checks import _number_hints
-from rl.config.settings import RolloutConfig, allocator_of, loss_of
+from rl.config.methods import allocator_of, loss_of
+from rl.config.settings import RolloutConfig
 from rl.objective import losses
 from samplers import allocation
 from tests import tiny
@@ -128,7 +129,7 @@ def test_losses_get_their_clip_ranges():
         ),
         (
             {"selector": "diverse", "selection_column": "x"},
-            "needs selection_gamma, the weight of distances",
+            "needs selection_gamma: weight of diverse",
         ),
         ({"selection_score": "vad"}, "selection_score must be one of .*'vad'.*'vade'"),
         ({"band_low": 0.8}, "0 <= band_low <= band_high <= 1, got 0.8 and 0.7"),
