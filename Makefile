@@ -21,11 +21,11 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: run test check bench setup clean
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_SOURCE) torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_SOURCE) -e ".[recipes,diffusion,track,test]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_SOURCE) -e ".[train,recipes,diffusion,track,test]"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt wheel "setuptools<80"
 	$(DEEPSPEED) $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_SOURCE) \
 	    --no-build-isolation -e ".[deepspeed]"

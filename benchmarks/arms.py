@@ -61,24 +61,23 @@ def train(arguments: list[str], planner: Planner = None) -> dict[str, Any]:
     from trl import ModelConfig
 
     torch.set_num_threads(1)
-    from recipes import train as recipe_of
+    from recipes import language
+    from recipes.arguments import RecipeArguments
     from recipes.config import parse
     from rl.config.settings import RolloutConfig
     from rl.trainer import RolloutTrainer
 
     arguments = [*arguments, "--save_strategy", "no", "--report_to", "none"]
     arguments += ["--completions_every", "0", "--disable_tqdm", "true", "--if_run_exists", "error"]
-    recipe, config, model_config = parse(
-        (recipe_of.RecipeArguments, RolloutConfig, ModelConfig), arguments
-    )
-    rows, validation, rewards = recipe_of.task_or_data(recipe, config, model_config)
+    recipe, config, model_config = parse((RecipeArguments, RolloutConfig, ModelConfig), arguments)
+    rows, validation, rewards = language.prepare(recipe, config, model_config)
     trainer = RolloutTrainer(
-        recipe_of.load_model(model_config),
+        language.load_model(model_config),
         rewards,
         config,
         rows,
         eval_dataset=validation,
-        processing_class=recipe_of.load_tokenizer(recipe, model_config),
+        processing_class=language.load_tokenizer(recipe, model_config),
         planner=None if planner is None else partial(planner, config),
     )
     trainer.train()

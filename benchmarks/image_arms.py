@@ -54,9 +54,9 @@ def train(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> dic
     from trl import ModelConfig
 
     torch.set_num_threads(1)
+    from recipes.arguments import RecipeArguments
     from recipes.config import parse
     from recipes.diffusion import make_trainer
-    from recipes.train import RecipeArguments
     from rl.config.diffusion import DenoisingConfig
 
     _, recipe, changed = ARMS[arm]

@@ -23,8 +23,9 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
-from recipes.other_names import other_name
 from rl.config.own import nearest
+
+from .other_names import other_name
 
 ALSO_BOOLEAN = ("scale_rewards",)
 """Settings of text for which YAML may say true or false, as TRL's does."""

@@ -13,12 +13,84 @@ import json
 import re
 import string
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from rollouts.prompts import prompt_key
 from samplers.keys import stable_hash
+
+from .arguments import TASKS, RecipeArguments
+from .config import ConfigError
+
+
+def embedded_task(recipe: RecipeArguments, *, seed: int) -> Any:
+    """What the embedded task `recipe.task` prepares; the main process goes first and writes files."""
+    assert recipe.task is not None
+    prepare = import_module(TASKS[recipe.policy][recipe.task], __package__).prepare
+    with PartialState().main_process_first():
+        return prepare(recipe.task_settings or {}, seed=seed)
+
+
+def load_data(
+    recipe: RecipeArguments, *, seed: int, id_column: str | None
+) -> tuple[list[Row], list[Row] | None]:
+    """Training and validation rows of the data set that the settings name.
+
+    Args:
+        seed: of the draw of validation prompts, where no data set of their own is named.
+        id_column: column of unique ids, as for `rollouts.prompts.make_prompts`.
+
+    Raises:
+        ConfigError: if no data or no reward is named.
+        ValueError: as `load_rows` and `split_validation`.
+    """
+    if recipe.dataset_name is None:
+        raise ConfigError("nothing to train on: write task, or dataset_name with your prompts")
+    if not recipe.rewards:
+        raise ConfigError("no reward: write rewards, names or path/to/file.py:function")
+    columns: dict[str, Any] = {
+        "prompt_column": recipe.prompt_column,
+        "answer_column": recipe.answer_column,
+        "prompt_template": recipe.prompt_template,
+        "system_prompt": recipe.system_prompt,
+        "conversational": recipe.conversational,
+    }
+    rows = load_rows(
+        recipe.dataset_name,
+        config=recipe.dataset_config,
+        split=recipe.dataset_split,
+        limit=recipe.dataset_limit,
+        **columns,
+    )
+    if recipe.validation_name is not None:
+        same = recipe.validation_name == recipe.dataset_name
+        validation = load_rows(
+            recipe.validation_name,
+            config=recipe.dataset_config if same else None,
+            split=recipe.validation_split,
+            **columns,
+        )
+        return rows, validation
+    size = recipe.validation_size
+    if recipe.policy == "diffusion" and len(rows) <= size == RecipeArguments.validation_size:
+        # The default, which nobody asked for. Prompts of a diffusion model come in short lists.
+        size = len(rows) // 5
+        told = f"{size} are held out" if size else "the prompts of training are validated with too"
+        warnings.warn(
+            f"validation_size: {recipe.validation_size} leaves nothing to train on of {len(rows)} "
+            f"prompts, so {told}; write validation_size, 0 for no validation",
+            stacklevel=2,
+        )
+        if not size:  # allowed: a sample is no answer that could be memorised
+            return rows, rows
+    if size:
+        return split_validation(rows, size, seed=seed, id_column=id_column)
+    return rows, None
 
 
 class Row(dict[str, Any]):

@@ -1,32 +1,24 @@
-"""Training a diffusion model, called by `recipes/train.py` where a YAML says `policy: diffusion`."""
+"""Train a diffusion model; called by `recipes/train.py` if a YAML says `policy: diffusion`."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from trl import ModelConfig, get_peft_config
 
-from recipes.config import ConfigError
-from recipes.data import load_rows, split_validation
-from recipes.images.task import ImageTask
 from rl.config.diffusion import DenoisingConfig
-from rl.config.own import nearest
 from rl.denoising_trainer import DenoisingTrainer
 from rl.policies import pipeline as denoising_pipeline
 from rl.policies.pipeline import ATTENTION, read_pipeline
 from rollouts.diffusion.engine import DiffusersEngine
 
-if TYPE_CHECKING:
-    from recipes.train import RecipeArguments
-
-TASKS = {"digits": "recipes.images.task"}
-"""Embedded tasks: modules with `prepare(settings, seed) -> ImageTask`."""
+from .arguments import RecipeArguments
+from .config import ConfigError
+from .data import embedded_task, load_data
+from .images.task import ImageTask
 
 
 def make_trainer(
@@ -54,15 +46,11 @@ def prepare(
 ) -> ImageTask:
     """Pipeline, prompts and rewards: of an embedded task, or as the settings name them."""
     if recipe.task is not None:
-        task = _embedded(recipe, config)
+        task: ImageTask = embedded_task(recipe, seed=config.seed)
         for name, value in task.settings.items():
             setattr(config, name, value)
         return replace(task, rewards=list(recipe.rewards) or task.rewards)
-    rows, validation = _data(recipe, config)
-    if not recipe.rewards:
-        raise ConfigError(
-            "no reward: write rewards, names of image rewards or path/to/file.py:function"
-        )
+    rows, validation = load_data(recipe, seed=config.seed, id_column=config.id_column)
     return ImageTask(
         pipeline=load_pipeline(config, model_config),
         rows=rows,
@@ -74,56 +62,6 @@ def prepare(
 def engine_of(task: ImageTask, config: DenoisingConfig) -> DiffusersEngine:
     """The engine of the task's pipeline."""
     return DiffusersEngine(task.pipeline, encode=task.encode, **config.engine_settings())
-
-
-def _embedded(recipe: RecipeArguments, config: DenoisingConfig) -> ImageTask:
-    if recipe.task not in TASKS:
-        raise ConfigError(
-            f"task must be one of {', '.join(TASKS)} for a diffusion model, got {recipe.task!r}."
-            f"{nearest(str(recipe.task), TASKS)}"
-        )
-    made: Callable[..., ImageTask] = import_module(TASKS[recipe.task]).prepare
-    with PartialState().main_process_first():
-        return made(recipe.task_settings or {}, seed=config.seed)
-
-
-def _data(recipe: RecipeArguments, config: DenoisingConfig) -> tuple[Any, Any]:
-    if recipe.dataset_name is None:
-        raise ConfigError("nothing to train on: write task, or dataset_name with your prompts")
-    columns: dict[str, Any] = {
-        "prompt_column": recipe.prompt_column,
-        "prompt_template": recipe.prompt_template,
-    }
-    rows = load_rows(
-        recipe.dataset_name,
-        config=recipe.dataset_config,
-        split=recipe.dataset_split,
-        limit=recipe.dataset_limit,
-        **columns,
-    )
-    if recipe.validation_name is not None:
-        same = recipe.validation_name == recipe.dataset_name
-        validation = load_rows(
-            recipe.validation_name,
-            config=recipe.dataset_config if same else None,
-            split=recipe.validation_split,
-            **columns,
-        )
-        return rows, validation
-    size = recipe.validation_size
-    if len(rows) <= size == type(recipe).validation_size:  # the default, which nobody asked for
-        size = len(rows) // 5
-        told = f"{size} are held out" if size else "the prompts of training are validated with too"
-        warnings.warn(
-            f"validation_size: {recipe.validation_size} leaves nothing to train on of {len(rows)} "
-            f"prompts, so {told}; write validation_size, 0 for no validation",
-            stacklevel=2,
-        )
-        if not size:  # allowed: a sample is no answer that could be memorised
-            return rows, rows
-    if size:
-        return split_validation(rows, size, seed=config.seed, id_column=config.id_column)
-    return rows, None
 
 
 def load_pipeline(config: DenoisingConfig, model_config: ModelConfig) -> Any:

@@ -43,8 +43,8 @@ def test_a_block_of_python_runs(number, tmp_path, monkeypatch):
 def test_a_command_line_names_files_and_settings_that_exist(words):
     from trl import ModelConfig
 
+    from recipes.arguments import RecipeArguments
     from recipes.config import parse, peek
-    from recipes.train import RecipeArguments
     from rl.config.diffusion import DenoisingConfig
     from rl.config.settings import RolloutConfig
 

@@ -1,17 +1,15 @@
-"""What a run of `recipes/train.py` with `task: arithmetic` starts from."""
+"""The embedded task `arithmetic`: its model, prompts and reward."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.arithmetic.tasks import Row, problems, verifier_reward
-from recipes.arithmetic.warm_start import WarmStart, warm_start
-from rl.config.own import nearest
+from ..arguments import check_names, read_settings
+from .tasks import Row, problems, verifier_reward
+from .warm_start import WarmStart, warm_start
 
 
 @dataclass
@@ -48,22 +46,11 @@ def prepare(
     Raises:
         ValueError: for a setting that does not exist or does not fit.
     """
-    given = json.loads(settings) if isinstance(settings, str) else dict(settings)
-    _check_names("task_settings", given, ArithmeticSettings)
-    chosen = ArithmeticSettings(**given)
-    _check_names("task_settings.warm_start", chosen.warm_start, WarmStart)
+    chosen = read_settings(ArithmeticSettings, settings, where="task_settings")
+    check_names(WarmStart, chosen.warm_start, where="task_settings.warm_start")
     shared = {"data_seed": chosen.data_seed, "validation": chosen.validation}
     for name in shared.keys() & chosen.warm_start.keys():
         raise ValueError(f"write {name} in task_settings itself, it serves rollouts and warm start")
     train, validation = problems(chosen.data_seed, train=chosen.train, validation=chosen.validation)
     folder = warm_start(chosen.folder, WarmStart(**shared, **chosen.warm_start))
     return folder, train, validation, [verifier_reward]
-
-
-def _check_names(where: str, given: Mapping[str, Any], kind: type) -> None:
-    names = [item.name for item in dataclasses.fields(kind)]
-    for name in given:
-        if name not in names:
-            raise ValueError(
-                f"{where} has no {name!r}.{nearest(name, names)} It has {', '.join(names)}"
-            )

@@ -23,11 +23,12 @@ import transformers
 import trl
 from transformers.trainer_callback import PrinterCallback
 
-from recipes.arithmetic.model import build_model, build_tokenizer
-from recipes.arithmetic.tasks import LEVELS, problems, warm_start_rows
-from recipes.config import parse
 from rl.run.checkpoint import TornCheckpointError, seal, verify
 from rl.run.tracking import no_progress_bars
+
+from ..config import parse
+from .model import build_model, build_tokenizer
+from .tasks import LEVELS, problems, warm_start_rows
 
 SETTINGS_FILE = "warm_start.json"
 """What a folder was made with, beside the checkpoint."""

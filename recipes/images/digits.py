@@ -33,7 +33,6 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from recipes.config import parse
 from rl.run.checkpoint import TornCheckpointError, seal, verify
 from rollouts.prompts import Prompt
 
@@ -393,6 +392,10 @@ def _library(name: str) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and make the pretrained pipeline."""
+    from ..config import (
+        parse,  # only here: `rewards` may name this file, which is then no package's
+    )
+
     place, settings = parse((Place, Digits), arguments)
     torch.set_num_threads(place.num_threads)
     pretrain(place.folder, settings)

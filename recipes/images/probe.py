@@ -1,6 +1,6 @@
 """Where to branch: what siblings that part at each step still differ by, before anything is trained.
 
-    python recipes/images/probe.py --config recipes/images/branch.yaml [--points 0,2,4] [--children 8]
+    python -m recipes.images.probe --config recipes/images/branch.yaml [--points 0,2,4] [--children 8]
 
 Takes the YAML of a run, branches its chain at several steps in turn, and prints for each the share w
 of the reward's variance that lies within branches, the share of branches whose samples differ in
@@ -14,21 +14,20 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `recipes` as a package
 
 from rich.console import Console
 from rich.table import Table
 from trl import ModelConfig
 
-from recipes.config import ConfigError, parse
-from recipes.diffusion import engine_of, prepare
-from recipes.train import EXPECTED, RecipeArguments
 from rl.config.diffusion import DenoisingConfig
 from rl.policies.diffusion import load_image_rewards
 from rollouts.diffusion.branch_points import BranchPoint, probe_branch_points
 from rollouts.prompts import plain_prompts
+
+from ..arguments import RecipeArguments
+from ..config import ConfigError, parse
+from ..diffusion import engine_of, prepare
+from ..train import EXPECTED
 
 
 @dataclass

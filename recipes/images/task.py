@@ -1,15 +1,15 @@
-"""What a run of `recipes/train.py` with `task: digits` starts from."""
+"""The embedded task `digits`: its pipeline, prompts and reward."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from recipes.images import digits
 from rl.config.own import nearest
+
+from ..arguments import check_names, read_settings
+from . import digits
 
 
 @dataclass
@@ -47,10 +47,8 @@ def prepare(settings: Mapping[str, Any] | str, *, seed: int) -> ImageTask:
     Raises:
         ValueError: for a setting that does not exist or does not fit.
     """
-    given = json.loads(settings) if isinstance(settings, str) else dict(settings)
-    _check_names("task_settings", given, DigitsSettings)
-    chosen = DigitsSettings(**given)
-    _check_names("task_settings.pretraining", chosen.pretraining, digits.Digits)
+    chosen = read_settings(DigitsSettings, settings, where="task_settings")
+    check_names(digits.Digits, chosen.pretraining, where="task_settings.pretraining")
     rewards = {"correct": digits.digit_correct, "probability": digits.digit_probability}
     if chosen.reward not in rewards:
         raise ValueError(
@@ -68,12 +66,3 @@ def prepare(settings: Mapping[str, Any] | str, *, seed: int) -> ImageTask:
         encode=digits.encode,
         settings={"guidance_scale": 1.0, "height": size, "width": size},
     )
-
-
-def _check_names(where: str, given: Mapping[str, Any], kind: type) -> None:
-    names = [item.name for item in dataclasses.fields(kind)]
-    for name in given:
-        if name not in names:
-            raise ValueError(
-                f"{where} has no {name!r}.{nearest(name, names)} It has {', '.join(names)}"
-            )

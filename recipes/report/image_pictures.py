@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes.report.run_folder import Groups, Run
+from .run_folder import Groups, Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipes.report.image_pictures import denoising_figure
-from recipes.report.run_folder import (
+from .image_pictures import denoising_figure
+from .run_folder import (
     Groups,
     curve_of,
     rollouts_until,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from recipes.report.run_folder import Run
+    from .run_folder import Run
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 """Okabe and Ito's colours, told apart by colour-blind readers too."""

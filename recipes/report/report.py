@@ -1,6 +1,7 @@
 """Turn a run folder, or several to compare, into tables, PNGs and one self-contained page.
 
-    python recipes/report/report.py runs/gvm [runs/uniform ...] [--output page.html] [--group-seeds]
+    apportion report runs/gvm [runs/uniform ...] [--output page.html] [--group-seeds]
+    python -m recipes.report.report runs/gvm          # the same, from the repository
 
 A run that is unfinished, or was killed while it wrote a line, is shown as far as it got, with a note.
 """
@@ -19,13 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # `recipes` beside this file
-
 import numpy as np
 
-from recipes.report.image_pictures import samples_of
-from recipes.report.pictures import CAPTIONS, draw
-from recipes.report.run_folder import (
+from .image_pictures import samples_of
+from .pictures import CAPTIONS, draw
+from .run_folder import (
     TOTAL,
     Groups,
     Run,

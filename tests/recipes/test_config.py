@@ -7,9 +7,9 @@ import pytest
 import yaml
 from trl import GRPOConfig, ModelConfig
 
+from recipes.arguments import RecipeArguments
 from recipes.config import ConfigError, help_text, parse
 from recipes.other_names import OTHERS, TRANSFORMERS, TRL, other_name
-from recipes.train import RecipeArguments
 from rl.config.diffusion import DenoisingConfig
 from rl.config.settings import RolloutConfig
 

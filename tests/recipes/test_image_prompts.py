@@ -145,7 +145,7 @@ def test_lines_are_plain_json_with_one_row_each():
 
 def test_the_package_takes_them_along():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    patterns = settings["tool"]["setuptools"]["package-data"]["recipes"]
+    patterns = settings["tool"]["setuptools"]["package-data"]["apportion_recipes"]
     names = [path.name for path in FOLDER.iterdir()]
     assert len(names) == 7
     for name in names:

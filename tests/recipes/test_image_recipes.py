@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from trl import ModelConfig
 
+from recipes.arguments import RecipeArguments
 from recipes.config import parse, peek
 from recipes.diffusion import ATTENTION, lora_config
-from recipes.train import RecipeArguments
 from rl.config.diffusion import DenoisingConfig
 
 IMAGES = Path(__file__).resolve().parents[2] / "recipes" / "images"

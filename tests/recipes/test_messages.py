@@ -9,16 +9,11 @@ import pytest
 import yaml
 from trl import ModelConfig
 
-from recipes import train
+from recipes import threads
+from recipes.arguments import TASKS, RecipeArguments
 from recipes.config import ConfigError, parse, peek
-from recipes.train import (
-    DIFFUSION_TASKS,
-    EXPECTED,
-    RecipeArguments,
-    load_tokenizer,
-    main,
-    task_or_data,
-)
+from recipes.language import load_tokenizer, prepare
+from recipes.train import EXPECTED, main
 from rl.config.settings import RolloutConfig
 from rollouts.rewards.text import check_reward_name, load_reward
 from samplers.refill import RefillError
@@ -44,7 +39,7 @@ def prompts(tmp_path):
 def prepared(*arguments):
     """Rows, held-out rows and rewards of a command line."""
     words = [*arguments, "--use_cpu", "true", "--report_to", "none", "--output_dir", "unused"]
-    return task_or_data(*parse((RecipeArguments, RolloutConfig, ModelConfig), words))
+    return prepare(*parse((RecipeArguments, RolloutConfig, ModelConfig), words))
 
 
 # The recipe for any model and prompts
@@ -130,9 +125,7 @@ def test_task_settings_that_are_no_mapping(given):
 
 
 def test_a_task_of_images_wants_its_policy(tmp_path):
-    from recipes.diffusion import TASKS
-
-    assert set(DIFFUSION_TASKS) == set(TASKS)
+    assert "digits" in TASKS["diffusion"]
     path = tmp_path / "run.yaml"
     path.write_text("task: digits\nplan: {num_steps: 2}\n")
     for words in (["--task", "digits"], [f"--config={path}"]):
@@ -272,12 +265,12 @@ def test_threads_follow_what_the_process_may_use_and_what_was_asked(monkeypatch)
     for name in [n for n in os.environ if n.startswith("ACCELERATE_") or n == "LOCAL_WORLD_SIZE"]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
-    assert train.available_cpus() == 1
+    assert threads.available_cpus() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert train._asked_threads() == 7
+    assert threads._asked_threads() == 7
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert train._asked_threads() == 1
+    assert threads._asked_threads() == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # a launcher, which sets 1 by itself
-    assert train._asked_threads() is None
+    assert threads._asked_threads() is None
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
-    assert train._asked_threads() is None
+    assert threads._asked_threads() is None

@@ -12,8 +12,10 @@ from diffusers import DiffusionPipeline, PNDMScheduler
 from trl import ModelConfig
 
 from recipes import diffusion
+from recipes.arguments import RecipeArguments
 from recipes.config import parse
-from recipes.train import RecipeArguments, main
+from recipes.data import load_data
+from recipes.train import main
 from rl.config.diffusion import DenoisingConfig
 from rl.objective.denoising_weights import kl_factor
 from tests.tiny_pipelines import add_tiny_vae, embeddings, tiny_pipeline
@@ -120,7 +122,7 @@ def test_ones_own_prompts_are_not_validated_on_the_recipes(tmp_path, count):
     words = ["--dataset_name", str(own), "--output_dir", str(tmp_path)]
     with pytest.warns(UserWarning, match="validation_name: recipes/.* goes with dataset_name: rec"):
         recipe, config = settings_of("flow_grpo", *words)
-    training, validation = diffusion._data(recipe, config)
+    training, validation = load_data(recipe, seed=config.seed, id_column=config.id_column)
     assert recipe.validation_name is None
     keys = [{row["count"] for row in part} for part in (training, validation)]
     held_out = {3: 3, 40: 8, 400: 128}[count]

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from trl import ModelConfig
 
+from recipes.arguments import RecipeArguments
 from recipes.config import parse
-from recipes.train import RecipeArguments
 from rl.config.settings import RolloutConfig
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*/*.yaml"))

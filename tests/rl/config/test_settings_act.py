@@ -8,8 +8,8 @@ import pytest
 from transformers import TrainingArguments
 from trl import ModelConfig
 
+from recipes.arguments import RecipeArguments
 from recipes.config import parse, peek
-from recipes.train import RecipeArguments
 from rl.config.diffusion import DenoisingConfig
 from rl.config.settings import RolloutConfig
 from rl.config.settings_act import (
