@@ -209,14 +209,14 @@ def test_pretrained_samples_are_near_the_target_as_often_as_declared(pretrained_
 
 
 @pytest.mark.slow
-def test_four_of_five_seeds_learn_to_reach_the_target(pretrained_weights, tmp_path):
+def test_two_of_three_seeds_learn_to_reach_the_target(pretrained_weights, tmp_path):
     # Measured: 24 of 24 seeds, stopped after 56 to 68 steps at .817 to .877 of fresh samples, in 16 to
-    # 22 s of processor time each on a busy machine. If a seed failed once in 26, two of five would in
-    # 1.3 % of platforms; on one platform the outcome is always the same.
+    # 22 s of processor time each on a busy machine. If a seed failed once in 26, two of three would in
+    # 0.4 % of platforms; on one platform the outcome is always the same.
     found = []
-    for seed in range(5):
+    for seed in range(3):
         trainer = learn(tmp_path / str(seed), pretrained_weights, seed)
         assert trainer.state.global_step <= 80
         # Of 1000 samples, standard error .011.
         found.append(reward_of(trainer.line.engine, 1000))
-    assert sum(reward >= 0.8 for reward in found) >= 4, found
+    assert sum(reward >= 0.8 for reward in found) >= 2, found
