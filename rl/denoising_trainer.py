@@ -21,7 +21,7 @@ from rl.policies.diffusion import DENOISING, load_image_rewards
 from rl.policies.pipeline import place, read_pipeline, set_scheduler
 from rl.run import tracking
 from rl.run.changed_settings import refuse_decisive
-from rl.run.end import Budget
+from rl.run.end import EvaluationBudget
 from rl.run.pictures import diversity, save_grid, thinned
 from rl.stages.line import Batch
 from rl.stages.roll_out import Scored
@@ -78,7 +78,7 @@ class DenoisingTrainer(RolloutTrainer):
         if self.args.max_evaluations is not None:
             memory = self.line.memory
             most = self.args.max_evaluations
-            budget = Budget(lambda: memory.evaluations, most, setting="max_evaluations")
+            budget = EvaluationBudget(lambda: memory.evaluations, most, setting="max_evaluations")
             self.add_callback(budget)
             self.progress.count(budget, "evaluations")
         self._average: EMAModel | None = None

@@ -28,6 +28,7 @@ from rl.run import checkpoint, completions, failing, schedule, tracking
 from rl.run.changed_settings import Compared, compare, refuse_decisive, refuse_other_optimizer
 from rl.run.end import (
     Budget,
+    EmptySteps,
     NoSignalError,
     no_signal,
     no_step_if_spent,
@@ -171,7 +172,7 @@ class RolloutTrainer(Trainer):
         self.add_callback(self._tracker_runs)
         self.add_callback(self.progress)
         empty, drawn = lambda: self._empty_steps, lambda: self.ledger.totals["tokens_drawn"]
-        self.add_callback(Budget(empty, args.max_empty_steps, setting="max_empty_steps"))
+        self.add_callback(EmptySteps(empty, args.max_empty_steps, setting="max_empty_steps"))
         if (most := args.max_generated_tokens) is not None:
             budget = Budget(drawn, most, setting="max_generated_tokens")
             self.add_callback(budget)

@@ -50,6 +50,14 @@ class Budget(TrainerCallback):
             control.should_save = args.save_strategy != "no"
 
 
+class EmptySteps(Budget):
+    """Steps without signal. A class of its own: transformers warns of two callbacks of one class."""
+
+
+class EvaluationBudget(Budget):
+    """Evaluations of a denoiser. A class of its own, like `EmptySteps`."""
+
+
 def spent_budgets(handler: CallbackHandler) -> str:
     """The budgets that are spent, by their settings; empty if there is none."""
     budgets = [each for each in handler.callbacks if isinstance(each, Budget)]
