@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.trace_policy import FloatArray, Generator, IntArray, Policy
-from samplers import allocation, downsampling, rules
+from samplers import allocation, downsampling, stopping
 from samplers.keys import stable_hash
 from samplers.posterior import BetaPosterior
 from samplers.selection import (
@@ -195,14 +195,6 @@ DOWNSAMPLERS: dict[str, tuple[str, Callable[[Batch], Kept]]] = {
             advantage=centred,
         ),
     ),
-    "random_drop": (
-        "ESRL's drop of 30 % with a confidence that means nothing: a control",
-        partial(
-            subset,
-            rows=lambda b, _: downsampling.confident_drop(b.generator.random(len(b.reward_N))),
-            again=leave_one_out,
-        ),
-    ),
 }
 
 
@@ -373,7 +365,7 @@ ALLOCATIONS: dict[str, Allocation] = {
 @dataclass(frozen=True)
 class Stop:
     what: str
-    rule: rules.Stopping | None = None
+    rule: stopping.Stopping | None = None
     wave: int | None = None
     plan: int = 1
     """Rollouts planned at most, in multiples of what other arms generate per step."""
@@ -383,26 +375,24 @@ STOPPINGS: dict[str, Stop] = {
     "none": Stop("budgets as allocated"),
     "early": Stop(
         "after 4 of 8 alike, stop if a mixed group is less likely than not",
-        rules.while_mixed_is_likely(threshold=0.5),
+        stopping.early(threshold=0.5),
         wave=4,
     ),
-    "early_alike": Stop(
-        "stop after 4 of 8 alike", rules.while_mixed_is_likely(threshold=1.0), wave=4
-    ),
+    "early_alike": Stop("stop after 4 of 8 alike", stopping.early(threshold=1.0), wave=4),
     "early_unbiased": Stop(
         "as early, but half of those go on and weigh double",
-        rules.while_mixed_is_likely_unbiased(threshold=0.5, rho=0.5),
+        stopping.early_unbiased(threshold=0.5, rho=0.5),
         wave=4,
     ),
     "ada_positive": Stop(
         "rounds of 4 until one passed, at most 4 (Reinforce-Ada)",
-        rules.until_positive(),
+        stopping.positive(),
         wave=4,
         plan=2,
     ),
     "ada_balanced": Stop(
         "rounds of 4 until 2 passed and 2 failed, at most 4 (Reinforce-Ada)",
-        rules.until_balanced(keep=HALF),
+        stopping.balanced(keep=HALF),
         wave=4,
         plan=2,
     ),

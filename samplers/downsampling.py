@@ -260,65 +260,6 @@ def balanced(
     return groups.rows(draw_N < quota_N)
 
 
-def confidence(top_probability_NT: ArrayLike, mask_NT: ArrayLike) -> FloatArray:
-    """ESRL's score of each row, 1 + mean_t(e^{p_t} p_t), p_t the top token's probability at t.
-
-    Called entropy in the release of ESRL (arXiv:2308.02223), it grows with confidence.
-
-    Args:
-        top_probability_NT: (N, T) in [0, 1] where the mask is True; anything elsewhere.
-        mask_NT: (N, T) bool, True on the policy's decisions.
-
-    Returns:
-        (N,) float64 scores in [1, 1 + e].
-
-    Raises:
-        ValueError: if shapes differ, a probability is outside [0, 1] or a row has no decision.
-    """
-    mask_NT = np.asarray(mask_NT, dtype=bool)
-    p_NT = np.asarray(top_probability_NT, dtype=np.float64)
-    if p_NT.ndim != 2 or p_NT.shape != mask_NT.shape:
-        raise ValueError(
-            f"top_probability_NT and mask_NT must be 2-d and of one shape, "
-            f"got {p_NT.shape} and {mask_NT.shape}"
-        )
-    p_NT = np.where(mask_NT, p_NT, 0.0)
-    valid_NT = (p_NT >= 0) & (p_NT <= 1)
-    if not valid_NT.all():
-        row, at = np.argwhere(~valid_NT)[0].tolist()
-        raise ValueError(f"probabilities must be in [0, 1], got {p_NT[row, at]} in row {row}")
-    length_N = mask_NT.sum(axis=1)
-    if not length_N.all():
-        raise ValueError(f"row {int(np.flatnonzero(length_N == 0)[0])} has no decision to score")
-    return 1 + (np.exp(p_NT) * p_NT).sum(axis=1) / length_N
-
-
-def confident_drop(confidence_N: ArrayLike, *, rate: float = 0.3) -> IntArray:
-    """Rows without the ceil(rate N) most confident ones, before any reward is computed.
-
-    ESRL (arXiv:2308.02223) as released, with its rate; an ablation. Dropped rows never get a
-    reward, so pass rates learnt from the rest are biased, and groups shrink before advantages are
-    computed.
-
-    Args:
-        confidence_N: (N,) finite scores, for example `confidence`.
-        rate: share that is dropped, in [0, 1].
-
-    Returns:
-        (K,) int64 rows, increasing. Of equal scores the later rows are dropped.
-
-    Raises:
-        ValueError: if a score is not finite or the rate is outside [0, 1].
-    """
-    confidence_N = _finite("confidence_N", confidence_N)
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate must be in [0, 1], got {rate}")
-    # The slack keeps 0.07 * 100 = 7.000000000000001 from dropping 8.
-    dropped = math.ceil(rate * len(confidence_N) - 1e-9)
-    order_N = np.argsort(confidence_N, kind="stable")
-    return np.sort(order_N[: len(order_N) - dropped])
-
-
 def best_and_worst(value_N: ArrayLike, branch_N: ArrayLike, *, threshold: float | None) -> IntArray:
     """Rows of the best and of the worst rollout of each branch, where they are good or bad enough.
 

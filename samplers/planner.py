@@ -35,8 +35,8 @@ from samplers.open_step import (
 from samplers.posterior import BetaPosterior
 from samplers.proposal import Decision, Proposal, admit, checked_rewards
 from samplers.rows import check_names, row_list
-from samplers.rules import Stopping
 from samplers.selection.selectors import Selector
+from samplers.stopping import Counts, Stopping
 from samplers.success import Success
 
 FloatArray = NDArray[np.float64]
@@ -86,7 +86,7 @@ class Planner:
             longer keep the objective: with pass rates .1 and .6, 10 rollouts of which 2 each are
             pilots, `plug_in_std` and `leave_one_out`, the prompts' gradients weigh .682 and .888 in
             expectation instead of 1. With the accepted mean of GVM's EM they may be pooled.
-        stopping: the rule, for example one of `rules.py`; not together with pilots.
+        stopping: the rule, for example one of `stopping.py`; not together with pilots.
         wave: rollouts of one prompt between two questions to the rule.
         run_seed: of selection and rollouts.
         success_above: a reward above it is a success. None reads rewards as fractions of full marks,
@@ -517,12 +517,9 @@ class Planner:
             for index, draw in draws
         ]
         answer = self._stopping(
-            last.successes_P.copy(),
-            last.trials_P.copy(),
-            last.a_P.copy(),
-            last.b_P.copy(),
-            left_P=last.left_P,
-            chance_P=np.array(chances),
+            Counts.of(
+                last.a_P, last.b_P, last.successes_P, last.trials_P, last.left_P, np.array(chances)
+            )
         )
         last.answered(*checked_answer(answer, len(last.index_P)))
         return not last.active_P.any()

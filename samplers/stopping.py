@@ -1,18 +1,23 @@
-"""Stopping: after some rollouts of a step, which prompts get more.
+"""Stopping rules: after some rollouts of a step, which prompts get more.
 
-Pure functions of counts: each returns `continue_P`, True where a prompt is to be rolled out again.
-What decides is what was counted, in slot order and never by who finished first: a group stopped
-because its quick rollouts agree is a biased group. Axes: P prompts, R outcomes.
+A rule is a function of the step's `Counts`. It answers True for each prompt that goes on, and may add
+a weight for each prompt's gradient. The planner asks it after every round; the plan is the cap, so a
+prompt without planned rollouts is done whatever its rule says.
 
-    function               stops                                 objective
-    positive, balanced     once enough passed (and failed)       changes: R / n overestimates p
-    early_stop             groups that will likely stay alike    changes: extreme prompts weigh less
-    early_stop_unbiased    the same, some of them by lot only    unchanged, with the weights returned
+Rules read counts in slot order and never who finished first: a group that stops because its quick
+rollouts agree is a biased group. Axes: P prompts, R outcomes.
 
-A step stopped on counts keeps the direction of each prompt's leave-one-out gradient and changes its
-weight. The posterior is to be given every rollout either way; rules that look at outcomes only do
-not bias it.
+    rule                 stops a prompt                          objective
+    positive, balanced   once enough passed (and failed)         changes: R / n overestimates p
+    early                whose group will likely stay alike      changes: extreme prompts weigh less
+    early_unbiased       the same, but some go on by lot         unchanged, by the weights it gives
+
+Rules that stop on counts keep the direction of each prompt's leave-one-out gradient and change its
+weight. Give the posterior every rollout either way: a rule that looks at outcomes only does not bias it.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,80 +27,144 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 
-def positive(
-    successes_P: ArrayLike, rounds_P: ArrayLike, *, needed: int = 1, max_rounds: int = 4
-) -> BoolArray:
-    """Roll out until `needed` rollouts passed, for at most `max_rounds` rounds.
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class Counts:
+    """What a stopping rule sees of the step's prompts, all rounds together: (P,) float64 arrays."""
 
-    Hard prompts get more rollouts without anybody estimating how hard they are. With rounds of M,
-    `needed` = 1 and no cap, the expected number is M / (1 - (1 - p)^M). **Changes the objective**:
-    the number of rollouts depends on their outcome, so the pool's pass rate overestimates p, by .03
-    at p = .1 with 4 rounds of 8.
+    a_P: FloatArray
+    """First parameter of the Beta posterior of earlier steps: successes remembered, plus 1."""
+    b_P: FloatArray
+    """Second parameter: failures remembered, plus 1."""
+    successes_P: FloatArray
+    """Rollouts that passed, whole numbers."""
+    trials_P: FloatArray
+    """Rollouts that were scored, whole numbers."""
+    left_P: FloatArray
+    """Rollouts that are still planned, 0 at the end of the plan."""
+    chance_P: FloatArray
+    """One uniform number in [0, 1) per group, for rules that let some go on by lot. The planner takes
+    it from a hash of the draw key, so it is the same in every round."""
 
-    (Reinforce-Ada Seq, arXiv:2510.04996; 4 rounds of 8 as in its code. The paper weights a prompt
-    by 1 / p as well, which is another objective and is not done here.)
+    @classmethod
+    def of(
+        cls,
+        a_P: ArrayLike,
+        b_P: ArrayLike,
+        successes_P: ArrayLike,
+        trials_P: ArrayLike,
+        left_P: ArrayLike,
+        chance_P: ArrayLike = 0.0,
+    ) -> "Counts":
+        """Counts as float64 copies, checked; one number stands for P equal ones.
+
+        Raises:
+            ValueError: if shapes differ, a count is negative or not finite, a posterior parameter is
+                not positive, or a prompt has more successes than trials.
+        """
+        named = {
+            "a_P": a_P,
+            "b_P": b_P,
+            "successes_P": successes_P,
+            "trials_P": trials_P,
+            "left_P": left_P,
+            "chance_P": chance_P,
+        }
+        columns = _arrays(named, like=np.asarray(a_P, dtype=np.float64))
+        counts = cls(**dict(zip(named, columns, strict=True)))
+        _check_positive(counts.a_P, counts.b_P)
+        if (counts.failures_P < 0).any():
+            p = int(np.flatnonzero(counts.failures_P < 0)[0])
+            raise ValueError(
+                f"successes must be at most trials, got {counts.successes_P[p]} of "
+                f"{counts.trials_P[p]} for prompt {p}"
+            )
+        return counts
+
+    @property
+    def failures_P(self) -> FloatArray:
+        """(P,) rollouts that were scored and did not pass."""
+        return self.trials_P - self.successes_P
+
+    @property
+    def mixed_P(self) -> FloatArray:
+        """(P,) chance that the group ends with passes and failures in it.
+
+        1 if it has both already; else 1 - P(the rest fail) after failures only, 1 - P(the rest pass)
+        after passes only, and before any rollout 1 minus either.
+        """
+        return 1 - self.alike_P
+
+    @property
+    def alike_P(self) -> FloatArray:
+        """(P,) chance that all rollouts of the group end alike: 1 - `mixed_P`, without cancellation."""
+        a_P, b_P = self.a_P + self.successes_P, self.b_P + self.failures_P
+        all_fail_P = np.where(self.successes_P == 0, rest_all_fail(a_P, b_P, self.left_P), 0.0)
+        all_pass_P = np.where(self.failures_P == 0, rest_all_fail(b_P, a_P, self.left_P), 0.0)
+        # Before any rollout both are possible, and where none is left both are certain.
+        return np.minimum(all_fail_P + all_pass_P, 1.0)
+
+
+Stopping = Callable[[Counts], BoolArray | tuple[BoolArray, FloatArray]]
+"""`rule(counts) -> continue_P`, or `(continue_P, weight_P)`. Any function of this shape is a rule.
+
+continue_P is (P,) bool, True where the prompt goes on. weight_P is (P,), finite and non-negative, what
+the group's gradient is multiplied by. The planner asks about all prompts of the step after every round;
+a prompt that has stopped stays stopped, and one that goes on has the largest weight it was given."""
+
+
+def positive(*, needed: int = 1) -> Stopping:
+    """Roll out until `needed` rollouts passed.
+
+    Hard prompts get more rollouts although nobody estimates how hard they are. With rounds of M
+    rollouts, `needed` = 1 and no cap, the expected number is M / (1 - (1 - p)^M). **Changes the
+    objective**: the number of rollouts depends on their outcome, so the pool's pass rate overestimates
+    p, by .03 at p = .1 with 4 rounds of 8.
+
+    (Reinforce-Ada Seq, arXiv:2510.04996; rounds of 8 and a uniform plan of 32 are its released setting.
+    The paper weights a prompt by 1 / p as well, which is another objective and is not done here.)
 
     Args:
-        successes_P: (P,) rollouts that passed so far, all rounds of the step together.
-        rounds_P: rounds done, one int or (P,); a round counts even if rollouts of it failed to be
-            scored.
         needed: passes that are enough, at least 1.
-        max_rounds: at least 1.
-
-    Returns:
-        (P,) bool, True where another round is to follow.
 
     Raises:
-        ValueError: if a number is negative or not finite, or a setting is out of range.
+        ValueError: if `needed` is below 1.
     """
-    return _sequential([("successes_P", successes_P, needed)], rounds_P, max_rounds)
+    if needed < 1:
+        raise ValueError(f"needed must be at least 1, got {needed}")
+
+    def rule(counts: Counts) -> BoolArray:
+        return (counts.successes_P < needed) & (counts.left_P > 0)
+
+    return rule
 
 
-def balanced(
-    successes_P: ArrayLike,
-    failures_P: ArrayLike,
-    rounds_P: ArrayLike,
-    *,
-    keep: int = 4,
-    max_rounds: int = 4,
-) -> BoolArray:
+def balanced(*, keep: int = 4) -> Stopping:
     """Roll out until `keep` rollouts can be chosen half passed and half failed.
 
-    That is floor(keep / 2) passes and keep - floor(keep / 2) failures, within `max_rounds` rounds.
-    Easy prompts go on as well as hard ones. **Changes the objective** as `positive` does, and more
-    so after the group is down-sampled to `keep`.
+    That is floor(keep / 2) passes and keep - floor(keep / 2) failures. Easy prompts go on as well as
+    hard ones. **Changes the objective** as `positive` does, and more so after the group is
+    down-sampled to `keep`.
 
-    (Reinforce-Ada Seq, arXiv:2510.04996, "balance"; 4 kept, 4 rounds of 8 as in its code.)
+    (Reinforce-Ada Seq, arXiv:2510.04996, "balance"; 4 kept as in its code.)
 
     Args:
-        successes_P, failures_P: (P,) rollouts that passed, and that did not.
-        rounds_P, max_rounds: as in `positive`.
         keep: rollouts that will be kept, at least 2.
 
-    Returns:
-        (P,) bool, True where another round is to follow.
-
     Raises:
-        ValueError: as `positive`.
+        ValueError: if `keep` is below 2.
     """
     if keep < 2:
         raise ValueError(f"keep must be at least 2, got {keep}")
-    counts = [
-        ("successes_P", successes_P, keep // 2),
-        ("failures_P", failures_P, keep - keep // 2),
-    ]
-    return _sequential(counts, rounds_P, max_rounds)
+    passes, failures = keep // 2, keep - keep // 2
+
+    def rule(counts: Counts) -> BoolArray:
+        lacking_P = (counts.successes_P < passes) | (counts.failures_P < failures)
+        return lacking_P & (counts.left_P > 0)
+
+    return rule
 
 
-def early_stop(
-    a_P: ArrayLike,
-    b_P: ArrayLike,
-    successes_P: ArrayLike,
-    trials_P: ArrayLike,
-    left_P: ArrayLike,
-    *,
-    threshold: float,
-) -> BoolArray:
+def early(*, threshold: float) -> Stopping:
     """Stop groups that are all alike so far and will likely stay so.
 
     Continue iff  P(mixed) >= threshold  and rollouts are left. A group that is mixed already has
@@ -104,82 +173,51 @@ def early_stop(
 
     **Changes the objective**: a stopped group has leave-one-out gradient 0, so directions stay and
     prompts near p = 0 and 1 weigh less. 4 of 8 keeps .58, .65, .84, .90, .65 of the weight at
-    p = .05, .1, .3, .5, .9. `early_stop_unbiased` does not.
+    p = .05, .1, .3, .5, .9. `early_unbiased` keeps all of it.
 
     Args:
-        a_P, b_P: (P,) parameters of the Beta posteriors before this group, positive.
-        successes_P, trials_P: (P,) passes among the first `trials` rollouts, by slot. A success is
-            1 and a failure 0; fractional rewards are to be turned into one or the other first.
-        left_P: rollouts still planned, one int or (P,); 0 stops.
         threshold: in [0, 1]; 0 stops none.
 
-    Returns:
-        (P,) bool, True where the rest of the group is to be rolled out.
-
     Raises:
-        ValueError: if counts or parameters are out of range or not finite.
+        ValueError: if the threshold is out of range.
     """
-    _check_unit("threshold", threshold)
-    # Not 1 - alike >= threshold: a chance of 1e-20 to stay alike would be lost there.
-    alike_P = _alike(a_P, b_P, successes_P, trials_P, left_P)
-    return (alike_P <= 1 - threshold) & (np.asarray(left_P) > 0)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+
+    def rule(counts: Counts) -> BoolArray:
+        # Not mixed_P >= threshold: a chance of 1e-20 to stay alike would be lost there.
+        return (counts.alike_P <= 1 - threshold) & (counts.left_P > 0)
+
+    return rule
 
 
-def early_stop_unbiased(
-    a_P: ArrayLike,
-    b_P: ArrayLike,
-    successes_P: ArrayLike,
-    trials_P: ArrayLike,
-    left_P: ArrayLike,
-    *,
-    threshold: float,
-    rho: float,
-    generator: np.random.Generator,
-) -> tuple[BoolArray, FloatArray]:
-    """`early_stop` that lets some condemned groups go on, and weights those by 1 / rho.
+def early_unbiased(*, threshold: float, rho: float) -> Stopping:
+    """`early`, but a group that it would stop goes on with probability rho and weighs 1 / rho.
 
-    Where `early_stop` would stop, the group goes on with probability rho and its gradient is to be
-    multiplied by 1 / rho; a group that is stopped has weight 0. In expectation over the lots each
-    group has its full gradient: **the objective is that of no stopping**, whatever the advantages
-    are. The price is variance, from the few heavy groups.
+    A group has one lot for all its rounds. It is stopped at the first test it fails, with weight 0, or
+    it never is, with weight 1 / rho if it failed any test and 1 if it failed none. Whatever the rollouts
+    are, the expected weight is rho / rho = 1: **the objective is that of no stopping**. The price is
+    variance, from the few heavy groups.
 
     Args:
-        a_P, b_P, successes_P, trials_P, left_P, threshold: as in `early_stop`.
+        threshold: as in `early`.
         rho: in (0, 1]; 1 stops none.
-        generator: draws one number per prompt in the order given, needed or not, so that the
-            counts of one prompt do not move the lot of another.
-
-    Returns:
-        continue_P: (P,) bool.
-        weight_P: (P,) float64: 1, 1 / rho or 0. A prompt with no rollouts left is complete: it
-            does not continue and has weight 1. If a group is tested more than once, the weights of
-            its tests are multiplied.
 
     Raises:
-        ValueError: as `early_stop`, and if rho is not in (0, 1].
+        ValueError: if a setting is out of range.
     """
     if not 0 < rho <= 1:
         raise ValueError(f"rho must be in (0, 1], got {rho}")
-    goes_on_P = early_stop(a_P, b_P, successes_P, trials_P, left_P, threshold=threshold)
-    complete_P = np.broadcast_to(np.asarray(left_P) == 0, goes_on_P.shape)
-    lucky_P = (generator.random(len(goes_on_P)) < rho) & ~goes_on_P & ~complete_P
-    weight_P = np.where(goes_on_P | complete_P, 1.0, np.where(lucky_P, 1 / rho, 0.0))
-    return goes_on_P | lucky_P, weight_P
+    plain = early(threshold=threshold)
 
+    def rule(counts: Counts) -> tuple[BoolArray, FloatArray]:
+        # A group at the end of its plan is complete: it is not stopped, and weighs 1.
+        passes_P = (counts.left_P == 0) | plain(counts)
+        lucky_P = counts.chance_P < rho
+        weight_P = np.where(passes_P, 1.0, np.where(lucky_P, 1 / rho, 0.0))
+        return passes_P | lucky_P, weight_P
 
-def mixed_probability(
-    a_P: ArrayLike,
-    b_P: ArrayLike,
-    successes_P: ArrayLike,
-    trials_P: ArrayLike,
-    left_P: ArrayLike,
-) -> FloatArray:
-    """Chance that a group ends with both outcomes in it, given its first rollouts.
-
-    1 if it has both; else 1 - P(the rest fail) after failures only, 1 - P(the rest pass) after
-    passes only, and before any rollout 1 minus either. Arguments, errors: as `early_stop`.
-    """
-    return 1 - _alike(a_P, b_P, successes_P, trials_P, left_P)
+    return rule
 
 
 def rest_all_fail(a_P: ArrayLike, b_P: ArrayLike, left_P: ArrayLike) -> FloatArray:
@@ -189,8 +227,9 @@ def rest_all_fail(a_P: ArrayLike, b_P: ArrayLike, left_P: ArrayLike) -> FloatArr
 
     a and b already hold the group's rollouts so far. Beta(1, 1) and 4 failures, 4 left: 5/9.
     """
-    a_P, b_P = _parameters(a_P, b_P)
-    (left_P,) = _arrays({"left_P": left_P}, like=a_P)
+    a_P = np.asarray(a_P, dtype=np.float64)
+    a_P, b_P, left_P = _arrays({"a_P": a_P, "b_P": b_P, "left_P": left_P}, like=a_P)
+    _check_positive(a_P, b_P)
     chance_P = np.ones_like(a_P)
     for j in range(int(left_P.max(initial=0))):
         chance_P *= np.where(j < left_P, (b_P + j) / (a_P + b_P + j), 1.0)
@@ -209,7 +248,9 @@ def success_distribution(a_P: ArrayLike, b_P: ArrayLike, trials: int) -> FloatAr
     Returns:
         (P, n + 1) float64, column r; each row sums to 1.
     """
-    a_P, b_P = _parameters(a_P, b_P)
+    a_P = np.asarray(a_P, dtype=np.float64)
+    a_P, b_P = _arrays({"a_P": a_P, "b_P": b_P}, like=a_P)
+    _check_positive(a_P, b_P)
     if trials < 0:
         raise ValueError(f"trials must be at least 0, got {trials}")
     # Rollout by rollout: after m of them, r passed. Only sums and products of positive numbers, so
@@ -226,61 +267,18 @@ def success_distribution(a_P: ArrayLike, b_P: ArrayLike, trials: int) -> FloatAr
     return chance_PR
 
 
-def _alike(
-    a_P: ArrayLike,
-    b_P: ArrayLike,
-    successes_P: ArrayLike,
-    trials_P: ArrayLike,
-    left_P: ArrayLike,
-) -> FloatArray:
-    """Chance that all rollouts of a group have one outcome."""
-    a_P, b_P = _parameters(a_P, b_P)
-    counts = {"successes_P": successes_P, "trials_P": trials_P, "left_P": left_P}
-    successes_P, trials_P, left_P = _arrays(counts, like=a_P)
-    failures_P = trials_P - successes_P
-    if (failures_P < 0).any():
-        p = int(np.flatnonzero(failures_P < 0)[0])
-        raise ValueError(
-            f"successes must be at most trials, got {successes_P[p]} of {trials_P[p]} for prompt {p}"
-        )
-    a_P, b_P = a_P + successes_P, b_P + failures_P
-    all_fail_P = np.where(successes_P == 0, rest_all_fail(a_P, b_P, left_P), 0.0)
-    all_pass_P = np.where(failures_P == 0, rest_all_fail(b_P, a_P, left_P), 0.0)
-    # Before any rollout both are possible, and where none is left both are certain.
-    return np.minimum(all_fail_P + all_pass_P, 1.0)
-
-
-def _sequential(
-    counts: list[tuple[str, ArrayLike, int]], rounds_P: ArrayLike, max_rounds: int
-) -> BoolArray:
-    """Whether any count is below what is needed and rounds are left."""
-    if max_rounds < 1 or any(needed < 1 for _, _, needed in counts):
-        raise ValueError(
-            f"needed and max_rounds must be at least 1, got {[n for *_, n in counts]} "
-            f"and {max_rounds}"
-        )
-    count_sP = _arrays({name: count_P for name, count_P, _ in counts})
-    (rounds_P,) = _arrays({"rounds_P": rounds_P}, like=count_sP[0])
-    lacking = [count_P < needed for count_P, (*_, needed) in zip(count_sP, counts, strict=True)]
-    return np.logical_or.reduce(lacking) & (rounds_P < max_rounds)
-
-
-def _parameters(a_P: ArrayLike, b_P: ArrayLike) -> list[FloatArray]:
-    arrays = _arrays({"a_P": a_P, "b_P": b_P})
-    smallest = min(x.min(initial=np.inf) for x in arrays)
+def _check_positive(a_P: FloatArray, b_P: FloatArray) -> None:
+    smallest = min(a_P.min(initial=np.inf), b_P.min(initial=np.inf))
     if smallest <= 0:
         raise ValueError(f"a and b must be positive, got {smallest}")
-    return arrays
 
 
-def _arrays(named: dict[str, ArrayLike], like: FloatArray | None = None) -> list[FloatArray]:
+def _arrays(named: dict[str, ArrayLike], like: FloatArray) -> list[FloatArray]:
     """As (P,) float64, finite and non-negative; a single number is repeated where `like` is."""
-    arrays = [np.asarray(value, dtype=np.float64) for value in named.values()]
-    if like is not None:
-        arrays = [np.full_like(like, x) if x.ndim == 0 else x for x in arrays]
+    arrays = [np.array(value, dtype=np.float64) for value in named.values()]
+    arrays = [np.full_like(like, x) if x.ndim == 0 else x for x in arrays]
     shapes = {name: x.shape for name, x in zip(named, arrays, strict=True)}
-    expected = arrays[0].shape if like is None else like.shape
-    if len(expected) != 1 or any(shape != expected for shape in shapes.values()):
+    if like.ndim != 1 or any(shape != like.shape for shape in shapes.values()):
         raise ValueError(f"counts must be 1-d and equally long, got shapes {shapes}")
     for name, x in zip(named, arrays, strict=True):
         wrong_P = ~((x >= 0) & (x < np.inf))
@@ -288,8 +286,3 @@ def _arrays(named: dict[str, ArrayLike], like: FloatArray | None = None) -> list
             p = int(np.flatnonzero(wrong_P)[0])
             raise ValueError(f"{name} must be finite and non-negative, got {x[p]} for prompt {p}")
     return arrays
-
-
-def _check_unit(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value}")

@@ -367,12 +367,6 @@ def classifier() -> Any:
     return fit(features[:CLASSIFIER_IMAGES], digits[:CLASSIFIER_IMAGES])
 
 
-def classifier_accuracy() -> float:
-    """Share of the 497 images left out of the fit that the classifier reads correctly."""
-    features, digits = _pixels()
-    return float(classifier().score(features[CLASSIFIER_IMAGES:], digits[CLASSIFIER_IMAGES:]))
-
-
 def _pixels() -> tuple[np.ndarray, np.ndarray]:
     data = _library("datasets").load_digits()
     return data.data / 8 - 1, data.target

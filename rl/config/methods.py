@@ -25,7 +25,7 @@ from rl.logprobs.from_logits import ends
 from rl.objective import advantages, hapo, losses, sequence_losses, token_selection
 from rl.objective.kl import kl_loss
 from rollouts.batch import Rollouts, TokenRollouts
-from samplers import allocation, downsampling, rules
+from samplers import allocation, downsampling, stopping
 from samplers.posterior import BetaPosterior
 from samplers.selection import (
     PosteriorMeanSelector,
@@ -431,7 +431,7 @@ STOPPINGS: dict[str, Method] = _named(
     Method(name="none", help="Every group has its budget."),
     Method(
         name="positive",
-        function=rules.until_positive,
+        function=stopping.positive,
         settings={"stopping_needed": "needed"},
         needs=("stopping_wave",),
         defaults={"stopping_needed": 1},
@@ -442,7 +442,7 @@ STOPPINGS: dict[str, Method] = _named(
     ),
     Method(
         name="balanced",
-        function=rules.until_balanced,
+        function=stopping.balanced,
         settings={"stopping_needed": "keep"},
         needs=("stopping_wave",),
         defaults={"stopping_needed": 4},
@@ -453,7 +453,7 @@ STOPPINGS: dict[str, Method] = _named(
     ),
     Method(
         name="early",
-        function=rules.while_mixed_is_likely,
+        function=stopping.early,
         settings={"stopping_threshold": "threshold"},
         needs=("stopping_wave",),
         reads_success=True,
@@ -462,7 +462,7 @@ STOPPINGS: dict[str, Method] = _named(
     ),
     Method(
         name="early_unbiased",
-        function=rules.while_mixed_is_likely_unbiased,
+        function=stopping.early_unbiased,
         settings={"stopping_threshold": "threshold", "stopping_rho": "rho"},
         needs=("stopping_wave",),
         reads_success=True,
@@ -471,7 +471,7 @@ STOPPINGS: dict[str, Method] = _named(
 )
 
 
-def stopping_of(config: RolloutConfig) -> rules.Stopping | None:
+def stopping_of(config: RolloutConfig) -> stopping.Stopping | None:
     """The stopping rule named by `config`; None: every group has its budget."""
     method = method_of(config, "stopping")
     if method.function is None:

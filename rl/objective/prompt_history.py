@@ -6,7 +6,7 @@ of the new rewards and a `PromptHistory`, which is asked first and told afterwar
 
     history = PromptHistory(steps=8)
     z_N = history_standardised(reward_N, row_N, history)     # for selection, by its sign
-    advantage_N = clamped(z_N)                               # for the loss
+    advantage_N = z_N.clamp(-5, 5)                           # for the loss
     history.observe(reward_N, row_N)
 
 The key is the row of the data set, not of the batch: a prompt drawn twice in a step is one prompt
@@ -17,7 +17,6 @@ Axes: N rollouts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -185,33 +184,6 @@ def buffer_standardised(
         peers = value_N if len(buffer) < min_count else buffer
         advantage_N[index_K] = _standardised(value_N[index_K], peers, 0, eps)
     return advantage_N.to(reward_N)
-
-
-def clamped(
-    z_N: Tensor, *, limit: float = 5.0, positive: float = 1.0, negative: float = 1.0
-) -> Tensor:
-    """Advantages from standardised rewards: cut at +-limit, and the two signs weighed.
-
-        A_i = clamp(z_i, -limit, limit) * (positive if z_i > 0 else negative)
-
-    (DDPO, arXiv:2305.13301, and B2-DiffuRL, arXiv:2503.11240, whose beta1 and beta2 the weights
-    are; both as released, with 5, 1 and 1.)
-
-    Args:
-        z_N: (N,) standardised rewards.
-        limit: positive; infinity cuts nothing.
-        positive, negative: finite, >= 0.
-
-    Raises:
-        ValueError: if a setting is out of range.
-    """
-    if not limit > 0:
-        raise ValueError(f"limit must be positive, got {limit}")
-    for name, weight in (("positive", positive), ("negative", negative)):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"{name} must be finite and at least 0, got {weight}")
-    cut_N = z_N.clamp(-limit, limit)
-    return torch.where(z_N > 0, cut_N * positive, cut_N * negative)
 
 
 def _rows(row_N: Tensor) -> list[tuple[int, Tensor]]:

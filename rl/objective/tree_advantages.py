@@ -5,19 +5,19 @@ share the states above their split. V(state) is the mean reward of the leaves be
 of an edge is V(child) - b, and the estimators differ in b alone:
 
     function             b                                            credit on the prefix
-    prompt_mean          mean over the prompt's leaves                the same on every edge
     branch_mean          mean over the leaves of the root             exactly 0
     depth_normalised     mean over the prompt's states of that depth, in units of their std
     parent_difference    V(parent)                                    exactly 0
     leave_branch_out     mean over the leaves that do not share the edge, below its nearest split
 
-(`prompt_mean` and `branch_mean` take r_leaf for V(child).) There is one row per leaf, so an edge
+(`branch_mean` takes r_leaf for V(child).) There is one row per leaf, so an edge
 that k leaves share occurs in k rows, and row weight 1 is its right weight; a loss over unique
 edges would multiply by the leaf count. BranchGRPO's release does not: it trains every distinct edge
 once (`edge_weight: once`, `denoising_weights.once_per_edge`).
 
-As (N,) columns the first two are `advantages.centred` with the prompt or the root as its key, and
-`advantages.leave_one_out` with the root as its key is the comparison within a branch.
+As an (N,) column the first is `advantages.centred` with the root as its key; with the prompt as its key
+that is the baseline of the whole prompt. `advantages.leave_one_out` with the root as its key is the
+comparison within a branch.
 
 All take every leaf of a step, before rows are dropped. Statistics are float64, the result has the
 rewards' dtype and no gradient. Where the leaves that are compared have equal rewards the credit is
@@ -34,12 +34,27 @@ from torch import Tensor
 
 from rl.objective.advantages import centred
 
-Credit = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""`credit(reward_N, node_NS, parent_M, step_M, leaves_M, prompt_N) -> advantage_NT`. Any function
-of this shape is an estimator."""
+
+class Tree(NamedTuple):
+    """The shape of a batch of denoising trees: the path of each row, and the states on the paths."""
+
+    node_NS: Tensor
+    """(N, S) int64, the states of each row from root to leaf."""
+    parent_M: Tensor
+    """(M,) int64, each state's parent; -1 at roots."""
+    step_M: Tensor
+    """(M,) int64, each state's place in its path, 0 at roots."""
+    leaves_M: Tensor
+    """(M,) int64, how many leaves each state has; those in the batch must be all."""
+    prompt_N: Tensor
+    """(N,) integers, the prompt of each rollout."""
 
 
-class _Tree(NamedTuple):
+Credit = Callable[[Tensor, Tree], Tensor]
+"""`credit(reward_N, tree) -> advantage_NT`. Any function of this shape is an estimator."""
+
+
+class _Values(NamedTuple):
     """Sums over the leaves below each state, in float64."""
 
     value_N: Tensor
@@ -60,36 +75,7 @@ class _Tree(NamedTuple):
         return self.max_M > self.min_M
 
 
-def prompt_mean(
-    reward_N: Tensor,
-    node_NS: Tensor,
-    parent_M: Tensor,
-    step_M: Tensor,
-    leaves_M: Tensor,
-    prompt_N: Tensor,
-) -> Tensor:
-    """Reward minus the mean over the prompt's leaves, on every edge of the row.
-
-        A_nt = r_n - mean of r over the prompt's leaves
-
-    The baseline of Flow-GRPO and DDPO without their stds and buffers, as an (N, T) column. The
-    leaves of one root are correlated, so on the prefix the mean is less of a baseline than its
-    size says: it shrinks the expected gradient there by 1 - k/n for k leaves a root.
-
-    Args, Returns, Raises: as `leave_branch_out`. A prompt of one leaf, or of equal rewards, gets 0.
-    """
-    _tree(reward_N, node_NS, parent_M, step_M, leaves_M, prompt_N)
-    return centred(reward_N, prompt_N)[:, None].repeat(1, node_NS.shape[1] - 1)
-
-
-def branch_mean(
-    reward_N: Tensor,
-    node_NS: Tensor,
-    parent_M: Tensor,
-    step_M: Tensor,
-    leaves_M: Tensor,
-    prompt_N: Tensor,
-) -> Tensor:
+def branch_mean(reward_N: Tensor, tree: Tree) -> Tensor:
     """Reward minus the mean over the leaves of the same root, on the edges after the first split.
 
         A_nt = r_n - V(root)    where the edge is not shared by all leaves of the root, else 0
@@ -99,22 +85,14 @@ def branch_mean(
 
     Args, Returns, Raises: as `leave_branch_out`. A root of one leaf gets 0.
     """
-    _tree(reward_N, node_NS, parent_M, step_M, leaves_M, prompt_N)
+    _values(reward_N, tree)
+    node_NS, leaves_M = tree.node_NS, tree.leaves_M
     advantage_N = centred(reward_N, node_NS[:, 0])
     suffix_NT = leaves_M[node_NS[:, 1:]] < leaves_M[node_NS[:, :1]]
     return torch.where(suffix_NT, advantage_N[:, None], 0.0)
 
 
-def depth_normalised(
-    reward_N: Tensor,
-    node_NS: Tensor,
-    parent_M: Tensor,
-    step_M: Tensor,
-    leaves_M: Tensor,
-    prompt_N: Tensor,
-    *,
-    eps: float = 1e-8,
-) -> Tensor:
+def depth_normalised(reward_N: Tensor, tree: Tree, *, eps: float = 1e-8) -> Tensor:
     """V(child) standardised over the states of its depth.
 
         A_nt = (V(child) - mean_d V) / (std_d V + eps)
@@ -131,30 +109,24 @@ def depth_normalised(
     """
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
-    tree = _tree(reward_N, node_NS, parent_M, step_M, leaves_M, prompt_N)
+    values = _values(reward_N, tree)
+    node_NS, parent_M = tree.node_NS, tree.parent_M
     prompt_M = torch.full_like(parent_M, -1)  # stays -1 where no row of the batch goes through
-    prompt_M[node_NS] = tree.group_N[:, None].expand(node_NS.shape)
-    _, group_M = (prompt_M * node_NS.shape[1] + step_M).unique(return_inverse=True)
-    sum_G, size_G, *_ = _below(tree.value_M, group_M)
-    deviation_M = tree.value_M - (sum_G / size_G)[group_M]
+    prompt_M[node_NS] = values.group_N[:, None].expand(node_NS.shape)
+    _, group_M = (prompt_M * node_NS.shape[1] + tree.step_M).unique(return_inverse=True)
+    sum_G, size_G, *_ = _below(values.value_M, group_M)
+    deviation_M = values.value_M - (sum_G / size_G)[group_M]
     square_G, *_ = _below(deviation_M.square(), group_M)
     std_G = (square_G / (size_G - 1).clamp(min=1)).sqrt()
     # Means of equal rewards may differ in their last digit, the rewards do not.
-    *_, max_G, _ = _below(tree.max_M, group_M)
-    *_, min_G = _below(tree.min_M, group_M)
+    *_, max_G, _ = _below(values.max_M, group_M)
+    *_, min_G = _below(values.min_M, group_M)
     z_M = deviation_M / (std_G[group_M] + eps)
     z_M = torch.where((max_G > min_G)[group_M] & (deviation_M != 0), z_M, 0.0)
     return z_M[node_NS[:, 1:]].to(reward_N.dtype)
 
 
-def parent_difference(
-    reward_N: Tensor,
-    node_NS: Tensor,
-    parent_M: Tensor,
-    step_M: Tensor,
-    leaves_M: Tensor,
-    prompt_N: Tensor,
-) -> Tensor:
+def parent_difference(reward_N: Tensor, tree: Tree) -> Tensor:
     """What each edge changed in the value of the path: V(child) - V(parent).
 
     Along a path the credits add up to r_leaf - V(root), and over the children of a state, weighted
@@ -164,22 +136,15 @@ def parent_difference(
 
     Args, Returns, Raises: as `leave_branch_out`.
     """
-    tree = _tree(reward_N, node_NS, parent_M, step_M, leaves_M, prompt_N)
-    child_NT, parent_NT = node_NS[:, 1:], node_NS[:, :-1]
-    splits_NT = tree.count_M[child_NT] < tree.count_M[parent_NT]
-    credit_NT = tree.value_M[child_NT] - tree.value_M[parent_NT]
-    credit_NT = torch.where(splits_NT & tree.mixed_M[parent_NT], credit_NT, 0.0)
+    values = _values(reward_N, tree)
+    child_NT, parent_NT = tree.node_NS[:, 1:], tree.node_NS[:, :-1]
+    splits_NT = values.count_M[child_NT] < values.count_M[parent_NT]
+    credit_NT = values.value_M[child_NT] - values.value_M[parent_NT]
+    credit_NT = torch.where(splits_NT & values.mixed_M[parent_NT], credit_NT, 0.0)
     return credit_NT.to(reward_N.dtype)
 
 
-def leave_branch_out(
-    reward_N: Tensor,
-    node_NS: Tensor,
-    parent_M: Tensor,
-    step_M: Tensor,
-    leaves_M: Tensor,
-    prompt_N: Tensor,
-) -> Tensor:
+def leave_branch_out(reward_N: Tensor, tree: Tree) -> Tensor:
     """V(child) minus the mean over the leaves that took another branch.
 
         A_nt = V(child) - mean of r over the leaves below the other children of the nearest
@@ -192,11 +157,7 @@ def leave_branch_out(
 
     Args:
         reward_N: (N,) finite floating-point rewards, one per leaf.
-        node_NS: (N, S) int64, the states of each row from root to leaf.
-        parent_M: (M,) int64, each state's parent; -1 at roots.
-        step_M: (M,) int64, each state's place in its path, 0 at roots.
-        leaves_M: (M,) int64, how many leaves each state has; those in the batch must be all.
-        prompt_N: (N,) integers, the group of each rollout.
+        tree: the paths of the same rows, and their states.
 
     Returns:
         (N, T) advantages in the dtype of `reward_N`, one value per distinct edge. An edge that
@@ -206,36 +167,30 @@ def leave_branch_out(
         ValueError: if shapes differ, a reward is not finite or not floating point, a path does not
             follow the parents, or leaves are missing or occur twice.
     """
-    tree = _tree(reward_N, node_NS, parent_M, step_M, leaves_M, prompt_N)
-    per_state = (tree.sum_M, tree.count_M, tree.max_M, tree.min_M)
+    values, node_NS = _values(reward_N, tree), tree.node_NS
+    per_state = (values.sum_M, values.count_M, values.max_M, values.min_M)
     # Going down: the leaves below the nearest split, at first the prompt's. Those below the edge are
     # the branch, as nothing splits in between.
-    around = [x_P[tree.group_N] for x_P in _below(tree.value_N, tree.group_N)]
-    credit_NT = torch.zeros_like(node_NS[:, 1:], dtype=tree.value_N.dtype)
+    around = [x_P[values.group_N] for x_P in _below(values.value_N, values.group_N)]
+    credit_NT = torch.zeros_like(node_NS[:, 1:], dtype=values.value_N.dtype)
     for t in range(node_NS.shape[1] - 1):
         state_N, child_N = node_NS[:, t], node_NS[:, t + 1]
-        splits_N = tree.count_M[child_N] < tree.count_M[state_N]
+        splits_N = values.count_M[child_N] < values.count_M[state_N]
         around = [
             torch.where(splits_N, x_M[state_N], x_N)
             for x_M, x_N in zip(per_state, around, strict=True)
         ]
         sum_N, count_N, max_N, min_N = around
-        others_N = count_N - tree.count_M[child_N]
-        baseline_N = (sum_N - tree.sum_M[child_N]) / others_N.clamp(min=1)
+        others_N = count_N - values.count_M[child_N]
+        baseline_N = (sum_N - values.sum_M[child_N]) / others_N.clamp(min=1)
         compared_N = (others_N > 0) & (max_N > min_N)
-        credit_NT[:, t] = torch.where(compared_N, tree.value_M[child_N] - baseline_N, 0.0)
+        credit_NT[:, t] = torch.where(compared_N, values.value_M[child_N] - baseline_N, 0.0)
     return credit_NT.to(reward_N.dtype)
 
 
-def _tree(
-    reward_N: Tensor,
-    node_NS: Tensor,
-    parent_M: Tensor,
-    step_M: Tensor,
-    leaves_M: Tensor,
-    prompt_N: Tensor,
-) -> _Tree:
+def _values(reward_N: Tensor, tree: Tree) -> _Values:
     """Check the tree and sum the rewards below every state."""
+    node_NS, parent_M, step_M, leaves_M, prompt_N = tree
     num_rows, num_states = len(reward_N), len(parent_M)
     if node_NS.ndim != 2 or len(node_NS) != num_rows or node_NS.shape[1] < 2:
         raise ValueError(
@@ -281,7 +236,7 @@ def _tree(
     _, _, max_M, min_M = _below(group_N, node_NS[:, 0], num_states)
     if (max_M != min_M).any():
         raise ValueError(f"state {int((max_M != min_M).nonzero()[0])} is the root of two prompts")
-    return _Tree(value_N, group_N, *below)
+    return _Values(value_N, group_N, *below)
 
 
 def _below(

@@ -27,6 +27,7 @@ from rl.objective import denoising_weights, prompt_history
 from rl.objective.advantages import centred, grpo, leave_one_out
 from rl.objective.losses import clipped_surrogate
 from rl.objective.prompt_history import PromptHistory
+from rl.objective.tree_advantages import Tree
 from rl.policies.denoiser import choose_trained, denoiser_of
 from rl.policies.language import PolicyKind, make_planner, without_dropout
 from rl.policies.pipeline import lora_of
@@ -205,14 +206,8 @@ def _credit(config: DenoisingConfig, rollouts: DenoisingRollouts) -> torch.Tenso
         return centred(rollouts.reward_N, rollouts.prompt_N)
     if config.baseline == "siblings":
         return leave_one_out(rollouts.reward_N, rollouts.branch_N)
-    return CREDITS[config.baseline](
-        rollouts.reward_N,
-        rollouts.node_NS,
-        tree.parent_M,
-        tree.step_M,
-        tree.leaves_M,
-        rollouts.prompt_N,
-    )
+    shape = Tree(rollouts.node_NS, tree.parent_M, tree.step_M, tree.leaves_M, rollouts.prompt_N)
+    return CREDITS[config.baseline](rollouts.reward_N, shape)
 
 
 def _scaled(

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 LEAST_ENTROPY = 1e-8
 """Entropies are at least this before the logarithm, in nats."""
@@ -98,33 +97,3 @@ class AdaptiveTemperature:
 def entropy(score_NV: Tensor) -> Tensor:
     """Entropy of softmax(score), (N,) nats; a score of -inf leaves its token out."""
     return torch.distributions.Categorical(logits=score_NV, validate_args=False).entropy()
-
-
-class AdaptiveTemperatureLogitsProcessor(LogitsProcessor):
-    """`AdaptiveTemperature` for `generate` of transformers.
-
-        scores -> scores / (1 + tau h)
-
-    `generate` divides by its own `temperature` afterwards, which makes T_t, and filters by top_k,
-    top_p and min_p after that. Example::
-
-        processor = AdaptiveTemperatureLogitsProcessor(adaptive, temperature=0.8)
-        model.generate(ids, do_sample=True, temperature=0.8, logits_processor=[processor])
-
-    Args:
-        adaptive: the settings.
-        temperature: the T that `generate` is called with; entropies are taken at it. Positive.
-
-    Raises:
-        ValueError: if the temperature is not positive.
-    """
-
-    def __init__(self, adaptive: AdaptiveTemperature, *, temperature: float = 1.0) -> None:
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be finite and positive, got {temperature}")
-        self.adaptive = adaptive
-        self.temperature = temperature
-
-    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
-        """`scores` (N, V) tempered; `input_ids` play no part."""
-        return scores / self.adaptive.factor(scores.float() / self.temperature).to(scores.dtype)

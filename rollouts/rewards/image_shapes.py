@@ -244,25 +244,6 @@ def mean_pairwise_distance(image_NHWC: np.ndarray) -> float:
     return float(torch.pdist(flat).mean()) / flat.shape[1] ** 0.5
 
 
-def per_prompt_variance(value_N: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
-    """Prompt -> unbiased variance over its images (or latents), averaged over their elements.
-
-    Pixels count as they are, so images in [0, 255]; scale first to compare. A prompt with one image
-    has no variance and is left out. In the order in which prompts first appear.
-    """
-    if len(value_N) != len(prompts):
-        raise ValueError(f"got {len(value_N)} images for {len(prompts)} prompts")
-    rows: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(i)
-    flat = np.asarray(value_N, dtype=np.float64).reshape(len(prompts), -1)
-    return {
-        prompt: float(flat[members].var(axis=0, ddof=1).mean())
-        for prompt, members in rows.items()
-        if len(members) > 1
-    }
-
-
 # Parts of images.
 
 

@@ -10,7 +10,7 @@ multiplies it. Axes: P prompts.
     mean, baselined                sqrt(p (1 - p))            plug_in_std, mean_std, posterior_std,
                                                               thompson_std
     mean, accepted rows only       sqrt(p)                    accepted_std
-    log, baselined                 sqrt((1 - p) / p)          log_plug_in, log_std
+    log, baselined                 sqrt((1 - p) / p)          log_std
     log (EM), accepted rows only   1 / sqrt(p + reg / p)      gvm_plug_in, gvm; inverse_sqrt, live
     the same, Reinforce-Ada Est    1 / sqrt(p + eps)          reinforce_ada_std
 
@@ -41,7 +41,6 @@ from samplers.allocation.scales import (
     gvm_plug_in,
     inverse_sqrt,
     live,
-    log_plug_in,
     log_std,
     mean_pass_rate,
     mean_std,
@@ -67,7 +66,6 @@ __all__ = [
     "knapsack_released",
     "leave_one_out",
     "live",
-    "log_plug_in",
     "log_std",
     "mean_pass_rate",
     "mean_std",

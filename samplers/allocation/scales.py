@@ -112,17 +112,6 @@ def accepted_std(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
     return np.sqrt(_mean(a_P, b_P))
 
 
-def log_plug_in(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
-    """sqrt((1 - m) / m) at the mean m = a / (a + b), for log p with a baseline.
-
-    Infinite where m = 0, which the solvers refuse; `log_std` is the regularised form.
-    (Reinforce-Ada, arXiv:2510.04996 v3.)
-    """
-    mean_P = _mean(a_P, b_P)
-    with np.errstate(divide="ignore"):
-        return np.sqrt((1 - mean_P) / mean_P)
-
-
 def log_std(a_P: ArrayLike, b_P: ArrayLike, *, alpha: float = 1e-3) -> FloatArray:
     """sqrt(E[p (1 - p) / (p^2 + alpha)]), for log p with a baseline, kept finite by alpha > 0.
 

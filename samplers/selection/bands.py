@@ -154,33 +154,6 @@ class OnlineBandSelector:
         self._band.load_state_dict(state)
 
 
-def mopps_band(
-    posterior: BetaPosterior,
-    *,
-    short: Short = "nearest",
-    low: float = 0.3,
-    high: float = 0.7,
-    candidates: int | None = 16,
-    keys: Sequence[str] | None = None,
-) -> OnlineBandSelector:
-    """MoPPS's second rule: candidates whose drawn pass rate is in [0.3, 0.7].
-
-    Of more than a step needs it takes any, each as likely as the next; if there are fewer, it adds the
-    candidates whose draws lie nearest to the band. Both are read in the released code; that candidates
-    are drawn afresh each step is a project default. See `selection.mopps` for their number and the
-    decays. (Qu et al., arXiv:2507.04632.)
-    """
-    return OnlineBandSelector(
-        posterior,
-        short=short,
-        low=low,
-        high=high,
-        rate="draw",
-        candidates=candidates,
-        keys=keys,
-    )
-
-
 class _Band:
     """The rule of both selectors, and how the last call went."""
 

@@ -220,7 +220,7 @@ def mopps(
 
     16 candidates per prompt is the setting for MATH, with a posterior of decays 1 and 1; 8 with
     decay_chosen = 0.5, decay_rest = 1 that for Countdown and Geometry3k. That candidates are drawn
-    afresh each step is a project default, not from the paper. `difficulty_band.mopps_band` is its
+    afresh each step is a project default, not from the paper. `OnlineBandSelector(rate="draw")` is its
     other rule. (Qu et al., arXiv:2507.04632.)
     """
     return ThompsonSelector(posterior, score=distance_to(target), candidates=candidates, keys=keys)

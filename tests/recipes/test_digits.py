@@ -15,7 +15,6 @@ from recipes.images.digits import (
     build_pipeline,
     build_scheduler,
     build_unet,
-    classifier_accuracy,
     decode,
     digit_correct,
     digit_probability,
@@ -275,10 +274,6 @@ def test_settings_out_of_range_are_refused(tmp_path, name, value, message):
 # The reward
 
 
-def test_the_classifier_reads_what_it_was_not_fitted_to():
-    assert classifier_accuracy() == pytest.approx(0.93, abs=0.01)
-
-
 def real_images(rows):
     image_D, digit_D = images()
     return decode(image_D[rows]), [PROMPTS[digit] for digit in digit_D[rows]]
@@ -288,8 +283,8 @@ def test_real_digits_are_rewarded_and_wrong_prompts_are_not():
     image_NHWC, prompts = real_images(slice(1300, 1797))
     reward_N, details = digit_correct(image_NHWC, prompts, [{}] * 497)
     assert reward_N.dtype == np.float64 and set(reward_N) == {0.0, 1.0}
-    # As uint8 the pixels are rounded by up to 1/510; the accuracy hardly moves.
-    assert reward_N.mean() == pytest.approx(classifier_accuracy(), abs=0.005)
+    # The classifier was not fitted to these; it reads .93 of them.
+    assert reward_N.mean() == pytest.approx(0.93, abs=0.01)
     wrong = [PROMPTS[(PROMPTS.index(prompt) + 1) % 10] for prompt in prompts]
     assert digit_correct(image_NHWC, wrong, [{}] * 497)[0].mean() < 0.03
     assert [PROMPTS[d] == p for d, p in zip(details["digit"], prompts, strict=True)] == [

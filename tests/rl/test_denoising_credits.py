@@ -85,8 +85,12 @@ def test_credit_is_divided_by_the_std_of_the_prompt_or_of_the_batch():
 def test_credits_of_the_steps_of_one_chain_are_those_of_the_tree(baseline, function):
     rollouts = scored()
     tree = rollouts.tree
-    columns = (tree.parent_M, tree.step_M, tree.leaves_M, rollouts.prompt_N)
-    expected_NT = function(rollouts.reward_N, rollouts.node_NS, *columns)
+    expected_NT = function(
+        rollouts.reward_N,
+        branch_advantages.Tree(
+            rollouts.node_NS, tree.parent_M, tree.step_M, tree.leaves_M, rollouts.prompt_N
+        ),
+    )
     assert torch.equal(credit(rollouts, baseline=baseline), expected_NT)
     std = np.array(REWARDS).std()
     scaled = credit(rollouts, baseline=baseline, credit_scale="batch")

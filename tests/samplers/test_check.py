@@ -6,7 +6,7 @@ import pytest
 from samplers import allocation
 from samplers.check import check_sampler
 from samplers.selection import PosteriorMeanSelector, ThompsonSelector, UniformSelector, mopps
-from samplers.selection.bands import OnlineBandSelector, StaticBandSelector, mopps_band
+from samplers.selection.bands import OnlineBandSelector, StaticBandSelector
 from samplers.selection.diverse import DiverseSelector
 
 
@@ -18,7 +18,9 @@ SOUND = {
     "uniform": lambda p, keys: UniformSelector(len(keys), seed=0, keys=keys),
     "thompson": lambda p, keys: ThompsonSelector(p, keys=keys),
     "mopps": lambda p, keys: mopps(p, candidates=3, keys=keys),
-    "mopps_band": lambda p, keys: mopps_band(p, candidates=2, short="nearest", keys=keys),
+    "mopps_band": lambda p, keys: OnlineBandSelector(
+        p, rate="draw", candidates=2, short="nearest", keys=keys
+    ),
     "posterior_mean": lambda p, keys: PosteriorMeanSelector(p, keys=keys),
     "online_band": lambda p, keys: OnlineBandSelector(p, short="uniform", keys=keys),
     "static_band": lambda p, keys: StaticBandSelector(

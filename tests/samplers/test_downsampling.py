@@ -11,8 +11,6 @@ from samplers.downsampling import (
     TIE,
     balanced,
     best_and_worst,
-    confidence,
-    confident_drop,
     d3s,
     d3s_two_stage,
     fraction,
@@ -549,46 +547,6 @@ class TestBalanced:
         assert balanced([], [], keep=2).tolist() == []
         with pytest.raises(ValueError, match="success_above must be a number"):
             balanced(reward_N, [0] * 4, keep=2, success_above=math.nan)
-
-
-class TestConfidentDrop:
-    def test_golden_score(self):
-        # 1 + (e^.5 .5 + e^.9 .9) / 2; the masked token counts for nothing.
-        score_N = confidence([[0.5, 0.9, math.nan]], [[True, True, False]])
-        assert score_N == pytest.approx([2.519002], abs=5e-7)
-
-    @pytest.mark.parametrize(("size", "dropped"), [(1, 1), (3, 1), (8, 3), (10, 3), (20, 6)])
-    def test_golden_counts(self, size, dropped):
-        assert len(confident_drop(np.arange(size))) == size - dropped
-
-    def test_it_drops_exactly_the_ceiling(self):
-        for size in range(0, 101, 20):
-            for percent in range(101):
-                kept = confident_drop(np.zeros(size), rate=percent / 100)
-                assert len(kept) == size - -(-percent * size // 100)
-
-    def test_the_most_confident_go_and_of_equals_the_later(self):
-        score_N = np.array([1.5, 3.0, 2.0, 3.0, 1.0])
-        assert confident_drop(score_N, rate=0.2).tolist() == [0, 1, 2, 4]
-        assert confident_drop(score_N, rate=0.6).tolist() == [0, 4]
-        assert confident_drop(score_N, rate=0).tolist() == [0, 1, 2, 3, 4]
-        assert confident_drop(score_N, rate=1).tolist() == []
-
-    def test_the_score_grows_with_confidence(self):
-        p = np.linspace(0, 1, 50)[:, None]
-        assert (np.diff(confidence(p, np.ones((50, 1), dtype=bool))) > 0).all()
-
-    def test_it_says_what_is_wrong(self):
-        with pytest.raises(ValueError, match=r"rate must be in \[0, 1\], got 1.5"):
-            confident_drop([1.0], rate=1.5)
-        with pytest.raises(ValueError, match="confidence_N must be finite, got nan in row 1"):
-            confident_drop([1.0, math.nan])
-        with pytest.raises(ValueError, match="row 1 has no decision to score"):
-            confidence([[0.5], [0.5]], [[True], [False]])
-        with pytest.raises(ValueError, match=r"in \[0, 1\], got nan in row 0"):
-            confidence([[math.nan]], [[True]])
-        with pytest.raises(ValueError, match=r"2-d and of one shape, got \(1, 1\) and \(1, 2\)"):
-            confidence([[0.5]], [[True, True]])
 
 
 class TestBestAndWorst:

@@ -14,10 +14,10 @@ def lots(steps, *, seed=0):
     """{(key, draw): lots of its rounds}, of steps that each exclude some rows of the data set."""
     seen = {}
 
-    def stopping(successes_P, trials_P, a_P, b_P, *, left_P, chance_P):
-        for index, draw, chance in zip(at[0].index_P, at[0].draw_P, chance_P, strict=True):
+    def stopping(counts):
+        for index, draw, chance in zip(at[0].index_P, at[0].draw_P, counts.chance_P, strict=True):
             seen.setdefault((KEYS[index], int(draw)), []).append(float(chance))
-        return np.ones(len(chance_P), bool)
+        return np.ones(len(counts.chance_P), bool)
 
     planner = Planner(
         BetaPosterior(len(KEYS)),

@@ -8,7 +8,7 @@ from samplers.keys import rollout_seeds
 from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
 from samplers.selection import PosteriorMeanSelector, ThompsonSelector, UniformSelector, mopps
-from samplers.selection.bands import OnlineBandSelector, StaticBandSelector, mopps_band
+from samplers.selection.bands import OnlineBandSelector, StaticBandSelector
 from samplers.selection.diverse import DiverseSelector
 
 KEYS = [f"key {i}" for i in range(10)]
@@ -24,7 +24,9 @@ SELECTORS = {
     "uniform": lambda p, keys: UniformSelector(len(keys), seed=0, keys=keys),
     "thompson": lambda p, keys: ThompsonSelector(p, keys=keys),
     "mopps": lambda p, keys: mopps(p, candidates=2, keys=keys),
-    "mopps_band": lambda p, keys: mopps_band(p, candidates=2, short="uniform", keys=keys),
+    "mopps_band": lambda p, keys: OnlineBandSelector(
+        p, rate="draw", candidates=2, short="uniform", keys=keys
+    ),
     "posterior_mean": lambda p, keys: PosteriorMeanSelector(p, keys=keys),
     "online_band": lambda p, keys: OnlineBandSelector(p, short="nearest", keys=keys),
     "static_band": lambda p, keys: StaticBandSelector(
@@ -34,12 +36,12 @@ SELECTORS = {
 }
 
 
-def stop_when_mixed(successes_P, trials_P, a_P, b_P, *, left_P, chance_P):
-    return ~((successes_P > 0) & (successes_P < trials_P))
+def stop_when_mixed(counts):
+    return ~((counts.successes_P > 0) & (counts.failures_P > 0))
 
 
-def at_random(successes_P, trials_P, a_P, b_P, *, left_P, chance_P):
-    return chance_P < 0.5
+def at_random(counts):
+    return counts.chance_P < 0.5
 
 
 MODES = [
@@ -141,9 +143,9 @@ def test_a_steps_rewards_decide_the_next_step_and_not_their_own(selector):
 def test_selection_allocation_and_stopping_read_one_posterior():
     seen = []
 
-    def stopping(successes_P, trials_P, a_P, b_P, **others):
-        seen.append((a_P.tolist(), b_P.tolist()))
-        return np.zeros(len(a_P), dtype=bool)
+    def stopping(counts):
+        seen.append((counts.a_P.tolist(), counts.b_P.tolist()))
+        return np.zeros(len(counts.a_P), dtype=bool)
 
     planner = make(prompts_per_step=2, rollouts_per_step=20, stopping=stopping, wave=2)
     # Written to the arrays themselves: whoever kept a copy would not see it.
@@ -227,10 +229,10 @@ def test_a_step_ends_when_every_prompt_is_stopped():
 def test_chance_is_one_number_per_group_and_uniform():
     seen = {}
 
-    def stopping(successes_P, trials_P, a_P, b_P, *, left_P, chance_P):
-        for place, chance in enumerate(chance_P):
+    def stopping(counts):
+        for place, chance in enumerate(counts.chance_P):
             seen.setdefault((planner._step, place), set()).add(chance)
-        return np.ones(len(a_P), dtype=bool)
+        return np.ones(len(counts.a_P), dtype=bool)
 
     planner = make(selector="uniform", stopping=stopping, wave=2)
     advance(planner, 400)

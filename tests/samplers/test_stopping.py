@@ -7,18 +7,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from samplers.stopping import (
-    balanced,
-    early_stop,
-    early_stop_unbiased,
-    mixed_probability,
-    positive,
-    rest_all_fail,
-    success_distribution,
-)
+from samplers import stopping
+from samplers.allocation import uniform
+from samplers.planner import Planner
+from samplers.posterior import BetaPosterior
+from samplers.selection import UniformSelector
+from samplers.stopping import Counts, rest_all_fail, success_distribution
 
 POSTERIORS = [(1, 1), (5, 5), (1, 9), (2, 8), (1.02, 8.68), (0.5, 0.5), (30, 90)]
 A, B = np.array(POSTERIORS, dtype=float).T
+
+
+def mixed_probability(*columns):
+    return Counts.of(*columns).mixed_P
+
+
+def early_stop(*columns, threshold):
+    return stopping.early(threshold=threshold)(Counts.of(*columns))
+
+
+def positive(successes, left=8, *, needed=1):
+    trials = np.asarray(successes) + 8
+    return stopping.positive(needed=needed)(
+        Counts.of(np.ones(len(trials)), 1, successes, trials, left)
+    )
+
+
+def balanced(successes, failures, left=8, *, keep=4):
+    trials = np.add(successes, failures)
+    return stopping.balanced(keep=keep)(Counts.of(np.ones(len(trials)), 1, successes, trials, left))
 
 
 # -- probabilities
@@ -112,63 +129,22 @@ def test_the_plain_rule_keeps_this_much_weight_and_the_unbiased_one_all_of_it(p,
     assert (chance_G * gradient_G * goes_on_G).sum() == pytest.approx(kept, abs=5e-4)
     assert 4 * (chance_G * ~goes_on_G).sum() == pytest.approx(saved, abs=5e-3)
 
-    # Both lots of every group come up in 200 repeats; their probabilities are rho and 1 - rho.
+    # A lot below rho goes on, one above it does not; their probabilities are rho and 1 - rho.
     rho = 0.25
-    first_R = np.tile(group_GN[:, :4].sum(axis=1), 200)
-    ones = np.ones(len(first_R))
-    continue_R, weight_R = early_stop_unbiased(
-        *(ones, ones, first_R, 4, 4),
-        threshold=1.0,
-        rho=rho,
-        generator=np.random.default_rng(0),
-    )
-    assert (continue_R == (weight_R > 0)).all()
-    weight_RG = weight_R.reshape(200, -1)
-    lucky_G, unlucky_G = weight_RG.max(axis=0), weight_RG.min(axis=0)
-    assert (lucky_G > unlucky_G).tolist() == (~goes_on_G).tolist()
-    expected_G = (rho * lucky_G + (1 - rho) * unlucky_G) * gradient_G
+    rule = stopping.early_unbiased(threshold=1.0, rho=rho)
+    expected_G = 0.0
+    for lot, share in ((0.2, rho), (0.3, 1 - rho)):
+        ones = np.ones(len(group_GN))
+        continue_G, weight_G = rule(Counts.of(ones, ones, group_GN[:, :4].sum(axis=1), 4, 4, lot))
+        assert (continue_G == (weight_G > 0)).all()
+        assert (weight_G[goes_on_G] == 1).all()
+        expected_G += share * weight_G * gradient_G
     assert (chance_G * expected_G).sum() == pytest.approx(1, abs=1e-12)
 
 
-def test_the_unbiased_rule_weights_what_goes_on_by_lot():
-    size, rho = 20_000, 0.2
-    ones = np.ones(size)
-    successes = np.arange(size) % 5  # 0 and 4 of 4 are condemned
-    continue_P, weight_P = early_stop_unbiased(
-        *(ones, ones, successes, 4, 4),
-        threshold=1.0,
-        rho=rho,
-        generator=np.random.default_rng(0),
-    )
-    condemned_P = ~four_of_eight(successes)
-    assert (weight_P[~condemned_P] == 1).all() and continue_P[~condemned_P].all()
-    assert set(weight_P[condemned_P]) == {0.0, 5.0}
-    assert (continue_P == (weight_P > 0)).all()
-    # Each lot has variance 1 / rho - 1 = 4; four standard errors of 8,000.
-    assert abs(weight_P[condemned_P].mean() - 1) < 4 * (4 / condemned_P.sum()) ** 0.5
-
-
-def test_lots_belong_to_their_places():
-    ones = np.ones(50)
-    settings = {"threshold": 1.0, "rho": 0.5}
-    results = [
-        early_stop_unbiased(
-            ones, ones, successes, 4, 4, generator=np.random.default_rng(3), **settings
-        )
-        for successes in (np.zeros(50), np.r_[np.full(25, 2.0), np.zeros(25)])
-    ]
-    assert results[0][0][25:].tolist() == results[1][0][25:].tolist()
-    assert results[0][0].any() and not results[0][0].all()
-
-
 def test_a_complete_group_is_neither_continued_nor_weighted():
-    continue_P, weight_P = early_stop_unbiased(
-        *([1, 1], [1, 1], [0, 0], [8, 4], [0, 4]),
-        threshold=1.0,
-        rho=1e-9,
-        generator=np.random.default_rng(0),
-    )
-    assert continue_P.tolist() == [False, False]
+    rule = stopping.early_unbiased(threshold=1.0, rho=1e-9)
+    _, weight_P = rule(Counts.of([1, 1], [1, 1], [0, 0], [8, 4], [0, 4], 0.5))
     assert weight_P.tolist() == [1.0, 0.0]
 
 
@@ -249,15 +225,15 @@ def test_truncation_by_finishing_time_does_not():
 # -- Reinforce-Ada
 
 
-def test_rounds_by_hand():
-    # Needed 1 pass; round cap 4.
-    assert positive([0, 1, 0, 5], [1, 1, 4, 1]).tolist() == [True, False, False, False]
-    assert positive([1, 2], 2, needed=2).tolist() == [True, False]
+def test_counting_rules_by_hand():
+    # Needed 1 pass; nothing left.
+    assert positive([0, 1, 0, 5], [8, 8, 0, 8]).tolist() == [True, False, False, False]
+    assert positive([1, 2], needed=2).tolist() == [True, False]
     # keep 4: 2 passes and 2 failures. keep 5: 2 passes and 3 failures.
-    assert balanced([2, 1, 2, 0], [2, 7, 1, 40], [1, 1, 1, 5]).tolist() == [
+    assert balanced([2, 1, 2, 0], [2, 7, 1, 40], [8, 8, 8, 0]).tolist() == [
         *(False, True, True, False)
     ]
-    assert balanced([2, 2], [2, 3], 1, keep=5).tolist() == [True, False]
+    assert balanced([2, 2], [2, 3], keep=5).tolist() == [True, False]
 
 
 def pools(p, per_round, max_rounds, goes_on):
@@ -283,8 +259,8 @@ def pools(p, per_round, max_rounds, goes_on):
 )
 def test_the_pool_overestimates_small_pass_rates(p, after_positive, after_balanced):
     rules = [
-        (lambda s, f, rounds: bool(positive([s], rounds)[0]), after_positive),
-        (lambda s, f, rounds: bool(balanced([s], [f], rounds)[0]), after_balanced),
+        (lambda s, f, rounds: bool(positive([s], 4 - rounds)[0]), after_positive),
+        (lambda s, f, rounds: bool(balanced([s], [f], 4 - rounds)[0]), after_balanced),
     ]
     for rule, expected in rules:
         ended = pools(p, 8, 4, rule)
@@ -295,7 +271,7 @@ def test_the_pool_overestimates_small_pass_rates(p, after_positive, after_balanc
 
 def test_the_expected_number_of_rollouts_without_a_cap():
     # M / (1 - (1 - p)^M) = 5.8514 for M = 4, p = .25.
-    ended = pools(0.25, 4, 60, lambda s, f, rounds: bool(positive([s], rounds, max_rounds=60)[0]))
+    ended = pools(0.25, 4, 60, lambda s, f, rounds: bool(positive([s], 60 - rounds)[0]))
     assert sum(c * (s + f) for (s, f), c in ended.items()) == pytest.approx(5.8514, abs=5e-5)
 
 
@@ -303,35 +279,173 @@ def test_the_expected_number_of_rollouts_without_a_cap():
 
 
 def test_it_says_what_is_wrong():
-    ok = ([1.0, 1.0], [1.0, 1.0], [0, 0], [4, 4], 4)
-
-    def stop(*, threshold=0.5, **changes):
-        names = ("a_P", "b_P", "successes_P", "trials_P", "left_P")
-        arguments = dict(zip(names, ok, strict=True)) | changes
-        return early_stop(**arguments, threshold=threshold)
-
-    with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], got 1.5"):
-        stop(threshold=1.5)
-    with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], got nan"):
-        stop(threshold=float("nan"))
-    with pytest.raises(ValueError, match="at most trials, got 5.0 of 4.0 for prompt 1"):
-        stop(successes_P=[0, 5])
-    with pytest.raises(ValueError, match="a_P must be finite and non-negative, got nan for prompt"):
-        stop(a_P=[1.0, float("nan")])
-    with pytest.raises(ValueError, match="a and b must be positive, got 0.0"):
-        stop(b_P=[1.0, 0.0])
-    with pytest.raises(ValueError, match="left_P must be finite and non-negative, got -1.0 for pr"):
-        stop(left_P=-1)
-    with pytest.raises(ValueError, match="counts must be 1-d and equally long, got shapes"):
-        stop(successes_P=[0, 0, 0])
+    ok = {
+        "a_P": [1.0, 1.0],
+        "b_P": [1.0, 1.0],
+        "successes_P": [0, 0],
+        "trials_P": [4, 4],
+        "left_P": 4,
+    }
+    for changes, message in [
+        ({"successes_P": [0, 5]}, "at most trials, got 5.0 of 4.0 for prompt 1"),
+        ({"a_P": [1.0, float("nan")]}, "a_P must be finite and non-negative, got nan for prompt 1"),
+        ({"b_P": [1.0, 0.0]}, "a and b must be positive, got 0.0"),
+        ({"left_P": -1}, "left_P must be finite and non-negative, got -1.0 for prompt 0"),
+        ({"successes_P": [0, 0, 0]}, "counts must be 1-d and equally long, got shapes"),
+        ({"successes_P": [float("nan"), 0]}, "successes_P must be finite .*, got nan for prompt 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Counts.of(**ok | changes)
+    for threshold in (1.5, float("nan")):
+        with pytest.raises(ValueError, match=rf"threshold must be in \[0, 1\], got {threshold}"):
+            stopping.early(threshold=threshold)
+        with pytest.raises(ValueError, match=rf"threshold must be in \[0, 1\], got {threshold}"):
+            stopping.early_unbiased(threshold=threshold, rho=0.5)
     for rho in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=rf"rho must be in \(0, 1\], got {rho}"):
-            early_stop_unbiased(*ok, threshold=1, rho=rho, generator=np.random.default_rng(0))
+            stopping.early_unbiased(threshold=1, rho=rho)
     with pytest.raises(ValueError, match="keep must be at least 2, got 1"):
-        balanced([1], [1], 1, keep=1)
-    with pytest.raises(ValueError, match=r"at least 1, got \[1\] and 0"):
-        positive([1], 1, max_rounds=0)
-    with pytest.raises(ValueError, match="successes_P must be finite .*, got nan for prompt 0"):
-        positive([float("nan")], 1)
+        stopping.balanced(keep=1)
+    with pytest.raises(ValueError, match="needed must be at least 1, got 0"):
+        stopping.positive(needed=0)
     with pytest.raises(ValueError, match="trials must be at least 0, got -1"):
         success_distribution([1.0], [1.0], -1)
+
+
+# -- rules driven by the planner
+
+
+def make(rule, *, prompts=3, plan=8, wave=4, seed=0):
+    keys = [f"key {i}" for i in range(prompts)]
+    return Planner(
+        BetaPosterior(prompts, decay_chosen=1, decay_rest=1),
+        UniformSelector(prompts, seed=0, keys=keys),
+        uniform,
+        keys=keys,
+        prompts_per_step=prompts,
+        rollouts_per_step=plan * prompts,
+        stopping=rule,
+        wave=wave,
+        run_seed=seed,
+    )
+
+
+def play(planner, reward_DT):
+    """One step, the reward of a row's t-th rollout given; budgets by row."""
+    used = np.zeros(len(reward_DT), dtype=int)
+    while True:
+        proposal = planner.propose()
+        slots = np.concatenate(
+            [
+                np.arange(first, first + budget)
+                for first, budget in zip(proposal.first_slot_P, proposal.budget_P, strict=True)
+            ]
+        )
+        rows_N = proposal.index_P[proposal.prompt_N]
+        planner.observe(proposal, np.asarray(reward_DT)[rows_N, slots], proposal.prompt_N)
+        used[proposal.index_P] += proposal.budget_P
+        if not planner.is_open:
+            weight = np.empty(len(used))
+            weight[proposal.index_P] = planner.group_weight_P
+            return used.tolist(), weight.tolist()
+
+
+ROWS = [[0] * 8, [1] * 8, [1, 0, 0, 0, 0, 0, 0, 1]]
+
+
+def test_positive_ends_groups_by_hand():
+    assert play(make(stopping.positive()), ROWS) == ([8, 4, 4], [1, 1, 1])
+    assert play(make(stopping.positive(needed=2), wave=2), ROWS)[0] == [8, 2, 8]
+
+
+def test_balanced_ends_groups_by_hand():
+    late = [0, 0, 0, 0, 1, 1, 0, 0]
+    early = [1, 1, 0, 0, 0, 0, 0, 0]
+    assert play(make(stopping.balanced()), [late, early, ROWS[2]])[0] == [8, 4, 8]
+
+
+def test_early_ends_groups_by_hand():
+    # Beta(1, 1), 4 of 4 alike, 4 left: 1 - 5/9 = .444 that it ends mixed.
+    assert play(make(stopping.early(threshold=0.45)), ROWS)[0] == [4, 4, 8]
+    assert play(make(stopping.early(threshold=0.44)), ROWS)[0] == [8, 8, 8]
+
+
+def test_by_lot_a_group_goes_on_with_probability_rho():
+    rule = stopping.early_unbiased(threshold=1.0, rho=0.25)
+    counts = {}
+    for seed in range(300):
+        used, weight = play(make(rule, wave=2, seed=seed), ROWS)
+        assert (used[2], weight[2]) == (8, 1)
+        for outcome in zip(used[:2], weight[:2], strict=True):
+            counts[outcome] = counts.get(outcome, 0) + 1
+    assert counts.keys() == {(2, 0.0), (8, 4.0)}
+    # 600 lots at .25: 150 go on, standard deviation 10.6.
+    assert abs(counts[8, 4.0] - 150) < 4 * 10.6
+
+
+def gradient(rewards, p):
+    rewards = np.array(rewards, dtype=float)
+    n = len(rewards)
+    advantage = (rewards - rewards.mean()) * n / (n - 1)
+    return (advantage * (rewards - p)).mean()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize("wave", [2, 3])
+def test_by_lot_the_gradient_is_that_of_no_stopping(p, wave):
+    # Every outcome of 6 rollouts and both lots; the full group gives p (1 - p).
+    rule = stopping.early_unbiased(threshold=0.9, rho=0.4)
+    plain = stopping.early(threshold=0.9)
+    total = biased = spared = 0.0
+    a, b = np.array([1.0]), np.array([9.0])
+    for rewards in itertools.product([0, 1], repeat=6):
+        chance = np.prod([p if r else 1 - p for r in rewards])
+        for lot, share in [(0.1, 0.4), (0.7, 0.6), (None, 1.0)]:
+            weight, used = 1.0, 6
+            for trials in range(wave, 7, wave):
+                answer = (rule if lot is not None else plain)(
+                    Counts.of(a, b, [sum(rewards[:trials])], [trials], 6 - trials, lot or 0.0)
+                )
+                goes_on, now = answer if lot is not None else (answer, np.array([1.0]))
+                weight = max(weight, now[0]) if goes_on[0] else now[0]
+                if not goes_on[0]:
+                    used = trials
+                    break
+            found = chance * share * weight * gradient(rewards[:used], p)
+            if lot is None:
+                biased += found
+            else:
+                total += found
+                spared += chance * share * (6 - used)
+    assert total == pytest.approx(p * (1 - p), rel=1e-12)
+    assert spared > 0
+    # Negative control: without the lot extreme prompts lose weight.
+    assert biased < 0.999 * p * (1 - p)
+
+
+def test_a_run_killed_between_rounds_keeps_its_weights():
+    rule = stopping.early_unbiased(threshold=1.0, rho=0.5)
+    whole = play(make(rule, wave=2, seed=3), ROWS)
+    planner = make(rule, wave=2, seed=3)
+    proposal = planner.propose()
+    rewards = np.array(ROWS)[proposal.index_P[proposal.prompt_N], [0, 1] * 3]
+    planner.observe(proposal, rewards, proposal.prompt_N)
+    resumed = make(rule, wave=2, seed=3)
+    resumed.load_state_dict(planner.state_dict())
+    used, weight = play(resumed, ROWS)
+    assert ([count + 2 for count in used], weight) == whole
+
+
+def test_without_a_rule_that_weighs_every_group_weighs_one():
+    planner = make(stopping.positive())
+    planner.propose()
+    assert planner.group_weight_P.tolist() == [1, 1, 1]
+
+
+def test_a_group_that_went_on_by_lot_keeps_its_weight_when_it_turns_out_mixed():
+    rule = stopping.early_unbiased(threshold=1.0, rho=0.5)
+    late = [[0, 0, 1, 0, 0, 0, 0, 0]] * 3  # alike in the first round, mixed from the second on
+    found = set()
+    for seed in range(20):
+        found |= set(zip(*play(make(rule, wave=2, seed=seed), late), strict=True))
+    assert found == {(2, 0.0), (8, 2.0)}

@@ -9,8 +9,8 @@ import pytest
 from samplers.allocation import gvm, neyman
 from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
-from samplers.rules import until_positive
 from samplers.selection import ThompsonSelector
+from samplers.stopping import positive
 from samplers.success import Seen, Success, full_marks
 
 WARNED = "a reward of .* is outside"
@@ -207,7 +207,7 @@ def test_what_observe_returns_is_what_the_posterior_is_taught():
 
 
 def test_a_refused_round_leaves_the_line_as_it_was():
-    made = planner(stopping=until_positive(), wave=4, scale=gvm)
+    made = planner(stopping=positive(), wave=4, scale=gvm)
     proposal = made.propose()
     before = made.state_dict()["success"]
     with pytest.raises(ValueError, match="is 0.5 of full marks"):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from samplers.keys import step_generator
 from samplers.posterior import BetaPosterior
 from samplers.selection import scores
-from samplers.selection.bands import OnlineBandSelector, StaticBandSelector, mopps_band
+from samplers.selection.bands import OnlineBandSelector, StaticBandSelector
 from samplers.selection.diverse import DiverseSelector, greedy_diverse
 from samplers.selection.selectors import (
     PosteriorMeanSelector,
@@ -34,7 +34,9 @@ MAKERS = {
     "variance": lambda p, **keys: ThompsonSelector(p, score="variance", **keys),
     "candidates": lambda p, **keys: ThompsonSelector(p, candidates=3, **keys),
     "mopps": lambda p, **keys: mopps(p, candidates=4, **keys),
-    "mopps_band": lambda p, **keys: mopps_band(p, candidates=4, short="nearest", **keys),
+    "mopps_band": lambda p, **keys: OnlineBandSelector(
+        p, rate="draw", candidates=4, short="nearest", **keys
+    ),
     "mean": PosteriorMeanSelector,
     "mean_variance": lambda p, **keys: PosteriorMeanSelector(p, score="variance", **keys),
     "online_band": lambda p, **keys: OnlineBandSelector(p, short="uniform", **keys),

@@ -10,7 +10,6 @@ import torch
 from rl.objective.prompt_history import (
     PromptHistory,
     buffer_standardised,
-    clamped,
     history_standardised,
 )
 from samplers.downsampling import best_and_worst
@@ -174,12 +173,6 @@ def test_a_resumed_history_goes_on_exactly(settings):
     assert resumed.state_dict() == whole.state_dict()
 
 
-def test_clamped_by_hand():
-    z_N = double(-7.0, -1.0, 0.0, 2.0, 9.0)
-    assert clamped(z_N).tolist() == [-5, -1, 0, 2, 5]
-    assert clamped(z_N, limit=3, positive=2, negative=0.5).tolist() == [-1.5, -0.5, 0, 4, 6]
-
-
 # Selection by z: B2-DiffuRL as released.
 
 
@@ -276,8 +269,6 @@ def test_no_branch_may_pass():
             ),
             "eps must be at least 0, got -1",
         ),
-        (lambda: clamped(double(1.0), limit=0), "limit must be positive, got 0"),
-        (lambda: clamped(double(1.0), negative=-1), "negative must be finite .* got -1"),
     ],
 )
 def test_what_is_wrong_is_said(call, message):

@@ -10,21 +10,21 @@ import itertools
 import pytest
 import torch
 
-from rl.objective.advantages import leave_one_out
+from rl.objective.advantages import centred, leave_one_out
 from rl.objective.denoising_weights import trained_steps
 from rl.objective.losses import clipped_surrogate
 from rl.objective.tree_advantages import (
+    Tree,
     branch_mean,
     depth_normalised,
     leave_branch_out,
     parent_difference,
-    prompt_mean,
 )
 from rollouts.diffusion.sde import gaussian_step, step_logprob
 from rollouts.step_plan import StepPlan
 from tests.tiny_denoising import drawn
 
-EVERY = [prompt_mean, branch_mean, depth_normalised, parent_difference, leave_branch_out]
+EVERY = [branch_mean, depth_normalised, parent_difference, leave_branch_out]
 
 
 def grow(splits, num_steps, roots_P, seed=None):
@@ -66,7 +66,7 @@ def grow(splits, num_steps, roots_P, seed=None):
         parent_M = torch.where(parent_M < 0, -1, new_M[parent_M])[old_M]
         step_M, leaves_M = step_M[old_M], leaves_M[old_M]
         node_NS, prompt_N = new_M[node_NS][rows], 3 * prompt_N[rows] + 2
-    return node_NS, parent_M, step_M, leaves_M, prompt_N
+    return Tree(node_NS, parent_M, step_M, leaves_M, prompt_N)
 
 
 def uneven(seed):
@@ -93,9 +93,7 @@ def by_walking(name, reward_N, node_NS, prompt_N):
         path = paths[n]
         group = [m for m in range(num_rows) if prompts[m] == prompts[n]]
         value, parent = mean(below(path[t + 1])), mean(below(path[t]))
-        if name == "prompt_mean":
-            credit[n, t] = rewards[n] - mean(group)
-        elif name == "branch_mean":
+        if name == "branch_mean":
             root = below(path[0])
             shared = len(below(path[t + 1])) == len(root)
             credit[n, t] = 0.0 if shared else rewards[n] - mean(root)
@@ -125,8 +123,6 @@ def two_roots():
 @pytest.mark.parametrize(
     ("credit", "expected"),
     [
-        # The prompt's mean is 2.
-        (prompt_mean, [[-1, -1, -1], [-2, -2, -2], [3, 3, 3], [0, 0, 0]]),
         # The roots' means are .5 and 3.5; edge 0 is shared.
         (branch_mean, [[0, 0.5, 0.5], [0, -0.5, -0.5], [0, 1.5, 1.5], [0, -1.5, -1.5]]),
         # Only edge 1 splits.
@@ -137,12 +133,12 @@ def two_roots():
 )
 def test_by_hand(credit, expected):
     reward_N, columns = two_roots()
-    assert credit(reward_N, *columns).tolist() == expected
+    assert credit(reward_N, columns).tolist() == expected
 
 
 def test_depth_normalised_by_hand():
     reward_N, columns = two_roots()
-    advantage_NT = depth_normalised(reward_N, *columns, eps=0.0)
+    advantage_NT = depth_normalised(reward_N, columns, eps=0.0)
     # Depth 1: values .5, 3.5, mean 2, unbiased std 3 / sqrt(2). Depths 2 and 3: 1, 0, 5, 2, mean 2,
     # unbiased variance (1 + 4 + 9 + 0) / 3.
     first = torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64) / 2**0.5
@@ -155,14 +151,14 @@ def test_depth_normalised_by_hand():
 def test_matches_the_definition_on_shuffled_uneven_trees(credit, seed):
     reward_N, columns = uneven(seed)
     expected_NT = by_walking(credit.__name__, reward_N, columns[0], columns[-1])
-    torch.testing.assert_close(credit(reward_N, *columns), expected_NT, atol=1e-12, rtol=0)
+    torch.testing.assert_close(credit(reward_N, columns), expected_NT, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_parent_differences_telescope_and_cancel_over_the_children(seed):
     reward_N, columns = uneven(seed)
     node_NS, parent_M, _, leaves_M, _ = columns
-    credit_NT = parent_difference(reward_N, *columns)
+    credit_NT = parent_difference(reward_N, columns)
     value_M = torch.zeros(len(parent_M), dtype=torch.float64)
     value_M = value_M.index_add(0, node_NS.flatten(), reward_N.repeat_interleave(7)) / leaves_M
     # Along a path: r_leaf - V(root).
@@ -180,7 +176,7 @@ def test_parent_differences_telescope_and_cancel_over_the_children(seed):
 def test_depth_normalised_sums_to_0_over_the_states_of_a_depth():
     reward_N, columns = uneven(0)
     node_NS, prompt_N = columns[0], columns[-1]
-    advantage_NT = depth_normalised(reward_N, *columns)
+    advantage_NT = depth_normalised(reward_N, columns)
     for t in range(6):
         for prompt in prompt_N.unique():
             credits = {}
@@ -203,8 +199,8 @@ def test_unique_edges_times_leaf_counts_are_the_rows(credit):
     _, rollouts = drawn(budgets=(12, 6), plan=plan)
     tree, node_NS = rollouts.tree, rollouts.node_NS
     reward_N = torch.randn(18, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    shape = (tree.parent_M, tree.step_M, tree.leaves_M, rollouts.prompt_N)
-    advantage_NT = credit(reward_N, node_NS, *shape)
+    shape = Tree(node_NS, tree.parent_M, tree.step_M, tree.leaves_M, rollouts.prompt_N)
+    advantage_NT = credit(reward_N, shape)
     logprob_M = torch.zeros(len(tree), dtype=torch.float64, requires_grad=True)
     logprob_NT = logprob_M[node_NS[:, 1:]]
     weight_NT = trained_steps(torch.ones_like(reward_N), rollouts.mask_NT, plan.trained)
@@ -224,7 +220,7 @@ def test_unique_edges_times_leaf_counts_are_the_rows(credit):
 @pytest.mark.parametrize("credit", [depth_normalised, parent_difference, leave_branch_out])
 def test_rows_that_share_an_edge_share_its_credit(credit):
     reward_N, columns = uneven(1)
-    advantage_NT = credit(reward_N, *columns)
+    advantage_NT = credit(reward_N, columns)
     node_NS = columns[0]
     for t in range(6):
         for state in node_NS[:, t + 1].unique():
@@ -236,7 +232,7 @@ def test_equal_rewards_give_exactly_0_however_they_round(credit):
     _, columns = uneven(0)
     for value in (0.7, 0.1, 1e-9, 1e9 + 0.1):
         reward_N = torch.full((len(columns[0]),), value, dtype=torch.float64)
-        assert not credit(reward_N, *columns).any()
+        assert not credit(reward_N, columns).any()
 
 
 @pytest.mark.parametrize("credit", [branch_mean, parent_difference, leave_branch_out])
@@ -244,7 +240,7 @@ def test_a_root_of_equal_rewards_is_silent_below_its_split(credit):
     # Sum of three 0.7 over 3 is not 0.7.
     columns = grow(((1, 3),), 3, [2])
     reward_N = torch.tensor([0.7, 0.7, 0.7, 1.0, 2.0, 3.0], dtype=torch.float64)
-    advantage_NT = credit(reward_N, *columns)
+    advantage_NT = credit(reward_N, columns)
     assert not advantage_NT[:3, 1:].any()
     assert advantage_NT[3:, 1].any()
 
@@ -254,38 +250,38 @@ def test_a_plan_without_splits_is_leave_one_out_and_within_a_branch_nothing():
     prompt_N = columns[-1]
     reward_N = torch.tensor([1.0, 0.5, 0.0, 9.0, 4.0, 1.0], dtype=torch.float64)
     expected_N = leave_one_out(reward_N, prompt_N)
-    advantage_NT = leave_branch_out(reward_N, *columns)
+    advantage_NT = leave_branch_out(reward_N, columns)
     torch.testing.assert_close(advantage_NT, expected_N[:, None].expand(6, 4))
-    assert not branch_mean(reward_N, *columns).any()
-    assert not parent_difference(reward_N, *columns).any()
+    assert not branch_mean(reward_N, columns).any()
+    assert not parent_difference(reward_N, columns).any()
 
 
 def test_below_its_only_split_leave_branch_out_is_leave_one_out_in_the_branch():
     columns = grow(((2, 4),), 5, [2, 3], seed=0)
     reward_N = torch.randn(20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected_N = leave_one_out(reward_N, columns[0][:, 0])
-    advantage_NT = leave_branch_out(reward_N, *columns)
+    advantage_NT = leave_branch_out(reward_N, columns)
     torch.testing.assert_close(advantage_NT[:, 2:], expected_N[:, None].expand(20, 3))
 
 
 def test_the_prefix_of_a_prompts_only_root_is_compared_with_nothing():
     columns = grow(((2, 4),), 5, [1])
     reward_N = torch.tensor([1.0, 0.0, 3.0, 2.0], dtype=torch.float64)
-    assert not leave_branch_out(reward_N, *columns)[:, :2].any()
-    assert not depth_normalised(reward_N, *columns)[:, :2].any()
+    assert not leave_branch_out(reward_N, columns)[:, :2].any()
+    assert not depth_normalised(reward_N, columns)[:, :2].any()
 
 
 @pytest.mark.parametrize("credit", EVERY)
 def test_dtype_row_order_and_a_shift_of_one_prompt(credit):
-    reward_N, (node_NS, parent_M, step_M, leaves_M, prompt_N) = uneven(2)
-    advantage_NT = credit(reward_N, node_NS, parent_M, step_M, leaves_M, prompt_N)
+    reward_N, tree = uneven(2)
+    advantage_NT = credit(reward_N, tree)
     rows = torch.randperm(len(reward_N), generator=torch.Generator().manual_seed(5))
-    again_NT = credit(reward_N[rows], node_NS[rows], parent_M, step_M, leaves_M, prompt_N[rows])
+    shuffled = tree._replace(node_NS=tree.node_NS[rows], prompt_N=tree.prompt_N[rows])
+    again_NT = credit(reward_N[rows], shuffled)
     torch.testing.assert_close(again_NT, advantage_NT[rows], atol=1e-12, rtol=0)
-    shifted_N = reward_N + 100.0 * (prompt_N == 5)
-    shifted_NT = credit(shifted_N, node_NS, parent_M, step_M, leaves_M, prompt_N)
+    shifted_NT = credit(reward_N + 100.0 * (tree.prompt_N == 5), tree)
     torch.testing.assert_close(shifted_NT, advantage_NT, atol=1e-10, rtol=0)
-    single_NT = credit(reward_N.float(), node_NS, parent_M, step_M, leaves_M, prompt_N)
+    single_NT = credit(reward_N.float(), tree)
     assert single_NT.dtype == torch.float32
 
 
@@ -293,35 +289,35 @@ def test_dtype_row_order_and_a_shift_of_one_prompt(credit):
 def test_no_rows_give_no_credit(credit):
     none = torch.zeros(0, dtype=torch.int64)
     reward_N = torch.zeros(0, dtype=torch.float64)
-    assert credit(reward_N, none.reshape(0, 4), none, none, none, none).shape == (0, 3)
+    assert credit(reward_N, Tree(none.reshape(0, 4), none, none, none, none)).shape == (0, 3)
 
 
 @pytest.mark.parametrize("credit", EVERY)
 def test_a_wrong_tree_is_refused(credit):
-    reward_N, (node_NS, parent_M, step_M, leaves_M, prompt_N) = two_roots()
-    columns = (node_NS, parent_M, step_M, leaves_M, prompt_N)
+    reward_N, tree = two_roots()
+    node_NS, parent_M, step_M, _, prompt_N = tree
     with pytest.raises(ValueError, match=r"state 0 has 2 leaves, but 1 rows go through it"):
-        credit(reward_N[1:], node_NS[1:], *columns[1:4], prompt_N[1:])
+        credit(reward_N[1:], tree._replace(node_NS=node_NS[1:], prompt_N=prompt_N[1:]))
     with pytest.raises(ValueError, match=r"must be \(4, T \+ 1\) .* got \(4, 1\)"):
-        credit(reward_N, node_NS[:, :1], *columns[1:])
+        credit(reward_N, tree._replace(node_NS=node_NS[:, :1]))
     with pytest.raises(ValueError, match=r"does not follow parent_M: state 2 at place 1 of row 0"):
-        credit(reward_N, node_NS[:, [0, 2, 1, 3]], *columns[1:])
+        credit(reward_N, tree._replace(node_NS=node_NS[:, [0, 2, 1, 3]]))
     with pytest.raises(ValueError, match=r"does not follow step_M: .* has 1, expected 0"):
-        credit(reward_N, node_NS, parent_M, step_M + 1, leaves_M, prompt_N)
+        credit(reward_N, tree._replace(step_M=step_M + 1))
     with pytest.raises(ValueError, match=r"node_NS must lie in 0..11, got 0 .. 12"):
-        credit(reward_N, node_NS.clamp(min=0) + (node_NS == 11), *columns[1:])
+        credit(reward_N, tree._replace(node_NS=node_NS.clamp(min=0) + (node_NS == 11)))
     with pytest.raises(ValueError, match="equally long"):
-        credit(reward_N, node_NS, parent_M[1:], step_M, leaves_M, prompt_N)
+        credit(reward_N, tree._replace(parent_M=parent_M[1:]))
     with pytest.raises(ValueError, match="reward_N must be finite, got nan in row 2"):
-        credit(torch.tensor([0.0, 1.0, float("nan"), 1.0]), *columns)
+        credit(torch.tensor([0.0, 1.0, float("nan"), 1.0]), tree)
     with pytest.raises(ValueError, match="state 0 is the root of two prompts"):
-        credit(reward_N, *columns[:4], torch.tensor([0, 1, 1, 1]))
+        credit(reward_N, tree._replace(prompt_N=torch.tensor([0, 1, 1, 1])))
 
 
 def test_depth_normalised_refuses_a_negative_eps():
     reward_N, columns = two_roots()
     with pytest.raises(ValueError, match="eps must be at least 0, got -1"):
-        depth_normalised(reward_N, *columns, eps=-1)
+        depth_normalised(reward_N, columns, eps=-1)
 
 
 # The chain: four steps of a flow model whose output is theta_t, one number, from x_0 ~ N(0, 1); the
@@ -372,14 +368,14 @@ def simulate(splits, num_steps, num_roots, credit, trials=TRIALS, seed=0):
         logprob_RM = logprob_RM.index_copy(1, child_U, logprob_K.reshape(trials, -1))
         x_RM[:, child_U] = next_K.reshape(trials, -1)
     offset_R = num_states * torch.arange(trials)
-    advantage_NT = credit(
-        x_RM[:, node_NS[:, -1]].flatten(),
+    forest = Tree(
         (node_NS + offset_R[:, None, None]).reshape(-1, num_steps + 1),
         torch.where(parent_M < 0, -1, parent_M + offset_R[:, None]).flatten(),
         step_M.repeat(trials),
         leaves_M.repeat(trials),
         torch.arange(trials).repeat_interleave(num_rows),
     )
+    advantage_NT = credit(x_RM[:, node_NS[:, -1]].flatten(), forest)
     logprob_NT = logprob_RM[:, node_NS[:, 1:]].reshape(-1, num_steps)
     one_N = torch.ones(trials * num_rows, dtype=torch.float64)
     weight_NT = trained_steps(one_N, torch.ones_like(logprob_NT) > 0, range(num_steps))
@@ -390,8 +386,12 @@ def simulate(splits, num_steps, num_roots, credit, trials=TRIALS, seed=0):
     return estimate_RT.mean(0), estimate_RT.std(0) / trials**0.5, estimate_RT.var(0)
 
 
-def leaf_left_out(reward_N, node_NS, parent_M, step_M, leaves_M, prompt_N):
-    return leave_one_out(reward_N, prompt_N)[:, None].expand(-1, node_NS.shape[1] - 1)
+def leaf_left_out(reward_N, tree):
+    return leave_one_out(reward_N, tree.prompt_N)[:, None].expand(-1, tree.node_NS.shape[1] - 1)
+
+
+def prompt_mean(reward_N, tree):
+    return centred(reward_N, tree.prompt_N)[:, None].expand(-1, tree.node_NS.shape[1] - 1)
 
 
 def assert_within(mean_T, error_T, expected):

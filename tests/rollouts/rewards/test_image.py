@@ -21,7 +21,6 @@ from rollouts.rewards.image_shapes import (
     foreground,
     mean_pairwise_distance,
     named_colour,
-    per_prompt_variance,
     within_radius,
 )
 
@@ -412,14 +411,6 @@ def test_mean_pairwise_distance_against_a_loop():
     assert mean_pairwise_distance(np.concatenate([image[:1]] * 3)) == 0
     with pytest.raises(ValueError, match="needs two images or more, got 1"):
         mean_pairwise_distance(image[:1])
-
-
-def test_variance_of_each_prompt_by_hand():
-    # "a": pixels 0 and 2, variance 2; 4 and 4, variance 0; mean 1. "b": 1, 3 -> 2; 0, 6 -> 18.
-    value = np.array([[0, 4], [1, 0], [2, 4], [3, 6], [9, 9]])
-    assert per_prompt_variance(value, list("ababc")) == {"a": 1.0, "b": 10.0}
-    with pytest.raises(ValueError, match="got 5 images for 2 prompts"):
-        per_prompt_variance(value, ["a", "b"])
 
 
 # Loading and scoring
