@@ -7,13 +7,13 @@ Axes: D prompts, P prompts of a step, K rows kept, M skills.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recipes.simulate import POOLS
 from samplers import allocation
 from samplers.keys import step_generator
 
@@ -49,24 +49,6 @@ class Settings:
         return self.prompts_per_step * self.rollouts_per_prompt
 
 
-def half_dead(size: int, generator: Generator) -> FloatArray:
-    """Every other prompt hopeless, the rest spread evenly."""
-    return np.where(np.arange(size) % 2, generator.random(size), 0.0)
-
-
-def mostly_solved(size: int, generator: Generator) -> FloatArray:
-    """Four of five prompts near 0.97, the rest spread evenly."""
-    solved = generator.beta(30, 1, size)
-    return np.where(np.arange(size) % 5, solved, generator.random(size))
-
-
-POOLS: dict[str, Callable[[int, Generator], FloatArray]] = {
-    "uniform": lambda size, generator: generator.random(size),
-    "half_dead": half_dead,
-    "mostly_solved": mostly_solved,
-    "skewed": lambda size, generator: generator.beta(0.5, 0.5, size),
-    "very_skewed": lambda size, generator: generator.beta(0.2, 0.2, size),
-}
 TRACES = ("static", "drifting", "walk", "learning")
 
 

@@ -26,6 +26,7 @@ from trl import TrlParser
 from rl.config.own import nearest
 
 from .other_names import other_name
+from .where import recipe_file
 
 ALSO_BOOLEAN = ("scale_rewards",)
 """Settings of text for which YAML may say true or false, as TRL's does."""
@@ -72,7 +73,7 @@ def parse(classes: Sequence[type], arguments: Sequence[str] | None = None) -> tu
         position = arguments.index("--config") + 1
         if position == len(arguments):
             raise ConfigError("--config needs a YAML file after it")
-        settings = _read_file(Path(arguments[position]), hints)
+        settings = _read_file(recipe_file(arguments[position]), hints)
         del arguments[position - 1 : position + 1]
     for argument in arguments:
         if not argument.startswith("--") or argument == "--":
@@ -166,7 +167,7 @@ def help_text(classes: Sequence[type]) -> str:
 
 def _annotations(cls: type) -> set[str]:
     """Names that the classes of this project declare, up to TrainingArguments."""
-    own = [c for c in cls.__mro__ if c.__module__.partition(".")[0] in ("rl", "recipes")]
+    own = [c for c in cls.__mro__ if c.__module__.partition(".")[0] in ("rl", __package__)]
     return {name for c in own for name in inspect.get_annotations(c)}
 
 
@@ -191,7 +192,7 @@ def peek(name: str, arguments: Sequence[str] | None = None) -> str | None:
         if word.startswith(f"--{name}="):
             return word.split("=", 1)[1]
     if "--config" in words[:-1]:
-        path = Path(words[words.index("--config") + 1])
+        path = recipe_file(words[words.index("--config") + 1])
         if path.is_file():
             try:
                 settings = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -26,6 +26,7 @@ from samplers.keys import stable_hash
 
 from .arguments import TASKS, RecipeArguments
 from .config import ConfigError
+from .where import package_file
 
 
 def embedded_task(recipe: RecipeArguments, *, seed: int) -> Any:
@@ -241,7 +242,7 @@ def _read_all(source: str, split: str, config: str | None, limit: int | None) ->
 
 
 def _read(source: str, split: str, config: str | None) -> Iterable[Read]:
-    path = Path(source).expanduser()
+    path = package_file(source)
     if path.is_file():
         return _read_file(path)
     if path.is_dir():
