@@ -64,7 +64,7 @@ def train(arguments: list[str], planner: Planner = None) -> dict[str, Any]:
     from recipes import language
     from recipes.arguments import RecipeArguments
     from recipes.config import parse
-    from rl.config.settings import RolloutConfig
+    from rl.config.language import RolloutConfig
     from rl.trainer import RolloutTrainer
 
     arguments = [*arguments, "--save_strategy", "no", "--report_to", "none"]

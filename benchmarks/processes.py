@@ -34,7 +34,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from benchmarks.engine import NUM_ENDS, PROMPT_LENGTH, VOCABULARY, build_model, build_tokenizer
-from rl.config.settings import RolloutConfig
+from rl.config.language import RolloutConfig
 from rl.policies.language import reward_of
 from rl.ranks import Ranks
 from rl.stages.line import Memory

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from trl import ModelConfig
 
+from rl.config.language import RolloutConfig
 from rl.config.own import nearest
-from rl.config.settings import RolloutConfig
 from rollouts.rewards.text import BUILT_IN, WITH_ARGUMENTS, check_reward_name
 
 from .config import ConfigError

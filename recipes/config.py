@@ -23,7 +23,10 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+from rl.config.declared import elsewhere
+from rl.config.diffusion_settings import DiffusionSettings
 from rl.config.own import nearest
+from rl.config.settings import LanguageSettings
 
 from .other_names import other_name
 from .where import recipe_file
@@ -130,6 +133,9 @@ def _as_words(value: Any) -> list[str]:
 
 def _hint(name: str, known: Any) -> str:
     """What to write instead of an unknown name."""
+    kind = DiffusionSettings if "plan" in known else LanguageSettings
+    if "selector" in known and (where := elsewhere(kind, name)):
+        return f": {where}"
     answer = other_name(name)
     return f".{nearest(name, known)}" if answer is None else f": {answer}"
 

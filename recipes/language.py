@@ -14,7 +14,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config
 
-from rl.config.settings import RolloutConfig
+from rl.config.language import RolloutConfig
 from rl.policies.language import pretrained
 from rl.trainer import RolloutTrainer
 from rollouts.prompts import check_rows, ensure_pad_token

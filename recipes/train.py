@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
 if not __package__:  # run as a script: this folder is on the path, in the place of its parent
@@ -33,7 +32,7 @@ from accelerate import PartialState
 from rich.console import Console
 from trl import ModelConfig
 
-from rl.config.settings import RolloutConfig
+from rl.config.language import RolloutConfig
 from rl.ranks import leave
 from rl.run.checkpoint import TornCheckpointError
 from rl.run.end import NoSignalError
@@ -65,10 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> RolloutTrainer:
         raise ConfigError(f"task {task!r} trains a diffusion model: write policy: diffusion too")
     settings: type[RolloutConfig] = RolloutConfig
     if is_diffusion:
-        if find_spec("diffusers") is None:
-            raise ConfigError(
-                "policy: diffusion needs diffusers: pip install 'apportion[diffusion]'"
-            )
         from rl.config.diffusion import DenoisingConfig
 
         settings = DenoisingConfig

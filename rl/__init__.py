@@ -11,7 +11,7 @@ from samplers.ours import check_ours
 
 if TYPE_CHECKING:  # the same names for editors and type checkers
     from rl.config.diffusion import DenoisingConfig
-    from rl.config.settings import RolloutConfig
+    from rl.config.language import RolloutConfig
     from rl.denoising_trainer import DenoisingTrainer
     from rl.trainer import RolloutTrainer
 
@@ -21,7 +21,7 @@ __all__ = ["DenoisingConfig", "DenoisingTrainer", "RolloutConfig", "RolloutTrain
 _MODULE_OF = {
     "DenoisingConfig": "config.diffusion",
     "DenoisingTrainer": "denoising_trainer",
-    "RolloutConfig": "config.settings",
+    "RolloutConfig": "config.language",
     "RolloutTrainer": "trainer",
 }
 

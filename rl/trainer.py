@@ -20,8 +20,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
+from rl.config.language import RolloutConfig
 from rl.config.own import choice
-from rl.config.settings import RolloutConfig
 from rl.logprobs.reference import Follow
 from rl.policies.language import LANGUAGE, PolicyKind, column_of, warn_of_success
 from rl.run import checkpoint, completions, failing, schedule, tracking

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rl.config.settings import RolloutConfig
+from rl.config.language import RolloutConfig
 from rl.trainer import RolloutTrainer
 
 DIGITS = "01234567"

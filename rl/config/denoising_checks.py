@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from rl.config.own import choice
-from rl.objective.denoising_weights import KL_REDUCTIONS
+from rl.config.diffusion_settings import DiffusionSettings
+from rl.config.methods import BASELINES
 from rollouts.step_plan import StepPlan
 
-if TYPE_CHECKING:
-    from rl.config.diffusion import DenoisingConfig
 
-WITHIN_BRANCH = ("siblings", "branch", "parent")
-"""Baselines that compare a sample with others of its branch alone."""
-
-WITHIN_PROMPT = ("prompt", "leave_one_out", "depth")
-"""Baselines that compare a sample with others of its prompt in the same step."""
-
-OVER_STEPS = ("history", "buffer")
-"""Baselines that remember earlier steps and standardise by what they remember."""
-
-
-def check_numbers(config: DenoisingConfig) -> None:
+def check_numbers(config: DiffusionSettings) -> None:
     """Raise ValueError for the first number that is out of its range."""
     for name, low, high in (
         ("sibling_within_share", 0.0, 1.0),
@@ -60,7 +47,7 @@ def check_numbers(config: DenoisingConfig) -> None:
         raise ValueError(f"advantage_clip must be positive or null, got {config.advantage_clip}")
 
 
-def check_kl(config: DenoisingConfig, *, asked: str | None) -> None:
+def check_kl(config: DiffusionSettings, *, asked: str | None) -> None:
     """Refuse a KL that the noise rule does not have; tell of one that beta: 0 leaves out.
 
     Raises:
@@ -68,7 +55,6 @@ def check_kl(config: DenoisingConfig, *, asked: str | None) -> None:
     """
     if asked is None:
         return
-    choice("kl_reduction", asked, KL_REDUCTIONS)
     assert isinstance(config.plan, dict)
     rule = config.plan["rule"]
     if asked == "flow_grpo" and rule not in ("flow_sde", "constant_sde"):
@@ -82,14 +68,14 @@ def check_kl(config: DenoisingConfig, *, asked: str | None) -> None:
         )
 
 
-def check_credit(config: DenoisingConfig, plans: Sequence[StepPlan]) -> None:
+def check_credit(config: DiffusionSettings, plans: Sequence[StepPlan]) -> None:
     """Raise ValueError if no sample could ever have an advantage, or a wrong one would train.
 
     Args:
         config: the settings.
         plans: the different ones of all training steps.
     """
-    if config.baseline in OVER_STEPS and config.credit_scale != "none":
+    if BASELINES[config.baseline].over_steps and config.credit_scale != "none":
         raise ValueError(
             f"baseline {config.baseline!r} is in units of the rewards it remembers already: write "
             f"credit_scale: none, got {config.credit_scale!r}"
@@ -111,14 +97,14 @@ def check_credit(config: DenoisingConfig, plans: Sequence[StepPlan]) -> None:
         )
 
 
-def _unbranched(config: DenoisingConfig) -> None:
+def _unbranched(config: DiffusionSettings) -> None:
     what = None
     if config.edge_weight == "once":
         raise ValueError(
             "edge_weight='once' is about steps that samples of a branch share, but plan does not "
             "branch: write edge_weight: leaves"
         )
-    if config.baseline in WITHIN_BRANCH:
+    if BASELINES[config.baseline].within == "branch":
         what, instead = f"baseline {config.baseline!r}", "baseline: prompt"
     elif config.branch_threshold is not None:
         what = f"branch_threshold={config.branch_threshold}"
@@ -130,14 +116,14 @@ def _unbranched(config: DenoisingConfig) -> None:
         )
 
 
-def _lone_branch(config: DenoisingConfig) -> bool:
+def _lone_branch(config: DiffusionSettings) -> bool:
     """Whether no prompt can have samples of two roots."""
     never_more = bool(config.budget_min) or config.allocator == "uniform"
     return config.rollouts_per_prompt == config.leaves_per_branch and never_more
 
 
-def _alone(config: DenoisingConfig) -> None:
-    compares = config.baseline in WITHIN_PROMPT
+def _alone(config: DiffusionSettings) -> None:
+    compares = BASELINES[config.baseline].within == "prompt"
     compares |= config.baseline == "history" and config.history_steps == 0
     if compares and config.leaves_per_branch == 1 and _lone_branch(config):
         raise ValueError(
@@ -147,14 +133,14 @@ def _alone(config: DenoisingConfig) -> None:
         )
 
 
-def _trained_where_siblings_differ(config: DenoisingConfig, plans: Sequence[StepPlan]) -> None:
+def _trained_where_siblings_differ(config: DiffusionSettings, plans: Sequence[StepPlan]) -> None:
     """On an edge that all compared samples share, their advantages sum to 0."""
-    within = config.baseline in WITHIN_BRANCH
-    within |= config.baseline in WITHIN_PROMPT and _lone_branch(config)
+    within = BASELINES[config.baseline].within == "branch"
+    within |= BASELINES[config.baseline].within == "prompt" and _lone_branch(config)
     if within and not any(_edges_that_learn(plan, config.baseline) for plan in plans):
         plan = max(plans, key=lambda plan: plan.trained[-1])
         where = "at an edge" if config.baseline == "parent" else "at or after the first edge"
-        more = "" if config.baseline in WITHIN_BRANCH else " in one branch a prompt"
+        more = "" if BASELINES[config.baseline].within == "branch" else " in one branch a prompt"
         raise ValueError(
             f"baseline {config.baseline!r}{more} learns {where} that branches, and plan trains none: "
             f"it branches at {[edge for edge, count in plan.splits if count > 1]} and trains "

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import GenerationConfig
 
-if TYPE_CHECKING:
-    from rl.config.settings import RolloutConfig
+from rl.config.settings import LanguageSettings
 
 SETTINGS = {
     "max_new_tokens": "max_completion_length",
@@ -67,7 +66,7 @@ REASONS = {
 """Why a key is not taken."""
 
 
-def apply_generation_kwargs(config: RolloutConfig) -> None:
+def apply_generation_kwargs(config: LanguageSettings) -> None:
     """Set the settings that `config.generation_kwargs` names, in place.
 
     Raises:

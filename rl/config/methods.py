@@ -13,16 +13,26 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
+from rl.config.diffusion_settings import DiffusionSettings
 from rl.config.own import choice, is_own, load_own, parameters
+from rl.config.settings import LanguageSettings
 from rl.logprobs import micro_batches
 from rl.logprobs.from_logits import ends
-from rl.objective import advantages, hapo, losses, sequence_losses, token_selection
+from rl.objective import (
+    advantages,
+    hapo,
+    losses,
+    prompt_history,
+    sequence_losses,
+    token_selection,
+    tree_advantages,
+)
 from rl.objective.kl import kl_loss
 from rollouts.batch import Rollouts, TokenRollouts
 from samplers import allocation, downsampling, stopping
@@ -37,12 +47,10 @@ from samplers.selection import (
 from samplers.selection.bands import OnlineBandSelector, StaticBandSelector
 from samplers.selection.diverse import DiverseSelector
 
-if TYPE_CHECKING:
-    from rl.config.settings import RolloutConfig
-
 T = TypeVar("T")
 M = TypeVar("M", bound="Method")
 logger = logging.get_logger(__name__)
+Settings = LanguageSettings | DiffusionSettings
 
 
 # -- records
@@ -71,8 +79,14 @@ class Method:
     """Parameter of `function` -> the column of the rollouts that it is given."""
     reads_success: bool = False
     """Whether it depends on which rollouts succeed."""
+    language_only: bool = False
+    """Whether diffusion models do not have it."""
     budgets: str | None = None
     """How unequal budgets change the objective under it; None: they do not."""
+
+    def has(self, setting: str) -> bool:
+        """Whether a setting is one of its own."""
+        return setting in self.settings or setting in self.needs
 
     @property
     def file(self) -> str:
@@ -152,6 +166,18 @@ class LossMethod(Method):
     """Whether it reads how far each token's entropy is from the step's quantile."""
     positive_only: bool = False
     """Has no signal that pushes away, and takes no negative advantage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineMethod(Method):
+    """What a sample of a diffusion model is compared with."""
+
+    within: str = ""
+    """branch or prompt, if it compares with others of the same one in the same step."""
+    over_steps: bool = False
+    """Remembers rewards of earlier steps, and is in units of what it remembers."""
+    of_tree: bool = False
+    """Credits the steps of one chain apart: `function` is of `rl/objective/tree_advantages.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +262,7 @@ SELECTORS: dict[str, SelectorMethod] = _named(
 
 
 def selector_of(
-    config: RolloutConfig,
+    config: Settings,
     posterior: BetaPosterior,
     keys: list[str],
     columns: Callable[[str], list[Any]] | None = None,
@@ -279,6 +305,7 @@ ALLOCATORS: dict[str, AllocatorMethod] = _named(
         function=allocation.neyman,
         scale=allocation.posterior_std,
         by_std=True,
+        settings={"allocation_scale": ""},
         reads_success=True,
         help="In proportion to the std of the prompt's reward.",
     ),
@@ -287,6 +314,7 @@ ALLOCATORS: dict[str, AllocatorMethod] = _named(
         function=allocation.neyman,
         scale=allocation.posterior_std,
         by_std=True,
+        settings={"allocation_scale": ""},
         wants_lengths=True,
         reads_success=True,
         help="Neyman, with fewer rollouts where they are long.",
@@ -296,6 +324,7 @@ ALLOCATORS: dict[str, AllocatorMethod] = _named(
         function=allocation.leave_one_out,
         scale=allocation.posterior_std,
         by_std=True,
+        settings={"allocation_scale": ""},
         minimum=2,
         reads_success=True,
         source="VIP, arXiv:2602.01601",
@@ -306,6 +335,7 @@ ALLOCATORS: dict[str, AllocatorMethod] = _named(
         function=allocation.dr_grpo,
         scale=allocation.posterior_std,
         by_std=True,
+        settings={"allocation_scale": ""},
         minimum=3,
         reads_success=True,
         source="VIP, arXiv:2602.01601",
@@ -401,7 +431,7 @@ PILOT_USES: dict[str, PilotUse] = _named(
 )
 
 
-def allocator_of(config: RolloutConfig) -> tuple[Callable, Callable | None]:
+def allocator_of(config: Settings) -> tuple[Callable, Callable | None]:
     """The integer solver and the scale function (a_P, b_P) -> std_P named by `config`."""
     method = method_of(config, "allocator")
     assert isinstance(method, AllocatorMethod)
@@ -410,15 +440,15 @@ def allocator_of(config: RolloutConfig) -> tuple[Callable, Callable | None]:
         scale = _set(SCALES[config.allocation_scale].function)
     if method.pilot_scale is not None and config.pilot_estimate == "pilot":
         scale = method.pilot_scale
-    for setting, name in method.settings.items():
+    for name, value in _bound(config, method).items():
         if scale is not None and name in parameters(scale):
-            scale = partial(scale, **{name: getattr(config, setting)})
+            scale = partial(scale, **{name: value})
         else:
-            solve = partial(solve, **{name: getattr(config, setting)})
+            solve = partial(solve, **{name: value})
     return solve, scale
 
 
-def discards_pilots(config: RolloutConfig) -> bool:
+def discards_pilots(config: Settings) -> bool:
     """Whether a step's first rollouts of each prompt are counted and not trained on."""
     return config.pilot_rollouts > 0 and not PILOT_USES[config.pilot_use].trains
 
@@ -471,7 +501,7 @@ STOPPINGS: dict[str, Method] = _named(
 )
 
 
-def stopping_of(config: RolloutConfig) -> stopping.Stopping | None:
+def stopping_of(config: Settings) -> stopping.Stopping | None:
     """The stopping rule named by `config`; None: every group has its budget."""
     method = method_of(config, "stopping")
     if method.function is None:
@@ -586,12 +616,78 @@ AGGREGATIONS: dict[str, Method] = _named(
 )
 """How several rewards become one advantage."""
 
+_HISTORY = {"history_steps": ""}
+_DDPO = "DDPO, arXiv:2305.13301"
+_BRANCH_GRPO = "BranchGRPO, arXiv:2509.06040"
+
+BASELINES: dict[str, BaselineMethod] = _named(
+    BaselineMethod(
+        name="prompt",
+        function=advantages.centred,
+        within="prompt",
+        budgets=_MEAN,
+        help="The mean of the prompt's samples.",
+    ),
+    BaselineMethod(
+        name="history",
+        function=prompt_history.history_standardised,
+        settings=_HISTORY,
+        over_steps=True,
+        source="B2-DiffuRL, arXiv:2503.11240",
+        help="The mean and std of the prompt's samples of this step and earlier ones.",
+    ),
+    BaselineMethod(
+        name="buffer",
+        function=prompt_history.buffer_standardised,
+        settings=_HISTORY,
+        over_steps=True,
+        source=_DDPO,
+        help="The mean and std of the prompt's last rewards.",
+    ),
+    BaselineMethod(
+        name="siblings",
+        function=advantages.leave_one_out,
+        within="branch",
+        help="The mean of the other samples of its branch.",
+    ),
+    BaselineMethod(
+        name="branch",
+        function=tree_advantages.branch_mean,
+        within="branch",
+        of_tree=True,
+        help="At each step, the mean of the samples that share the state before it.",
+    ),
+    BaselineMethod(
+        name="leave_one_out",
+        function=tree_advantages.leave_branch_out,
+        within="prompt",
+        of_tree=True,
+        help="At each step, the mean of the prompt's samples that do not share the step.",
+    ),
+    BaselineMethod(
+        name="depth",
+        function=tree_advantages.depth_normalised,
+        within="prompt",
+        of_tree=True,
+        source=_BRANCH_GRPO,
+        help="At each step, the mean and std of the prompt's nodes at that depth.",
+    ),
+    BaselineMethod(
+        name="parent",
+        function=tree_advantages.parent_difference,
+        within="branch",
+        of_tree=True,
+        help="At each step, what the samples after it gain over those after the state before it.",
+    ),
+)
+
 OBJECTIVES: dict[str, Method] = _named(
     Method(name="mean", help="The pass rate, summed over prompts."),
     Method(name="log", reads_success=True, help="The log of the pass rate, summed over prompts."),
     Method(
         name="em",
         reads_success=True,
+        language_only=True,
         fits={"advantage": ("raft",)},
         budgets="weighs a prompt of pass rate p by 1 - (1 - p)^n, the chance that any of its n passes",
         source="GVM-RAFT, arXiv:2505.02391",
@@ -605,7 +701,7 @@ OBJECTIVES: dict[str, Method] = _named(
 )
 
 
-def scale_of(config: RolloutConfig) -> str:
+def scale_of(config: LanguageSettings) -> str:
     """`scale_rewards` as one of `advantages.SCALES`; TRL's true and false, from YAML or typed, too."""
     given = config.scale_rewards
     known: dict[Any, str] = {None: "group", True: "group", False: "none"}
@@ -613,7 +709,7 @@ def scale_of(config: RolloutConfig) -> str:
     return known.get(given.lower() if isinstance(given, str) else given, str(given))
 
 
-def preset_advantage(config: RolloutConfig, named: str) -> str:
+def preset_advantage(config: LanguageSettings, named: str) -> str:
     """The advantage where none is written: the preset's, unless other settings decide.
 
     `scale_rewards` says which of `grpo` and `centred` it is. Else, where budgets differ, both give
@@ -636,33 +732,34 @@ def preset_advantage(config: RolloutConfig, named: str) -> str:
     return "leave_one_out"
 
 
-def differing_budgets(config: RolloutConfig) -> str:
+def differing_budgets(config: Settings) -> str:
     """What gives the prompts of a step different numbers of rollouts; empty: nothing does."""
     if config.allocator != "uniform":
         return f"allocator {config.allocator!r}"
     return f"stopping {config.stopping!r}" if config.stopping != "none" else ""
 
 
-def least_budget(config: RolloutConfig) -> int:
+def least_budget(config: Settings) -> int:
     """The default of `budget_min`: 2 where rollouts are compared and the allocator may give fewer."""
     allocator, most = ALLOCATORS.get(config.allocator), config.rollouts_per_prompt
     least = max(1, allocator.minimum) if allocator is not None else 1
     if config.allocator == "uniform" or not compares_within_group(config):
         return least
-    # Of a branch there are always several, and settings out of range are for `validate`.
-    if hasattr(config, "baseline") or not isinstance(most, int):
+    # Of a branch there are always several, and numbers out of range are refused elsewhere.
+    if isinstance(config, DiffusionSettings) or not isinstance(most, int):
         return least
     return max(least, min(2, most, config.budget_max or 2))
 
 
-def compares_within_group(config: RolloutConfig) -> bool:
+def compares_within_group(config: Settings) -> bool:
     """Whether a prompt's only rollout gets no advantage; a diffusion model's baseline may see more."""
+    if isinstance(config, DiffusionSettings):
+        return config.baseline == "prompt"
     method = ADVANTAGES.get(config.advantage or "")
-    of_prompt = getattr(config, "baseline", "prompt") == "prompt"
-    return method is not None and method.within_group and of_prompt
+    return method is not None and method.within_group
 
 
-def what_budgets_change(config: RolloutConfig) -> list[str]:
+def what_budgets_change(config: Settings) -> list[str]:
     """Why the objective depends on how many rollouts each prompt gets; empty where it does not.
 
     `flat` is what the budgets make of it by its definition, and nothing more is said of it.
@@ -672,12 +769,13 @@ def what_budgets_change(config: RolloutConfig) -> list[str]:
         differ = f"rollouts_multiple_of={config.rollouts_multiple_of}"
     if not differ or config.objective == "flat":
         return []
-    found, method = [], method_of(config, "advantage")
-    within = compares_within_group(config)
-    if method.budgets is not None and within:
+    found, within = [], compares_within_group(config)
+    if isinstance(config, DiffusionSettings):
+        if within:
+            found.append(f"baseline {config.baseline!r} {_MEAN}")
+    elif (effect := method_of(config, "advantage").budgets) is not None:
         of_batch = config.advantage == "grpo" and scale_of(config) == "batch"
-        effect = _MEAN if of_batch else method.budgets
-        found.append(f"advantage {config.advantage!r} {effect}")
+        found.append(f"advantage {config.advantage!r} {_MEAN if of_batch else effect}")
     if (effect := OBJECTIVES[config.objective or ""].budgets) is not None:
         found.append(f"objective {config.objective!r} {effect}")
     least = _set(config.budget_min)
@@ -693,7 +791,7 @@ def what_budgets_change(config: RolloutConfig) -> list[str]:
 
 
 def advantage_of(
-    config: RolloutConfig, own: Callable[..., torch.Tensor] | None = None
+    config: LanguageSettings, own: Callable[..., torch.Tensor] | None = None
 ) -> Callable[[Rollouts, Any], torch.Tensor]:
     """`advantage(rollouts, prompts)` of a batch with rewards, as `config` names it.
 
@@ -719,7 +817,7 @@ def advantage_of(
     return advantage if own is None and not is_own(method.name) else checked
 
 
-def _of_functions(config: RolloutConfig) -> Callable[[Rollouts, Any], torch.Tensor]:
+def _of_functions(config: LanguageSettings) -> Callable[[Rollouts, Any], torch.Tensor]:
     """The advantage of several rewards, each compared by itself."""
     method = AGGREGATIONS[config.multi_objective_aggregation]
     function = partial(_set(method.function), **_bound(config, method))
@@ -808,6 +906,7 @@ DOWN_SAMPLERS: dict[str, DownSamplingMethod] = _named(
         settings=_KEEP | dict.fromkeys(_STDS, ""),
         needs=("rows_per_prompt",),
         compares_again=True,
+        language_only=True,
         fits={
             "advantage": tuple(
                 name
@@ -840,7 +939,7 @@ DOWN_SAMPLERS: dict[str, DownSamplingMethod] = _named(
 )
 
 
-def down_sampler_of(config: RolloutConfig) -> Callable[[Rollouts, float], torch.Tensor]:
+def down_sampler_of(config: Settings) -> Callable[[Rollouts, float], torch.Tensor]:
     """`rows(rollouts, progress) -> rows_K`, increasing, of the method named by `config`."""
     method = method_of(config, "down_sampling")
     function = method.function
@@ -870,12 +969,12 @@ def _row_column(rollouts: Rollouts, name: str) -> np.ndarray:
     return (column.double() if name == "advantage_N" else column).numpy()
 
 
-def advantage_after_of(config: RolloutConfig) -> Callable[[Rollouts], torch.Tensor] | None:
+def advantage_after_of(config: Settings) -> Callable[[Rollouts], torch.Tensor] | None:
     """PODS compares the rows it keeps with each other, by the unbiased std (arXiv:2504.13818)."""
     method = method_of(config, "down_sampling")
     if not (isinstance(method, DownSamplingMethod) and method.compares_again):
         return None
-    again = partial(advantages.grpo, **_bound(config, ADVANTAGES["grpo"]))
+    again: Callable = partial(advantages.grpo, **_bound(config, ADVANTAGES["grpo"]))
     return lambda rollouts: again(_set(rollouts.reward_N), rollouts.prompt_N)
 
 
@@ -902,7 +1001,7 @@ TOKEN_SELECTIONS: dict[str, Method] = _named(
 )
 
 
-def token_selector_of(config: RolloutConfig) -> Callable[[Rollouts, float], torch.Tensor]:
+def token_selector_of(config: LanguageSettings) -> Callable[[Rollouts, float], torch.Tensor]:
     """`kept(rollouts, progress) -> kept_NT` of the method named by `config`."""
     method = method_of(config, "token_selection")
     function = method.function
@@ -1086,7 +1185,7 @@ PRESETS: dict[str, Method] = _named(
 )
 
 
-def default_correction(config: RolloutConfig) -> str:
+def default_correction(config: LanguageSettings) -> str:
     """The default of `importance_correction`: TRL's for vLLM.
 
     After a filter vLLM's log-probabilities are those of a narrower distribution, and the ratio of a row
@@ -1098,26 +1197,28 @@ def default_correction(config: RolloutConfig) -> str:
     return "token_truncate" if config.loss == "vespo" else "sequence_mask"
 
 
-def loss_of(config: RolloutConfig, own: Callable[..., Any] | None = None) -> Callable:
+def loss_of(config: LanguageSettings, own: Callable[..., Any] | None = None) -> Callable:
     """The loss named by `config`, its clips bound; `own` is a function in the place of the named one."""
     method = _method_or_own(config, "loss", own)
     bound = _bound(config, method)
     return partial(_set(method.function), **bound) if bound else _set(method.function)
 
 
-def loss_columns_of(config: RolloutConfig, own: Callable[..., Any] | None = None) -> dict[str, str]:
+def loss_columns_of(
+    config: LanguageSettings, own: Callable[..., Any] | None = None
+) -> dict[str, str]:
     """Parameters of the loss besides the common ones -> the columns of the rollouts they are given."""
     method = _method_or_own(config, "loss", own)
     return dict(method.columns)
 
 
-def kl_ratio_of(config: RolloutConfig) -> str:
+def kl_ratio_of(config: LanguageSettings) -> str:
     """`kl_ratio`, where it is left out that of the loss, as in TRL."""
     loss = LOSSES.get(config.loss or "")
     return config.kl_ratio or ("sequence" if loss is not None and loss.row_ratio else "token")
 
 
-def kl_of(config: RolloutConfig) -> Callable | None:
+def kl_of(config: LanguageSettings) -> Callable | None:
     """`kl(logprob_NT, rows, denominator=...)` named by `config`; None at beta 0."""
     if not config.beta:
         return None
@@ -1135,13 +1236,13 @@ def kl_of(config: RolloutConfig) -> Callable | None:
     return kl
 
 
-def trains_everywhere(config: RolloutConfig) -> bool:
+def trains_everywhere(config: Settings) -> bool:
     """Whether rows without an advantage stay in the batch: their entropies or their KL count."""
     by_kl = bool(config.beta) and config.kl_rows == "all"
     return by_kl or bool(config.entropy_coef) or config.top_entropy_quantile < 1
 
 
-def micro_batches_of(config: RolloutConfig) -> Callable[[TokenRollouts], list[torch.Tensor]]:
+def micro_batches_of(config: LanguageSettings) -> Callable[[TokenRollouts], list[torch.Tensor]]:
     """How rows are cut into micro-batches: by their number, or by their tokens."""
 
     def by_tokens(rollouts: TokenRollouts) -> list[torch.Tensor]:
@@ -1167,6 +1268,7 @@ METHODS: dict[str, Mapping[str, Method]] = {
     "stopping": STOPPINGS,
     "advantage": ADVANTAGES,
     "multi_objective_aggregation": AGGREGATIONS,
+    "baseline": BASELINES,
     "objective": OBJECTIVES,
     "down_sampling": DOWN_SAMPLERS,
     "token_selection": TOKEN_SELECTIONS,
@@ -1174,7 +1276,7 @@ METHODS: dict[str, Mapping[str, Method]] = {
 }
 """Setting that names a method -> the records it may name."""
 
-OWN: dict[str, type[Method]] = {
+OWN_STAGES: dict[str, type[Method]] = {
     "selector": SelectorMethod,
     "allocator": AllocatorMethod,
     "stopping": Method,
@@ -1193,7 +1295,7 @@ def method_of(config: Any, stage: str) -> Any:
         ValueError: if there is no such method, file or function.
     """
     name = getattr(config, stage) or ""
-    if stage in OWN and is_own(name):
+    if stage in OWN_STAGES and is_own(name):
         return own_method(config, stage, load_own(name, what=stage), name=name)
     if name not in METHODS[stage]:
         choice(stage, name, METHODS[stage])
@@ -1210,7 +1312,7 @@ def own_method(config: Any, stage: str, function: Callable[..., Any], name: str 
     known = {*parameters(function)}
     more: dict[str, Any] = {"by_std": True} if stage == "allocator" else {}
     reads = stage in ("allocator", "stopping") or {"posterior", "success_N", "passed_N"} & known
-    return OWN[stage](
+    return OWN_STAGES[stage](
         name=name or getattr(function, "__name__", type(function).__name__),
         function=function,
         help="A function of your own.",

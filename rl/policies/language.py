@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from rl.config.language import RolloutConfig
 from rl.config.methods import (
     advantage_after_of,
     advantage_of,
@@ -33,7 +34,6 @@ from rl.config.methods import (
     stopping_of,
     token_selector_of,
 )
-from rl.config.settings import RolloutConfig
 from rl.logprobs.reference import Reference
 from rl.logprobs.scorer import Scorer
 from rl.ranks import Ranks

@@ -1,8 +1,9 @@
-"""A resumed run against what it was: settings, model, data and rewards that are others now.
+"""Compares a resumed run with what it was: settings, model, data and rewards that have changed.
 
-They are refused, told and remembered, or of no matter. Where a run is resumed because its folder is
-there (`if_run_exists: resume`), nothing may be another: a changed setting is another run. Where it is
-asked for (`resume_from_checkpoint`), what decides the rollouts may not, and the rest is told.
+What each setting decides (`rl/config/declare.py`) says what a change of it means. With `if_run_exists:
+resume` a changed setting makes another run and is refused, unless it makes the run longer, more patient,
+or matters to neither rollouts nor updates. With `resume_from_checkpoint` what decides the rollouts may
+not change; other changes are warned of and recorded.
 """
 
 from __future__ import annotations
@@ -13,46 +14,27 @@ from typing import Any
 
 from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from rl.config.declare import LENGTH, NOTHING, PATIENCE
+from rl.config.declared import decides
+from rl.config.diffusion_settings import DiffusionSettings
+from rl.config.settings import LanguageSettings
 
-PREFIXES = (
-    *("logging_", "log_", "hub_", "push_to_hub", "dataloader_", "save_", "ddp_", "trackio_"),
-    *("gradient_checkpointing", "activation_checkpointing", "completions_", "images_", "vllm_"),
-    *("eval_on_start", "eval_steps", "eval_strategy", "eval_delay", "include_"),
-)
-OTHERS = (
-    *("output_dir", "run_name", "report_to", "project", "disable_tqdm", "resume_from_checkpoint"),
-    *(
-        "if_run_exists",
-        "do_train",
-        "do_eval",
-        "do_predict",
-        "local_rank",
-        "per_device_eval_batch_size",
-    ),
-    *("per_device_train_batch_size", "micro_batch_tokens", "generation_batch_size"),
-    *("enable_jit_checkpoint", "restore_callback_states_from_checkpoint"),
-    *("num_threads", "report"),
-    *(
-        "load_best_model_at_end",
-        "metric_for_best_model",
-        "greater_is_better",
-        "skip_memory_metrics",
-    ),
-)
-"""Settings that no rollout and no update depends on: paths, logs, speed, memory."""
+logger = logging.get_logger(__name__)
 
 STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 """Schedules that are no function of the step."""
 
-MORE = (
-    *("max_steps", "num_train_epochs", "max_generated_tokens", "max_evaluations"),
-    "max_empty_steps",
-)
-"""How long a run is: with a larger value, or none, it goes on as the same run."""
+OF_RECIPES = ("num_threads", "report")
+"""Settings of recipes that no rollout and no update depends on."""
 
-PATIENCE = ("reward_timeout", "reward_retries", "max_failed_share")
-"""What ends a run early: after another value it goes on as the same run."""
+
+def _which(*what: str) -> frozenset[str]:
+    """The settings, of language and of diffusion runs, that decide this."""
+    return frozenset(decides(LanguageSettings, *what) + decides(DiffusionSettings, *what))
+
+
+OF_NO_MATTER = _which(NOTHING).union(OF_RECIPES)
+LONGER, PATIENT = _which(LENGTH), _which(PATIENCE)
 
 
 def refuse_decisive(args: Any, saved: dict[str, Any], folder: str) -> None:
@@ -128,7 +110,7 @@ class Compared:
         others = {
             name: pair
             for name, pair in self.now.items()
-            if name not in PATIENCE and not (name in MORE and _is_more(*pair))
+            if name not in PATIENT and not (name in LONGER and _is_more(*pair))
         }
         if others:
             raise ChangedRunError(
@@ -197,7 +179,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[
     return {
         name: [before[name], value]
         for name, value in now.items()
-        if name in before and before[name] != value and not _is_of_no_matter(name)
+        if name in before and before[name] != value and name not in OF_NO_MATTER
     }
 
 
@@ -207,7 +189,3 @@ def _told(changes: dict[str, list[Any]]) -> str:
 
 def _is_more(old: Any, new: Any) -> bool:
     return new is None or (isinstance(old, (int, float)) and new > old)
-
-
-def _is_of_no_matter(name: str) -> bool:
-    return name in OTHERS or name.startswith(PREFIXES)

@@ -181,7 +181,6 @@ class GroupBuffer:
         """
         refill, ledger = self.refill, line.ledger
         refill.begin(version)
-        line.planner.begin(version)
         for held in self._held.values():
             ledger.taken(*size(held.rollouts))
         if self._row_of is None:

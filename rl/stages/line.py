@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rl.config.settings import RolloutConfig
+from rl.config.language import RolloutConfig
 from rl.logprobs.reference import Reference
 from rl.objective.hapo import EntropyPivot
 from rl.ranks import Ranks

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.allocation_arms import ARMS, FREE, permuted
 from benchmarks.arms import check_manifests, summarise
-from rl.config.settings import RolloutConfig
+from rl.config.language import RolloutConfig
 from samplers import allocation
 
 

@@ -11,7 +11,7 @@ from recipes.arguments import RecipeArguments
 from recipes.config import ConfigError, help_text, parse
 from recipes.other_names import OTHERS, TRANSFORMERS, TRL, other_name
 from rl.config.diffusion import DenoisingConfig
-from rl.config.settings import RolloutConfig
+from rl.config.language import RolloutConfig
 
 
 @dataclass

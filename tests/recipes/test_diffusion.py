@@ -117,7 +117,10 @@ def test_an_adapter_in_float32_trains_beside_weights_in_half_precision(settings,
         ({"task": "arithmetic"}, "task must be one of digits for a diffusion model"),
         ({"plan": '{"num_steps": 4}'}, "plan needs rule, level"),
         ({"policy": "difusion"}, "policy must be language or diffusion, got 'difusion'"),
-        ({"refill": "true"}, "refill is for language models"),
+        (
+            {"refill": "true"},
+            "unknown argument --refill: refill is a setting of language models alone",
+        ),
     ],
 )
 def test_what_is_missing_or_wrong_is_told_before_training(settings, changes, message):

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from trl import ModelConfig
 
-from recipes import threads, train
+from recipes import threads
 from recipes.arguments import TASKS, RecipeArguments
 from recipes.config import ConfigError, parse, peek
 from recipes.language import load_tokenizer, prepare
 from recipes.train import EXPECTED, main
-from rl.config.settings import RolloutConfig
+from rl.config.language import RolloutConfig
 from rollouts.rewards.text import check_reward_name, load_reward
 from samplers.refill import RefillError
 from tests import tiny
@@ -256,16 +256,6 @@ def test_a_package_that_a_reward_file_lacks_is_told_with_the_file(tmp_path):
 
 def test_errors_of_refills_and_missing_packages_end_a_run_with_a_message_alone():
     assert RefillError in EXPECTED and ImportError in EXPECTED
-
-
-def test_a_library_that_a_task_or_a_policy_lacks_is_told_with_its_extra(monkeypatch, tmp_path):
-    run = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--report_to", "none"]
-    monkeypatch.setitem(TASKS["language"], "arithmetic", "nosuch.task")
-    with pytest.raises(ConfigError, match=r"'arithmetic' needs nosuch: .*apportion\[recipes\]'"):
-        main(["--task", "arithmetic", *run])
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"diffusion needs diffusers: .*apportion\[diffusion\]'"):
-        main(["--policy", "diffusion", *run])
 
 
 # Threads

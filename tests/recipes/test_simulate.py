@@ -80,7 +80,7 @@ def test_one_seed_is_one_outcome():
 def test_names_mean_what_they_mean_in_a_recipe():
     """The tables here are those of training, without what needs torch, a column or lengths."""
     from rl.config import methods
-    from rl.config.settings import RolloutConfig
+    from rl.config.language import RolloutConfig
 
     without = {"static_band", "diverse"}  # of a column
     assert set(SELECTORS) == set(methods.SELECTORS) - without

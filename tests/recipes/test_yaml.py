@@ -7,7 +7,7 @@ from trl import ModelConfig
 
 from recipes.arguments import RecipeArguments
 from recipes.config import parse
-from rl.config.settings import RolloutConfig
+from rl.config.language import RolloutConfig
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*/*.yaml"))
 FILES = [path for path in FILES if path.parent.name not in ("accelerate", "images")]

@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 
+from rl.config.language import RolloutConfig
 from rl.config.methods import ADVANTAGES, OBJECTIVES, advantage_of, what_budgets_change
-from rl.config.settings import RolloutConfig
 from rl.objective import weights as step_weights
 from rollouts.batch import TokenRollouts
 

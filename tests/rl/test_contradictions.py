@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rl.config.checks import CLIPS
+from rl.config.language import RolloutConfig
+from rl.config.language_checks import CLIPS
 from rl.config.methods import ADVANTAGES, LOSSES, PRESETS
-from rl.config.settings import RolloutConfig
 from tests import tiny
 
 WHITENED_TOKENS = {"advantage": "batch_whitened_tokens", "reward_kl": 0.1, "trainer": "grpo"}

@@ -1,54 +1,26 @@
-"""Help texts name every choice there is."""
+"""Help texts: `--help` shows every choice there is, and what each record says of itself."""
 
-import re
 from dataclasses import fields
 
 import pytest
 
-from rl.config.checks import IMPORTANCE_CORRECTIONS
-from rl.config.methods import (
-    ADVANTAGES,
-    AGGREGATIONS,
-    ALLOCATORS,
-    DOWN_SAMPLERS,
-    LOSSES,
-    PRESETS,
-    SCALES,
-    SELECTORS,
-    STOPPINGS,
-    TOKEN_SELECTIONS,
-)
-from rl.config.settings import RolloutConfig
-from rl.objective.advantages import FALLBACKS
-from rl.objective.advantages import SCALES as REWARD_SCALES
-from rl.objective.token_selection import SCOPES
-from rl.objective.weights import DENOMINATORS, LENGTH_RULES, OBJECTIVES
-from samplers.selection.scores import SCORES
-
-CHOICES = {
-    "trainer": PRESETS,
-    "selector": SELECTORS,
-    "selection_score": SCORES,
-    "allocator": ALLOCATORS,
-    "allocation_scale": SCALES,
-    "stopping": STOPPINGS,
-    "down_sampling": DOWN_SAMPLERS,
-    "token_selection": TOKEN_SELECTIONS,
-    "token_scope": SCOPES,
-    "token_denominator": DENOMINATORS,
-    "advantage": ADVANTAGES,
-    "scale_rewards": REWARD_SCALES,
-    "multi_objective_aggregation": AGGREGATIONS,
-    "stratum_fallback": FALLBACKS,
-    "loss": LOSSES,
-    "objective": OBJECTIVES,
-    "length_weight": LENGTH_RULES,
-    "importance_correction": IMPORTANCE_CORRECTIONS,
-}
+from rl.config.declared import choices_of, takes_own
+from rl.config.diffusion import DenoisingConfig
+from rl.config.language import RolloutConfig
+from rl.config.methods import METHODS
 
 
-@pytest.mark.parametrize("setting", CHOICES)
-def test_the_help_text_names_every_choice(setting):
-    help_text = next(f.metadata["help"] for f in fields(RolloutConfig) if f.name == setting)
-    words = re.findall(r"[a-z0-9_]+(?:\+\+)?", help_text)
-    assert [name for name in CHOICES[setting] if name not in words] == []
+@pytest.mark.parametrize("kind", [RolloutConfig, DenoisingConfig])
+def test_a_setting_of_names_shows_them_as_choices(kind):
+    shown = {f.name for f in fields(kind) if choices_of(kind, f)}
+    assert {"selector", "allocator", "stopping", "down_sampling", "objective"} <= shown
+    named = {f.name for f in fields(kind) if f.name in METHODS}
+    assert named <= shown
+
+
+def test_functions_of_ones_own_are_taken_wherever_a_stage_is_named():
+    taken = {f.name for f in fields(RolloutConfig) if takes_own(RolloutConfig, f)}
+    assert taken == {
+        *("selector", "allocator", "stopping", "advantage", "down_sampling", "token_selection"),
+        "loss",
+    }

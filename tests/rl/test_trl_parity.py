@@ -371,8 +371,8 @@ def test_correction_factors_multiply_the_weights_as_in_trl(level, mode):
 
 def weighed(settings, reward_N, prompt_N, mask_NT, truncated_N):
     """What the trainer makes of these rows: their advantages, weights and denominator."""
+    from rl.config.language import RolloutConfig
     from rl.config.methods import advantage_of, down_sampler_of
-    from rl.config.settings import RolloutConfig
     from rl.stages.draw import Groups
     from rl.stages.weigh import weigh
     from rollouts.batch import TokenRollouts

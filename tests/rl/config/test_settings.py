@@ -6,8 +6,8 @@ import pytest
 
 from rl.config import checks as validation
 from rl.config.checks import _number_hints
+from rl.config.language import RolloutConfig
 from rl.config.methods import allocator_of, loss_of
-from rl.config.settings import RolloutConfig
 from rl.objective import losses
 from samplers import allocation
 from tests import tiny
@@ -150,7 +150,7 @@ def test_losses_get_their_clip_ranges():
         ({"stopping": "early"}, "'early' needs stopping_wave"),
         (
             {"stopping": "early", "stopping_wave": 4, "pilot_rollouts": 2},
-            "has waves of its own: write pilot_rollouts: 0",
+            "has rounds of its own: write pilot_rollouts: 0",
         ),
         (
             {"stopping": "balanced", "stopping_wave": 4, "stopping_needed": 1},

@@ -1,4 +1,4 @@
-"""Settings that need another one, and those that never act: said where they are given in vain."""
+"""Declarations: every setting is classified, and one that is given in vain is warned about."""
 
 import warnings
 from dataclasses import fields
@@ -10,16 +10,13 @@ from trl import ModelConfig
 
 from recipes.arguments import RecipeArguments
 from recipes.config import parse, peek
+from rl.config.declare import DECIDES, setting
+from rl.config.declared import choices_of, decides, declared, idle_settings
 from rl.config.diffusion import DenoisingConfig
-from rl.config.settings import RolloutConfig
-from rl.config.settings_act import (
-    ACTS,
-    ACTS_DENOISING,
-    ALWAYS,
-    ALWAYS_DENOISING,
-    NEVER,
-    idle_settings,
-)
+from rl.config.inherited import GROUPS, INHERITED, NEVER, ONLY, TRAINER
+from rl.config.language import RolloutConfig
+from rl.config.methods import METHODS, OWN_STAGES
+from rl.config.settings import STAGES
 from tests import tiny
 
 FILES = sorted((Path(__file__).resolve().parents[3] / "recipes").rglob("*.yaml"))
@@ -30,14 +27,62 @@ def names(kind):
     return {f.name for f in fields(kind)}
 
 
-def test_every_setting_has_its_place():
-    placed = {*ALWAYS, *ACTS, *NEVER}
-    assert names(RolloutConfig) - placed == set(), "put new settings into rl/config/settings_act.py"
-    assert not set(ALWAYS) & {*ACTS, *NEVER} and not {*ACTS} & {*NEVER}
-    assert set(NEVER) <= names(TrainingArguments)
-    assert set(ACTS_DENOISING) <= names(DenoisingConfig)
-    own = names(DenoisingConfig) - names(RolloutConfig)
-    assert own - {*ALWAYS_DENOISING, *ACTS_DENOISING} == set()
+KINDS = [RolloutConfig, DenoisingConfig]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_is_classified(kind):
+    own = {f.name for f in fields(kind)} - {f.name for f in fields(TrainingArguments)}
+    for each in fields(kind):
+        found = declared(each)  # a KeyError names one that is not
+        assert found.decides in DECIDES and found.stage in (*STAGES, TRAINER), each.name
+        assert each.metadata["help"], each.name
+        assert not (each.name in own and each.name in INHERITED), each.name
+
+
+def test_lists_of_inherited_settings_name_each_once_and_only_what_exists():
+    listed = [name for names in GROUPS.values() for name in names]
+    assert len(listed) == len(set(listed))
+    assert {*listed} <= names(TrainingArguments) and {*NEVER} | {*ONLY} <= {*listed}
+
+
+def test_a_setting_that_decides_nothing_known_is_refused():
+    with pytest.raises(ValueError, match="decides must be one of rollouts, .*got 'things'"):
+        setting(1, "One.", stage="the run", decides="things")
+
+
+def test_what_makes_rollouts_is_shared_by_a_resumed_run_and_speed_is_not():
+    shared = decides(RolloutConfig, "rollouts")
+    assert {"engine", "selector", "gvm_beta", "temperature", "seed", "refill"} <= {*shared}
+    free = {"generation_batch_size", "micro_batch_tokens", "vllm_mode", "output_dir", "beta"}
+    assert not free & {*shared}
+    assert "log_floor" in decides(RolloutConfig, "training")  # not a log line's
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_that_name_a_method_have_its_records_as_choices(kind):
+    for each in fields(kind):
+        known = choices_of(kind, each)
+        if each.name in METHODS and not declared(each).choices:
+            assert known and {*known} <= {*METHODS[each.name]}
+        if kind is RolloutConfig and each.name in OWN_STAGES:
+            assert known == tuple(METHODS[each.name])
+
+
+def test_a_method_that_language_models_alone_have_is_no_choice_of_a_diffusion_model():
+    field = DenoisingConfig.__dataclass_fields__["down_sampling"]
+    assert "pods" in choices_of(RolloutConfig, field)
+    assert "pods" not in choices_of(DenoisingConfig, field)
+
+
+def test_every_setting_that_a_record_names_exists_and_its_parameter_too():
+    known = names(RolloutConfig) | names(DenoisingConfig)
+    for stage, methods in METHODS.items():
+        assert stage in known
+        for method in methods.values():
+            named = {*method.settings, *method.needs, *method.fits, *method.defaults}
+            assert named <= known, (stage, method.name)
+            assert method.help.endswith("."), (stage, method.name)
 
 
 # For each setting a value that differs from its default, without what it needs.
@@ -117,9 +162,9 @@ def test_a_setting_that_needs_another_is_warned_about_without_it(tmp_path, name)
         config = tiny.config(tmp_path, trainer="grpo", allocator="uniform", **{name: ALONE[name]})
     told = [warning for warning in told if "has no effect" in str(warning.message)]
     needs = str(told[0].message).split("has no effect: ")[1]
-    if name in ACTS:  # the other setting is named
+    if name not in NEVER:  # the other setting is named
         assert any(other in needs for other in names(RolloutConfig) - {name})
-    assert list(idle_settings(config, ACTS)) == [name]
+    assert list(idle_settings(config)) == [name]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +187,7 @@ def test_nothing_is_said_where_it_acts_or_is_the_default(tmp_path, settings):
         warnings.filterwarnings("error", ".*has no effect")
         given = {"trainer": "grpo", "allocator": "uniform"} | settings
         again = tiny.config(tmp_path, **given)
-    assert idle_settings(again, ACTS) == {}
+    assert idle_settings(again) == {}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -1,0 +1,40 @@
+"""Defaults that depend on other settings, for runs of every policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rl.config.methods import STOPPINGS, Settings
+
+
+def fill_in_shared(config: Settings) -> None:
+    """Fill in what was left out, before anything is checked."""
+    if config.bf16 is None:
+        gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        config.bf16 = gpu and not config.use_cpu and not config.fp16
+    for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
+        if getattr(config, name) is None:  # the base class would do the same, and warn
+            setattr(config, name, getattr(config, name.replace("activation", "gradient")))
+    if config.stopping_needed is None:
+        known = STOPPINGS.get(config.stopping, STOPPINGS["none"])
+        config.stopping_needed = known.defaults.get("stopping_needed", 1)
+    if config.load_best_model_at_end and config.metric_for_best_model is None:
+        config.metric_for_best_model = "pass_rate"
+
+
+def look_at_unused_weights(config: Settings) -> None:
+    """Let DDP look for weights without gradient under checkpointing that is not reentrant.
+
+    The base class says no, for the sake of checkpointing that is reentrant. DDP would then end at the
+    second step of a model with weights that get no gradient, as a vision tower beside text.
+    """
+    checkpointing: Any = config.activation_checkpointing_kwargs or {}
+    reentrant = dict(checkpointing).get("use_reentrant", False)
+    if (
+        config.activation_checkpointing
+        and not reentrant
+        and config.ddp_find_unused_parameters is None
+    ):
+        config.ddp_find_unused_parameters = True
