@@ -92,6 +92,13 @@ def test_a_peer_recipe_has_nothing_that_fits_its_own_reward_only():
         assert recipe["rewards"] == ["jpeg_compressibility"] and "success_above" not in recipe
 
 
+def test_a_peer_recipe_asks_for_no_more_prompts_than_its_data_have():
+    for path in PEERS:
+        recipe = yaml.safe_load(path.read_text())
+        rows = (path.parents[3] / recipe["dataset_name"]).read_text().splitlines()
+        assert recipe["prompts_per_step"] <= len(rows), path.name
+
+
 def settings_of(name, *words):
     folder = Path(__file__).resolve().parents[2] / "recipes" / "images" / "peers"
     given = ["--config", str(folder / f"{name}.yaml"), "--use_cpu", "true", "--bf16", "false"]
