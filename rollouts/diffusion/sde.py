@@ -221,9 +221,9 @@ def step_logprob(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     ratio is off by up to 4e-3 before the first update. Published clips on mean-reduced ratios are
     applied to exp((new - old) / D) by the loss.
 
-    This is the density of every rule, `cps` too. Two releases differ: Flow-GRPO's CPS leaves out
-    2 std^2 and the constants, so its log-ratios are 2 std^2 times these; MixGRPO's constant SDE leaves
-    out the constants by a parenthesis, which no ratio sees.
+    This is the density of every rule, `cps` too. Releases differ: the CPS of Flow-GRPO and of MixGRPO
+    leaves out 2 std^2 and the constants, so its log-ratios are 2 std^2 times these; the constant SDE of
+    DanceGRPO and of MixGRPO leaves out the constants by a parenthesis, which no ratio sees.
 
     Args:
         x_next: (N, ...) the latents that were drawn, as stored.
