@@ -3,16 +3,15 @@
 Parsing is TRL's `TrlParser`. Before it runs, keys are checked against the fields (the name here of a
 setting of another trainer, or the nearest name, is suggested) and YAML values against their types,
 because YAML reads `1e-5` as text and `yes` as a bool. A key that begins with a dot holds what other
-keys of the file take by anchor (`.common: &common {...}`, then `<<: *common`), and is no setting.
+keys of the file take by anchor (`.common: &common {...}`, then `<<: *common`), and is no setting. With
+`base: other.yaml` a file takes all that it does not say itself from another.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 import sys
-import textwrap
 import types
 import typing
 import warnings
@@ -29,11 +28,14 @@ from rl.config.own import nearest
 from rl.config.settings import LanguageSettings
 
 from .other_names import other_name
+from .shown import config_text, help_text
 from .where import recipe_file
 
 ALSO_BOOLEAN = ("scale_rewards",)
 """Settings of text for which YAML may say true or false, as TRL's does."""
 
+BASE = "base"
+"""Key of the file that a file is based on."""
 
 BELONGING = {
     "dataset_name": ("validation_name",),
@@ -55,19 +57,23 @@ def parse(classes: Sequence[type], arguments: Sequence[str] | None = None) -> tu
 
     Raises:
         ConfigError: for an unknown or repeated key or a value of the wrong type.
-        SystemExit: after `--help` has listed the settings.
+        SystemExit: after `--help`, `--help_all` or `--print_config` has shown the settings.
     """
     arguments = _words(arguments)
+    for word in ("--help_all", "--help", "-h"):
+        if word in arguments:
+            print(help_text(classes, everything=word == "--help_all"))
+            raise SystemExit(0)
+    printed = "--print_config" in arguments
+    arguments = [word for word in arguments if word != "--print_config"]
     hints = {
         name: hint
         for cls in classes
         for name, hint in typing.get_type_hints(cls).items()
         if name in {f.name for f in dataclasses.fields(cls)}
     }
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text(classes))
-        raise SystemExit(0)
     settings: dict[str, Any] = {}
+    files: dict[str, Path] = {}
     if arguments.count("--config") > 1:
         raise ConfigError(
             "--config stands twice: one file holds the settings, arguments override it"
@@ -76,7 +82,7 @@ def parse(classes: Sequence[type], arguments: Sequence[str] | None = None) -> tu
         position = arguments.index("--config") + 1
         if position == len(arguments):
             raise ConfigError("--config needs a YAML file after it")
-        settings = _read_file(recipe_file(arguments[position]), hints)
+        settings, files = _read_files(recipe_file(arguments[position]), hints)
         del arguments[position - 1 : position + 1]
     for argument in arguments:
         if not argument.startswith("--") or argument == "--":
@@ -89,7 +95,19 @@ def parse(classes: Sequence[type], arguments: Sequence[str] | None = None) -> tu
     for name, value in settings.pop("env", {}).items():
         os.environ[name] = str(value)
     parser.set_defaults_with_config(**settings)
-    return parser.parse_args_into_dataclasses(args=arguments)
+    made = parser.parse_args_into_dataclasses(args=arguments)
+    if printed:
+        given = {name.removeprefix("no_") for name in _given(arguments)}
+        print(
+            config_text(
+                made,
+                lambda name: (
+                    "command line" if name in given else str(files[name]) if name in files else None
+                ),
+            )
+        )
+        raise SystemExit(0)
+    return made
 
 
 def _drop_what_belongs_to_others(settings: dict[str, Any], arguments: Sequence[str]) -> None:
@@ -147,48 +165,6 @@ class _Parser(TrlParser):
         raise ConfigError(message)
 
 
-def help_text(classes: Sequence[type]) -> str:
-    """Every setting with its default and meaning, those of this project first."""
-    from transformers import TrainingArguments
-
-    theirs = TrainingArguments.__dataclass_fields__
-    parts = ["settings, each a key of the YAML file (--config FILE) or an argument --NAME VALUE:"]
-    inherited: list[dataclasses.Field] = []
-    seen: set[str] = set()
-    for cls in classes:
-        fields = [f for f in dataclasses.fields(cls) if f.name not in seen]
-        seen |= {f.name for f in fields}
-        is_run = issubclass(cls, TrainingArguments)
-        own = [
-            f for f in fields if not is_run or f.name not in theirs or f.name in _annotations(cls)
-        ]
-        own.sort(key=lambda f: f.name in theirs)
-        inherited += [f for f in fields if f not in own]
-        title = (cls.__doc__ or cls.__name__).strip().splitlines()[0]
-        parts += ["", *textwrap.wrap(f"{cls.__name__}: {title}", width=92), "", *map(_entry, own)]
-    if inherited:
-        parts += ["\nOf transformers.TrainingArguments, unchanged.\n", *map(_entry, inherited)]
-    return "\n".join(parts)
-
-
-def _annotations(cls: type) -> set[str]:
-    """Names that the classes of this project declare, up to TrainingArguments."""
-    own = [c for c in cls.__mro__ if c.__module__.partition(".")[0] in ("rl", __package__)]
-    return {name for c in own for name in inspect.get_annotations(c)}
-
-
-def _entry(setting: dataclasses.Field) -> str:
-    """One setting of `help_text`: name, default, and its help, shortened to its first sentences."""
-    default = setting.default
-    if setting.default_factory is not dataclasses.MISSING:
-        default = setting.default_factory()
-    known = "" if default is dataclasses.MISSING or default is None else f" ({default})"
-    help_ = " ".join(str(setting.metadata.get("help", "")).split())
-    help_ = help_ if len(help_) <= 320 else help_[:317].rsplit(" ", 1)[0] + " ..."
-    wrapped = textwrap.wrap(help_, width=92, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join([f"  --{setting.name}{known}", *wrapped])
-
-
 def peek(name: str, arguments: Sequence[str] | None = None) -> str | None:
     """One text setting before the others are parsed, from the command line or the YAML file."""
     words = _words(arguments)
@@ -198,13 +174,20 @@ def peek(name: str, arguments: Sequence[str] | None = None) -> str | None:
         if word.startswith(f"--{name}="):
             return word.split("=", 1)[1]
     if "--config" in words[:-1]:
-        path = recipe_file(words[words.index("--config") + 1])
-        if path.is_file():
+        path: Path | None = recipe_file(words[words.index("--config") + 1])
+        seen: list[Path] = []
+        while path is not None and path.is_file() and path.resolve() not in seen:
+            seen.append(path.resolve())
             try:
                 settings = yaml.safe_load(path.read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
                 return None  # told by `parse`
-            return settings.get(name) if isinstance(settings, dict) else None
+            if not isinstance(settings, dict):
+                return None
+            if name in settings:
+                return settings[name]
+            base = settings.get(BASE)
+            path = path.parent / base if isinstance(base, str) else None
     return None
 
 
@@ -213,6 +196,35 @@ def _words(arguments: Sequence[str] | None) -> list[str]:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parts = [w.split("=", 1) if w.startswith("--config=") else [w] for w in words]
     return [word for part in parts for word in part]
+
+
+def _read_files(path: Path, hints: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The settings of a file and of the files that it is based on, and which file each is of.
+
+    `base: other.yaml` names a file from the folder of the one that has it; what a file says goes before
+    what its base says. What fits the base's own data or rewards alone is not taken beside others.
+
+    Raises:
+        ConfigError: if a file is based on itself.
+    """
+    settings: dict[str, Any] = {}
+    files: dict[str, Path] = {}
+    seen: list[Path] = []
+    following: Path | None = path
+    while following is not None:
+        if following.resolve() in seen:
+            raise ConfigError(f"config file {path} is based on itself, by base of {seen[-1]}")
+        seen.append(following.resolve())
+        read = _read_file(following, hints)
+        base = read.pop(BASE, None)
+        for name, dependents in BELONGING.items():
+            if name in settings and name in read and settings[name] != read[name]:
+                read = {n: value for n, value in read.items() if n not in dependents}
+        for name, value in read.items():
+            if name not in settings:
+                settings[name], files[name] = value, following
+        following = None if base is None else following.parent / base
+    return settings, files
 
 
 def _read_file(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
@@ -230,6 +242,10 @@ def _read_file(path: Path, hints: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"config file {path} must be a mapping of settings, got {settings!r}")
     settings = {n: v for n, v in settings.items() if not (isinstance(n, str) and n[:1] == ".")}
     for name, value in settings.items():
+        if name == BASE:
+            if not isinstance(value, str):
+                raise ConfigError(f"{path}: base must be the name of another YAML, got {value!r}")
+            continue
         if name == "env":
             if not isinstance(value, dict):
                 raise ConfigError(

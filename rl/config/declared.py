@@ -74,19 +74,24 @@ def _is_diffusion(kind: Any) -> bool:
     return issubclass(kind if isinstance(kind, type) else type(kind), DiffusionSettings)
 
 
-def acts(config: Any, name: str, only: Only) -> tuple[bool, str]:
-    """Whether a setting that needs another one acts, and what it needs."""
+def needs_of(kind: Any, name: str, only: Only) -> str:
+    """What to write for a setting to act, in settings of this class."""
     if only.when is not OWN.when:
-        return only.when(config, method_of), only.needs
+        return only.needs
     needs = []
     for stage, methods in METHODS.items():
-        if not hasattr(config, stage):
-            continue
-        if method_of(config, stage).has(name):
-            return True, ""
         known = [method.name for method in methods.values() if method.has(name)]
-        needs += [f"{stage}: {' or '.join(known)}"] if known else []
-    return False, ", or ".join(needs) or "a function of your own with a parameter of this name"
+        if known and hasattr(kind, stage):
+            needs.append(f"{stage}: {' or '.join(known)}")
+    return ", or ".join(needs) or "a function of your own with a parameter of this name"
+
+
+def acts(config: Any, name: str, only: Only) -> bool:
+    """Whether a setting that needs another one acts."""
+    if only.when is not OWN.when:
+        return only.when(config, method_of)
+    stages = [stage for stage in METHODS if hasattr(config, stage)]
+    return any(method_of(config, stage).has(name) for stage in stages)
 
 
 def idle_settings(config: Any) -> dict[str, str]:
@@ -101,10 +106,10 @@ def idle_settings(config: Any) -> dict[str, str]:
             continue
         if known.never:
             idle[name] = known.never
-        elif known.only is not None and value not in known.only.unset:
-            does, needs = acts(config, name, known.only)
-            if not does:
-                idle[name] = f"it needs {needs}"
+            continue
+        assert known.only is not None
+        if value not in known.only.unset and not acts(config, name, known.only):
+            idle[name] = f"it needs {needs_of(config, name, known.only)}"
     return idle
 
 

@@ -2,14 +2,17 @@
 
 import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 from trl import GRPOConfig, ModelConfig
 
 from recipes.arguments import RecipeArguments
-from recipes.config import ConfigError, help_text, parse
+from recipes.config import ConfigError, parse, peek
 from recipes.other_names import OTHERS, TRANSFORMERS, TRL, other_name
+from recipes.shown import help_text
 from rl.config.diffusion import DenoisingConfig
 from rl.config.language import RolloutConfig
 
@@ -172,13 +175,141 @@ def test_a_name_of_another_trainer_is_answered_with_ours(tmp_path, name, told):
             parse((Settings,), words)
 
 
-def test_help_lists_every_setting_once_under_its_class():
-    text = help_text((RecipeArguments, RolloutConfig, DenoisingConfig, ModelConfig))
-    shown = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
-    assert sorted(shown) == sorted(f"--{name}" for name in OURS)
-    assert text.index("--num_threads") < text.index("--selector") < text.index("--guidance_scale")
-    assert text.index("--guidance_scale") < text.index("--adam_beta1")
-    assert max(map(len, text.splitlines())) < 100
+KINDS = [RolloutConfig, DenoisingConfig]
+
+
+def shown(text):
+    return [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_help_all_lists_every_setting_once_and_help_those_that_a_run_needs(kind):
+    classes = (RecipeArguments, kind, ModelConfig)
+    everything, some = help_text(classes, everything=True), help_text(classes)
+    names = {f.name for cls in classes for f in fields(cls)}
+    assert sorted(shown(everything)) == sorted(f"--{name}" for name in names)
+    assert {*shown(some)} < {*shown(everything)}
+    own = {f.name for f in fields(kind)} - {f.name for f in fields(TrainingArguments)}
+    assert {f"--{name}" for name in own} <= {*shown(some)}
+    assert max(map(len, everything.splitlines())) < 100
+
+
+def test_help_goes_along_a_training_step_and_ends_with_where_the_rest_is():
+    text = help_text((RecipeArguments, RolloutConfig, ModelConfig))
+    order = ["--task", "--selector", "--allocator", "--stopping", "--temperature", "--advantage"]
+    places = [text.index(f"  {name}") for name in (*order, "--loss", "--learning_rate")]
+    assert places == sorted(places)
+    assert "--adam_epsilon" in text and "--ddp_backend" not in text and "--help_all shows" in text
+
+
+def test_help_shows_choices_from_the_records_and_what_a_setting_acts_with():
+    text = " ".join(help_text((RolloutConfig,)).split())
+    assert (
+        "One of: uniform, vade, mopps, posterior_mean, band, static_band, diverse or path" in text
+    )
+    assert "One of: transformers, vllm." in text
+    assert "Acts with selector: band or static_band." in text
+    everything = " ".join(help_text((RolloutConfig,), everything=True).split())
+    assert "knapsack_posterior: The same, on average over the posterior." in everything
+
+
+# A file that is based on another
+
+
+def based(tmp_path, **files):
+    for name, text in files.items():
+        path = tmp_path / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(text)
+    return parse((Settings,), ["--config", str(tmp_path / "run.yaml")])[0]
+
+
+def test_a_file_takes_from_its_base_what_it_does_not_say(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "low.yaml").write_text("pilot: 1\nverbose: true\nprompts_per_step: 2")
+    found = based(
+        tmp_path,
+        run="base: mid.yaml\nprompts_per_step: 9",
+        mid="base: deep/low.yaml\npilot: 5\nprompts_per_step: 8",
+    )
+    assert found == Settings(prompts_per_step=9, pilot=5, verbose=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"run": "base: run.yaml"}, "run.yaml is based on itself"),
+        ({"run": "base: a.yaml", "a": "base: run.yaml"}, "run.yaml is based on itself"),
+        ({"run": "base: aa.yaml", "a": "{}"}, "aa.yaml does not exist.*'a.yaml'"),
+        ({"run": "base: 3"}, "base must be the name of another YAML, got 3"),
+        ({"run": "base: a.yaml", "a": "pilots: 1"}, "a.yaml: unknown key 'pilots'"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_refused(tmp_path, files, message):
+    with pytest.raises(ConfigError, match=message):
+        based(tmp_path, **files)
+
+
+def test_what_fits_the_bases_own_rewards_is_not_taken_beside_others(tmp_path):
+    @dataclass
+    class Rewarded:
+        rewards: list[str] = field(default_factory=list)
+        success_above: float | None = None
+
+    (tmp_path / "base.yaml").write_text("rewards: [a]\nsuccess_above: 3.0")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\nrewards: [b]")
+    found = parse((Rewarded,), ["--config", str(tmp_path / "run.yaml")])[0]
+    assert found == Rewarded(rewards=["b"])
+
+
+def test_peek_sees_what_a_base_says(tmp_path):
+    (tmp_path / "base.yaml").write_text("policy: diffusion\ntask: x")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\ntask: y")
+    words = ["--config", str(tmp_path / "run.yaml")]
+    assert (peek("policy", words), peek("task", words), peek("none", words)) == (
+        *("diffusion", "y"),
+        None,
+    )
+
+
+def test_the_arithmetic_recipes_share_what_their_base_says():
+    folder = Path(__file__).resolve().parents[2] / "recipes" / "arithmetic"
+    for path in folder.glob("[!_]*.yaml"):
+        words = ["--config", str(path), "--use_cpu", "true", "--report_to", "none"]
+        _, made, _ = parse((RecipeArguments, RolloutConfig, ModelConfig), words)
+        assert (made.max_steps, made.learning_rate, made.adam_beta2) == (100, 3e-4, 0.95)
+        assert (made.prompts_per_step, made.max_completion_length) == (32, 40)
+        assert made.length_weight == (
+            "token_mean" if path.stem in ("dapo", "hapo") else "token_sum"
+        )
+
+
+# What a run would use
+
+
+def test_print_config_says_each_value_and_where_it_comes_from_and_ends(tmp_path, capsys):
+    (tmp_path / "base.yaml").write_text("temperature: 0.9\nprompts_per_step: 4")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\nprompts_per_step: 6\nloss: dapo")
+    words = ["--config", str(tmp_path / "run.yaml"), "--use_cpu", "true", "--print_config"]
+    words += ["--output_dir", str(tmp_path / "runs"), "--trainer", "grpo", "--report_to", "none"]
+    with pytest.raises(SystemExit) as ended:
+        parse((RecipeArguments, RolloutConfig, ModelConfig), words)
+    assert not ended.value.code and not (tmp_path / "runs").exists()
+    text = capsys.readouterr().out
+    source = {line.split(":")[0]: line.split("  # ")[1] for line in text.splitlines()}
+    assert source["temperature"] == str(tmp_path / "base.yaml")
+    assert source["prompts_per_step"] == str(tmp_path / "run.yaml")
+    assert source["trainer"] == source["use_cpu"] == "command line"
+    assert source["epsilon_high"] == "loss: dapo" and source["advantage"] == "trainer: grpo"
+    assert source["top_p"] == "default" and source["budget_min"] == "from other settings"
+    again = yaml.safe_load(text)
+    assert (again["temperature"], again["epsilon_high"], again["loss"]) == (0.9, 0.28, "dapo")
+    # What is printed is a file of settings that gives the same run.
+    path = tmp_path / "again.yaml"
+    path.write_text(text)
+    classes = (RecipeArguments, RolloutConfig, ModelConfig)
+    first = parse(classes, [word for word in words if word != "--print_config"])
+    assert parse(classes, ["--config", str(path)])[1].to_dict() == first[1].to_dict()
 
 
 def test_what_fits_the_files_own_rewards_only_is_left_out_with_others(tmp_path):
