@@ -339,7 +339,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--column", default="pass_rate", metavar="NAME", help="column of a .jsonl file (pass_rate)")
     add("--num_prompts", type=int, default=512, metavar="N", help="without a file (512)")
     add("--steps", type=int, default=100, metavar="N", help="training steps (100)")
-    choices = {"selector": SELECTORS, "allocator": ALLOCATORS, "stopping": STOPPINGS}
+    choices: dict[str, dict[str, Any]] = {
+        "selector": SELECTORS,
+        "allocator": ALLOCATORS,
+        "stopping": STOPPINGS,
+    }
     more = {"budget_min": "what the allocator needs", "stopping_wave": "half of the rollouts"}
     more["stopping_needed"] = "positive: 1, balanced: 4"
     for name, default in vars(Settings()).items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +29,8 @@ class ImageTask:
     """A pipeline, its prompts and its rewards."""
 
     pipeline: Any
-    rows: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
+    rows: Sequence[dict[str, Any]]
+    validation: Sequence[dict[str, Any]]
     rewards: list[Any]
     encode: Callable | None = None
     settings: dict[str, Any] = field(default_factory=dict)
