@@ -61,4 +61,4 @@ bench: setup
 	$(BIN)/python benchmarks/diffusion.py --quick --threads 1
 
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

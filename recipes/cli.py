@@ -45,7 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(arguments: Sequence[str]) -> None:
     """`recipes/train.py` in this process."""
-    _need("train", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "rich")
+    _need(
+        "'apportion[train]'",
+        "torch",
+        "transformers",
+        "trl",
+        "accelerate",
+        "peft",
+        "datasets",
+        "rich",
+    )
     from .train import run
 
     run(arguments)
@@ -53,7 +62,7 @@ def train(arguments: Sequence[str]) -> None:
 
 def report(arguments: Sequence[str]) -> None:
     """`recipes/report/report.py`."""
-    _need("train", "rich")
+    _need("rich", "rich")
     from .report.report import main
 
     main(arguments)
@@ -61,7 +70,7 @@ def report(arguments: Sequence[str]) -> None:
 
 def simulate(arguments: Sequence[str]) -> None:
     """`recipes/simulate.py`."""
-    _need("train", "rich")
+    _need("rich", "rich")
     from .simulate import main
 
     main(arguments)
@@ -121,12 +130,11 @@ def copy(name: str, folder: Path) -> list[Path]:
     return targets
 
 
-def _need(extra: str, *libraries: str) -> None:
+def _need(install: str, *libraries: str) -> None:
+    """Exit with what to install, if one of the libraries is missing."""
     missing = [name for name in libraries if find_spec(name) is None]
     if missing:
-        sys.exit(
-            f"error: this command needs {', '.join(missing)}: pip install 'apportion[{extra}]'"
-        )
+        sys.exit(f"error: this command needs {', '.join(missing)}: pip install {install}")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
