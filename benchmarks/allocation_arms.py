@@ -114,7 +114,7 @@ VARIES = (*FREE, "seed", "data_seed", "logging_dir", "run_name")
 
 def run_one(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train one arm with one seed in this process; returns its figures and its manifest."""
-    from rl.policies.language import make_planner
+    from rl.stages.planning import make_planner
 
     _, settings, solve, scale = ARMS[arm]
     arguments = ["--config", str(ROOT / options.config), "--output_dir", str(folder)]

@@ -95,8 +95,8 @@ def train(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> dic
         "informative": [h["branches/informative_share"] for h in steps],
         "mismatch": max(h.get("mismatch", 0.0) for h in steps),
         "steps": len(steps),
-        "evaluations": trainer.line.memory.evaluations,
-        "replay_evaluations": trainer.line.engine.replay_evaluations,
+        "evaluations": trainer.evaluations,
+        "replay_evaluations": trainer.policy.engine.replay_evaluations,
         "totals": trainer.ledger.totals,
     }
 

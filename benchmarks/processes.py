@@ -3,7 +3,7 @@
     python -m benchmarks.processes [--quick] [--rounds 7]
 
 A 5M-parameter Qwen3 with random weights, 32 prompts of 32 tokens with 1 to 15 rollouts each (256 in
-all), at most 64 new tokens, batches of at most 64 rows on a process, through `rl.stages.roll_out`: dealt
+all), at most 64 new tokens, batches of at most 64 rows on a process, through `roll_out`: dealt
 by expected length, generated, decoded, rewarded and gathered. "even": every rollout has 64 tokens.
 "ragged": lengths are nearly geometric with mean 21. In every round both processes share the request,
 then the first makes all of it alone while the other waits, or the other way round, since other work
@@ -35,10 +35,11 @@ from accelerate.utils import DistributedType
 
 from benchmarks.engine import NUM_ENDS, PROMPT_LENGTH, VOCABULARY, build_model, build_tokenizer
 from rl.config.language import RolloutConfig
-from rl.policies.language import reward_of
+from rl.lengths import ExpectedLengths
+from rl.policies.language import LanguagePolicy
 from rl.ranks import Ranks
-from rl.stages.line import Memory
-from rl.stages.roll_out import Request, roll_out
+from rl.stages.draw import roll_out
+from rl.stages.records import Request, Scored
 from rollouts.engines.contract import SamplingParams
 from rollouts.engines.transformers import TransformersEngine
 from rollouts.prompts import Prompt
@@ -69,28 +70,44 @@ def request(round_number: int, *, quick: bool) -> Request:
     )
 
 
-def line_of(ranks: Ranks, lengths: str, config: RolloutConfig) -> Any:
-    """The stages that `roll_out` uses."""
-    model = build_model(torch.float32, "cpu")
-    ends = list(range(VOCABULARY - NUM_ENDS, VOCABULARY)) if lengths == "ragged" else []
-    model.generation_config.eos_token_id = ends or None
-    tokenizer = build_tokenizer()
+class Process:
+    """A policy of its own on these ranks, and what `roll_out` remembers."""
 
-    memory = Memory()
+    def __init__(
+        self, ranks: Ranks, lengths: str, config: RolloutConfig, accelerator: Accelerator
+    ) -> None:
+        model = build_model(torch.float32, "cpu")
+        ends = list(range(VOCABULARY - NUM_ENDS, VOCABULARY)) if lengths == "ragged" else []
+        model.generation_config.eos_token_id = ends or None
+        tokenizer: Any = build_tokenizer()
 
-    def length(completions: list[str], **_: Any) -> list[float]:
-        return [float(len(text)) for text in completions]
+        def length(completions: list[str], **_: Any) -> list[float]:
+            return [float(len(text)) for text in completions]
 
-    return SimpleNamespace(
-        ranks=ranks,
-        ledger=Ledger(),
-        generating=partial(nullcontext, model),
-        memory=memory,
-        load_weights=lambda policy, version: None,  # the engine decodes with this very model
-        engine=TransformersEngine(model, tokenizer, max_batch_rows=64),
-        reward=reward_of(config, [length], tokenizer, memory),
-        config=config,
-    )
+        self.ranks, self.lengths, self.ledger = ranks, ExpectedLengths(), Ledger()
+        self.policy = LanguagePolicy(
+            config,
+            model=model,
+            tokenizer=tokenizer,
+            rewards=[length],
+            engine=TransformersEngine(model, tokenizer, max_batch_rows=64),
+            whole=partial(nullcontext, model),
+            accelerator=accelerator,
+            prompts=[],
+            trainer_state=lambda: None,
+        )
+
+    def roll_out(self, request: Request, params: SamplingParams) -> Scored:
+        return roll_out(
+            self.policy,
+            self.ranks,
+            self.lengths,
+            request,
+            params,
+            version=0,
+            max_failed_share=0.0,
+            ledger=self.ledger,
+        )
 
 
 def worker(arguments: argparse.Namespace) -> None:
@@ -105,9 +122,9 @@ def worker(arguments: argparse.Namespace) -> None:
     )
     found = {}
     for lengths in ("even", "ragged"):
-        lines = {
-            "two": line_of(Ranks(accelerator), lengths, config),
-            "one": line_of(Ranks(one), lengths, config),
+        processes = {
+            "two": Process(Ranks(accelerator), lengths, config, accelerator),
+            "one": Process(Ranks(one), lengths, config, accelerator),
         }
         params = SamplingParams(max_completion_length=64)
         seconds: dict[str, list[float]] = {"one": [], "two": []}
@@ -119,13 +136,13 @@ def worker(arguments: argparse.Namespace) -> None:
                 accelerator.wait_for_everyone()
                 start, cpu_start = time.perf_counter(), time.process_time()
                 if who == "two" or accelerator.is_main_process:
-                    scored = roll_out(lines[who], asked, params, version=0)
+                    scored = processes[who].roll_out(asked, params)
                 cpu_seconds = time.process_time() - cpu_start
                 accelerator.wait_for_everyone()
                 if number and (who == "two" or accelerator.is_main_process):  # the first warms up
                     seconds[who].append(time.perf_counter() - start)
                     tokens[who].append(int(scored.rollouts.length_N.sum()))
-                    busiest = lines[who].ranks.most(cpu_seconds)
+                    busiest = processes[who].ranks.most(cpu_seconds)
                     cpu[who].append(busiest)
         if accelerator.is_main_process:
             assert tokens["one"] == tokens["two"], "the same rollouts, however many processes"

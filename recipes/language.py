@@ -15,7 +15,7 @@ from transformers import (
 from trl import ModelConfig, get_peft_config
 
 from rl.config.language import RolloutConfig
-from rl.policies.language import pretrained
+from rl.policies.loading import pretrained
 from rl.trainer import RolloutTrainer
 from rollouts.prompts import check_rows, ensure_pad_token
 

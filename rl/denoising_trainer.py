@@ -1,4 +1,4 @@
-"""The trainer of diffusion models: `RolloutTrainer` with pictures, an average of weights, a pipeline."""
+"""DenoisingTrainer: `RolloutTrainer` for diffusion models, with pictures and an average of weights."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback
 
 from rl.config.diffusion import DenoisingConfig
-from rl.policies.denoiser import save_lora
-from rl.policies.diffusion import DENOISING, load_image_rewards
+from rl.policies.denoiser import image_prompts, load_denoiser, load_image_rewards, save_lora
+from rl.policies.diffusion import DiffusionPolicy
 from rl.policies.pipeline import place, read_pipeline, set_scheduler
+from rl.ranks import Ranks
 from rl.run import tracking
 from rl.run.changed_settings import refuse_decisive
 from rl.run.end import EvaluationBudget
 from rl.run.pictures import diversity, save_grid, thinned
-from rl.stages.line import Batch
-from rl.stages.roll_out import Scored
+from rl.stages.denoising_objective import denoising_objective_of
+from rl.stages.objective import Objective
+from rl.stages.planning import make_denoising_planner
+from rl.stages.records import Batch, Scored
 from rl.stages.validate import evaluate
 from rl.trainer import RolloutTrainer
-from rollouts.prompts import Prompt
+from rollouts.prompts import Prompt, PromptReport
+from samplers.planner import Planner
 
 
 class DenoisingTrainer(RolloutTrainer):
@@ -49,7 +53,8 @@ class DenoisingTrainer(RolloutTrainer):
     """
 
     args: DenoisingConfig  # type: ignore[assignment]
-    kind = DENOISING
+    policy: DiffusionPolicy  # type: ignore[assignment]
+    saves_processor = False
 
     def __init__(
         self,
@@ -71,20 +76,60 @@ class DenoisingTrainer(RolloutTrainer):
         device = args.reward_device or args.device
         reward_funcs = load_image_rewards(reward_funcs, args.reward_weights, device=device)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
-        _tell_of_missing_columns(self.line.prompts, self.eval_prompts)
+        self.evaluations = 0
+        """Of the denoiser for training rollouts so far, in rows; a guidance pair is one."""
+        _warn_of_missing_columns(self.prompts, self.eval_prompts)
         if self.eval_prompts:
-            self.line.engine.check(self.eval_prompts, [])  # type: ignore[attr-defined]
-        self.pipeline = self.line.engine.pipeline  # type: ignore[attr-defined]
-        if self.args.max_evaluations is not None:
-            memory = self.line.memory
-            most = self.args.max_evaluations
-            budget = EvaluationBudget(lambda: memory.evaluations, most, setting="max_evaluations")
+            self.policy.engine.check(self.eval_prompts, [])
+        self.pipeline = self.policy.engine.pipeline
+        if (most := self.args.max_evaluations) is not None:
+            budget = EvaluationBudget(lambda: self.evaluations, most, setting="max_evaluations")
             self.add_callback(budget)
             self.progress.count(budget, "evaluations")
         self._average: EMAModel | None = None
         if self.args.ema_decay:
             self._average = EMAModel(self._trained(), decay=self.args.ema_decay)
             self.add_callback(_Average(self))
+
+    # -- what differs from language models
+
+    def _load(self, model: Any, processor: Any, peft_config: Any) -> tuple[Any, Any]:
+        return load_denoiser(model, processor, peft_config)
+
+    def _load_rewards(self, rewards: Any, weights: list[float] | None, *_: Any) -> list[Any]:
+        return load_image_rewards(rewards, weights)
+
+    def _prompts_of(
+        self, rows: Any, *, args: Any, processor: Any, model: Any
+    ) -> tuple[list[Prompt], PromptReport]:
+        return image_prompts(rows, args)
+
+    def _check_held_out(
+        self, rewards: list[Any], prompts: list[Prompt], held_out: list[Prompt]
+    ) -> None:
+        """Validation on training prompts is allowed: no sample is an answer to be memorised."""
+
+    def _make_planner(self, keys: list[str], **given: Any) -> Planner:
+        return make_denoising_planner(self.args, keys, **given)
+
+    def _make_policy(
+        self, model: Any, processor: Any, rewards: list[Any], engine: Any
+    ) -> DiffusionPolicy:
+        return DiffusionPolicy(
+            self.args,
+            denoiser=model,
+            pipeline=processor,
+            rewards=rewards,
+            engine=engine,
+            whole=self._whole,
+            prompts=self.prompts,
+        )
+
+    def _make_ranks(self) -> Ranks:
+        return Ranks(self.accelerator, by_hand=True)
+
+    def _make_objective(self, **own: Any) -> Objective:
+        return denoising_objective_of(self.args, self.prompts, **own)
 
     def _trained(self) -> list[torch.nn.Parameter]:
         assert self.model is not None
@@ -106,10 +151,18 @@ class DenoisingTrainer(RolloutTrainer):
 
     # -- logging and validation
 
+    def _close(self, batch: Batch, learned: dict[str, float]) -> None:
+        plan = self.args.step_plan(self.state.global_step)
+        for visit in batch.visits:
+            for proposal in visit.proposals:
+                roots = int(proposal.budget_P.sum()) // plan.leaves_per_root
+                self.evaluations += plan.evaluations(roots)
+        super()._close(batch, learned)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what generation has cost so far."""
         if self.steps_since_log and "learning_rate" in logs:
-            logs["denoiser_evaluations"] = float(self.line.memory.evaluations)
+            logs["denoiser_evaluations"] = float(self.evaluations)
         super().log(logs, start_time)
 
     def show(self, batch: Batch, *, step: int) -> None:
@@ -119,13 +172,13 @@ class DenoisingTrainer(RolloutTrainer):
         """
         self.steps_since_log[-1] |= diversity_of(batch)
         every = self.args.images_every
-        if not batch.waves or not every or (step > 1 and step % every):
+        if not batch.visits or not every or (step > 1 and step % every):
             return
-        wave = batch.waves[0]
+        visit = batch.visits[0]
         save_grid(
             Path(str(self.args.output_dir)) / "images" / f"train-{step:06d}.png",
-            [str(prompt.prompt) for prompt in wave.prompts],
-            wave.rounds[0],
+            [str(prompt.prompt) for prompt in visit.prompts],
+            visit.rounds[0],
         )
 
     def validate(self, prompts: list[Prompt], *, name: str = "") -> dict[str, float]:
@@ -135,15 +188,15 @@ class DenoisingTrainer(RolloutTrainer):
 
         def seen(name: str, scored: Scored) -> dict[str, float]:
             texts = [str(prompt.prompt) for prompt in prompts]
-            if self.line.ranks.is_main:
+            if self.ranks.is_main:
                 save_grid(folder / f"{data_set}{name}-{step:06d}.png", texts, scored)
             found = diversity(thinned(scored.shown_N), scored.rollouts.prompt_N.numpy())
             extra = {} if name == "sampled" else {f"{name}_reward": float(scored.reward_N.mean())}
             return extra | {f"{name}_diversity": found}
 
         with self.averaged():
-            found = evaluate(self.line, prompts, version=step, seen=seen)
-        return found | {"denoiser_evaluations": float(self.line.memory.evaluations)}
+            found = evaluate(self.sampling, self.policy, prompts, version=step, seen=seen)
+        return found | {"denoiser_evaluations": float(self.evaluations)}
 
     # -- checkpoints
 
@@ -158,17 +211,17 @@ class DenoisingTrainer(RolloutTrainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call)
             return
-        if self.line.ranks.is_main:
+        if self.ranks.is_main:
             folder: str = output_dir or str(self.args.output_dir)
-            denoiser: Any = self.line.engine.denoiser  # type: ignore[attr-defined]
+            denoiser: Any = self.policy.engine.denoiser
             with tracking.no_progress_bars(), self.averaged():
                 with adapter_added(denoiser):
                     self.pipeline.save_pretrained(folder)
                 if getattr(denoiser, "peft_config", None):
                     save_lora(self.pipeline, denoiser, Path(folder) / "lora")
 
-    def _line_state(self) -> dict[str, Any]:
-        state = super()._line_state()
+    def _run_state(self) -> dict[str, Any]:
+        state = super()._run_state() | {"evaluations": self.evaluations}
         if self._average is not None:
             shadow = [weight.cpu().numpy() for weight in self._average.shadow_params]
             state["average"] = {
@@ -190,10 +243,11 @@ class DenoisingTrainer(RolloutTrainer):
             self._average.optimization_step = average["steps"]
             for i, weight in enumerate(self._average.shadow_params):
                 weight.copy_(torch.as_tensor(average["weights"][str(i)]))
+        self.evaluations = state["evaluations"]
         return super()._load_state(state, folder)
 
 
-def _tell_of_missing_columns(prompts: list[Prompt], held_out: list[Prompt]) -> None:
+def _warn_of_missing_columns(prompts: list[Prompt], held_out: list[Prompt]) -> None:
     """Warn if rewards get columns in training that they do not get in validation."""
     columns = {name for prompt in prompts for name in prompt.columns}
     lacking = sorted(columns - {name for prompt in held_out for name in prompt.columns})
@@ -208,7 +262,7 @@ def _tell_of_missing_columns(prompts: list[Prompt], held_out: list[Prompt]) -> N
 def diversity_of(batch: Batch) -> dict[str, float]:
     """How unlike each other a step's samples of one prompt are; nothing if no prompt has two."""
     found = []
-    for scored in (scored for wave in batch.waves for scored in wave.rounds):
+    for scored in batch.rounds:
         prompt_N = scored.rollouts.prompt_N.numpy()
         if len(prompt_N) > len(np.unique(prompt_N)):
             found.append(diversity(thinned(scored.shown_N), prompt_N))

@@ -24,8 +24,6 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from trl.models.utils import unwrap_model_for_generation
 
-from rl.lengths import ExpectedLengths
-
 
 def leave() -> None:
     """Leave the other processes at the end of a script; nothing to do where there are none.
@@ -117,8 +115,6 @@ class Ranks:
         self._apart = torch.distributed.new_group(backend="gloo") if apart else None
         self.num = accelerator.num_processes
         self.rank = accelerator.process_index
-        self.lengths = ExpectedLengths()
-        """What rollouts cost, by which they are dealt; the same on every rank."""
         refuse_unusable(accelerator)
         plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if by_hand and accelerator.distributed_type not in plain:

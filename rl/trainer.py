@@ -23,7 +23,10 @@ from transformers.utils import logging
 from rl.config.language import RolloutConfig
 from rl.config.own import choice
 from rl.logprobs.reference import Follow
-from rl.policies.language import LANGUAGE, PolicyKind, column_of, warn_of_success
+from rl.policies import loading
+from rl.policies.contract import Policy
+from rl.policies.language import LanguagePolicy
+from rl.ranks import Ranks
 from rl.run import checkpoint, completions, failing, schedule, tracking
 from rl.run.changed_settings import Compared, compare, refuse_decisive, refuse_other_optimizer
 from rl.run.end import (
@@ -40,16 +43,20 @@ from rl.run.progress import ProgressLine
 from rl.run.termination import Terminated, Termination
 from rl.run.tracker_runs import TrackerRuns
 from rl.stages import fidelity, metrics
-from rl.stages.draw import pilots_act
-from rl.stages.gradient_norms import gradient_norms
-from rl.stages.line import Batch
+from rl.stages.draw import Sampling
+from rl.stages.objective import Advantage, Loss, Objective, objective_of
+from rl.stages.planning import column_of, make_planner
 from rl.stages.prepare import prepare
+from rl.stages.records import Batch
 from rl.stages.validate import check_best_metric, evaluate
 from rl.step import collect, mini_batches, update
 from rollouts.engines.contract import Engine
-from rollouts.prompts import Prompt
+from rollouts.prompts import Prompt, PromptReport
 from rollouts.rewards.contract import RewardFunction
+from samplers.allocation import Allocator
 from samplers.planner import Planner
+from samplers.posterior import BetaPosterior
+from samplers.selection import Selector
 from samplers.success import full_marks
 
 __all__ = ["NoSignalError", "RolloutTrainer"]
@@ -75,14 +82,24 @@ class RolloutTrainer(Trainer):
         engine: an engine of your own. Default: `TransformersEngine` on the training model.
         reward_processing_classes: the tokenizers of reward models, one per reward. Default: those the
             models were saved with.
+        advantage: a function of your own instead of the one `args` names:
+            `advantage(reward_N, prompt_N, **columns) -> (N,) or (N, T)`, for full groups, with further
+            columns of `Rollouts` by the names of its parameters.
+        loss: a function of your own: `loss(logprob_NT, old_logprob_NT, advantage, weight_NT, *,
+            denominator, **columns)` returns a scalar, divided by `denominator` and by nothing else, and
+            a dict of summed statistics.
+        selector: a `Selector` of your own, or `make(keys, posterior)` that returns one.
+        allocate: an `Allocator` of your own.
 
     Raises:
         ValueError: for anything wrong with settings or data, before any training.
     """
 
     args: RolloutConfig
-    kind: PolicyKind = LANGUAGE
+    policy: Policy
     loss_is_scaled_for_ga = True  # the denominators are ours
+    saves_processor = True
+    """Whether the processing class is saved with every checkpoint."""
 
     def __init__(
         self,
@@ -96,60 +113,68 @@ class RolloutTrainer(Trainer):
         planner: Callable[[list[str]], Planner] | None = None,
         engine: Engine | None = None,
         reward_processing_classes: Any = None,
+        advantage: Advantage | None = None,
+        loss: Loss | None = None,
+        selector: Selector | Callable[[list[str], BetaPosterior], Selector] | None = None,
+        allocate: Allocator | None = None,
         **kwargs: Any,
     ) -> None:
-        kind = self.kind
+        if planner is not None and not (selector is None and allocate is None):
+            raise ValueError(
+                "planner makes its own selector and allocator: give them to it, or leave planner out"
+            )
         set_seed(args.seed)  # adapters are drawn by it
-        policy, processing_class = kind.load(model, processing_class, peft_config)
+        trained, processor = self._load(model, processing_class, peft_config)
         tokenizers = [] if reward_processing_classes is None else [reward_processing_classes]
-        rewards = kind.load_rewards(reward_funcs, args.reward_weights, *tokenizers)
-        self._make_prompts = kind.prompt_maker(args, processing_class, policy)
-        prompts, self.prompt_report = self._make_prompts(train_dataset)
+        rewards = self._load_rewards(reward_funcs, args.reward_weights, *tokenizers)
+        self._make_prompts = partial(
+            self._prompts_of, args=args, processor=processor, model=trained
+        )
+        self.prompts, self.prompt_report = self._make_prompts(train_dataset)
         self.eval_sets = self._sets_of(eval_dataset)
         self.eval_prompts = [p for held_out in self.eval_sets.values() for p in held_out]
         for held_out in self.eval_sets.values():
-            kind.refuse_overlap(prompts, held_out)
-            if kind is LANGUAGE:
-                failing.check_held_out(rewards, held_out)
+            self._check_held_out(rewards, self.prompts, held_out)
         check_best_metric(args, self.eval_sets)
-        args.max_steps = num_steps(args, len(prompts))
+        args.max_steps = num_steps(args, len(self.prompts))
         ends_in_order, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(
-            policy,
+            trained,
             args,
             train_dataset=[{}],
             eval_dataset=self.eval_prompts or None,
-            processing_class=processing_class if kind.saves_processor else None,
+            processing_class=processor if self.saves_processor else None,
             **kwargs,
         )
-        weights = args.reward_weights or [1.0] * len(rewards)
-        warn_of_success(args, len(rewards))
-        full = full_marks(weights)
-        make = planner or partial(
-            kind.make_planner, args, columns=column_of(prompts), full_marks=full
+        loading.warn_of_success(args, len(rewards))
+        keys = [prompt.key for prompt in self.prompts]
+        self.planner = (
+            planner(keys)
+            if planner is not None
+            else self._make_planner(
+                keys,
+                columns=column_of(self.prompts),
+                full_marks=full_marks(args.reward_weights or [1.0] * len(rewards)),
+                selector=selector,
+                allocate=allocate,
+            )
         )
-        self.line = kind.make_line(
-            args,
-            prompts=prompts,
-            planner=make([p.key for p in prompts]),
-            engine=engine,
-            model=policy,
-            policy=self._policy,
-            processor=processing_class,
-            rewards=rewards,
-            accelerator=self.accelerator,
-        )
-        self.planner, self.ledger = self.line.planner, self.line.ledger
+        self.policy = self._make_policy(trained, processor, rewards, engine)
+        self.ranks = self._make_ranks()
+        self.objective = self._make_objective(advantage=advantage, loss=loss)
+        self.sampling = Sampling(args, self.prompts, self.planner, self.ranks)
+        self.ledger = self.sampling.ledger
+        self.fidelity = fidelity.Fidelity(args, self.policy, self.ranks)
         self.recipe: dict[str, Any] = {}
         """Settings besides `args` by which model, data and rewards were found, for `run.json`."""
         self._about: dict[str, Any] = {}
-        self._adapters = adapter_settings(policy)
+        self._adapters = adapter_settings(trained)
         self._origins = origins(
-            policy,
-            prompts,
+            trained,
+            self.prompts,
             self.eval_prompts,
             rewards,
-            has_reference=self.line.reference is not None or bool(args.beta),
+            has_reference=self.policy.reference is not None or bool(args.beta),
         )
         self.steps_since_log: list[dict[str, float]] = []
         self._empty_steps = 0
@@ -157,7 +182,7 @@ class RolloutTrainer(Trainer):
         self._resumed: dict[str, Any] = {}  # the state of the checkpoint a run goes on from
         self._given: list[dict[str, Any]] = []  # what the settings give the optimizer
         args.enable_jit_checkpoint = ends_in_order
-        self.termination = Termination(self.line.ranks) if ends_in_order else None
+        self.termination = Termination(self.ranks) if ends_in_order else None
         if self.termination is not None:
             self.add_callback(self.termination)
         self.add_callback(_LossGoesOn(self))
@@ -165,8 +190,8 @@ class RolloutTrainer(Trainer):
             self.remove_callback(callback)
         self.run_folder = tracking.RunFolder(str(args.output_dir))
         self.progress = ProgressLine(args)
-        if args.sync_ref_model and self.line.reference is not None:
-            self.add_callback(Follow(self.line.reference))
+        if args.sync_ref_model and self.policy.reference is not None:
+            self.add_callback(Follow(self.policy.reference))
         self.add_callback(self.run_folder)
         self._tracker_runs = TrackerRuns(str(args.output_dir))
         self.add_callback(self._tracker_runs)
@@ -178,8 +203,51 @@ class RolloutTrainer(Trainer):
             self.add_callback(budget)
             self.progress.count(budget, "tokens")
 
-    def _policy(self) -> AbstractContextManager[PreTrainedModel]:
-        return self.line.ranks.unwrapped(self.model_wrapped)
+    # -- what differs for diffusion models, see `DenoisingTrainer`
+
+    def _load(self, model: Any, processor: Any, peft_config: Any) -> tuple[Any, Any]:
+        return loading.load_policy(model, processor, peft_config)
+
+    def _load_rewards(
+        self, rewards: Any, weights: list[float] | None, *tokenizers: Any
+    ) -> list[Any]:
+        return loading.load_rewards(rewards, weights, *tokenizers)
+
+    def _prompts_of(
+        self, rows: Any, *, args: Any, processor: Any, model: Any
+    ) -> tuple[list[Prompt], PromptReport]:
+        return loading.language_prompts(rows, args, processor, model)
+
+    def _check_held_out(
+        self, rewards: list[Any], prompts: list[Prompt], held_out: list[Prompt]
+    ) -> None:
+        loading.check_held_out(rewards, prompts, held_out)
+
+    def _make_planner(self, keys: list[str], **given: Any) -> Planner:
+        return make_planner(self.args, keys, **given)
+
+    def _make_policy(self, model: Any, processor: Any, rewards: list[Any], engine: Any) -> Policy:
+        return LanguagePolicy(
+            self.args,
+            model=model,
+            tokenizer=processor,
+            rewards=rewards,
+            engine=engine,
+            whole=self._whole,
+            accelerator=self.accelerator,
+            prompts=self.prompts,
+            trainer_state=lambda: self.state,
+        )
+
+    def _make_ranks(self) -> Ranks:
+        return Ranks(self.accelerator)
+
+    def _make_objective(self, **own: Any) -> Objective:
+        return objective_of(self.args, **own)
+
+    def _whole(self) -> AbstractContextManager[PreTrainedModel]:
+        """The unwrapped model with whole weights."""
+        return self.ranks.unwrapped(self.model_wrapped)
 
     # -- the step
 
@@ -192,44 +260,71 @@ class RolloutTrainer(Trainer):
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """One collection and its updates; the last optimizer step is the base class's."""
-        started = time.perf_counter()
-        self.line.memory.trainer_state = self.state
-        with failing.kept(self) as last_step:
-            fidelity.settle(self.line)
-            batch = collect(self.line, version=self.state.global_step)
+        started, step = time.perf_counter(), self.state.global_step
+        sampling, policy, objective, ranks = self.sampling, self.policy, self.objective, self.ranks
+        with self._kept() as last_step:
+            fidelity.settle(policy, ranks)
+            batch = collect(sampling, policy, objective, ranks, version=step)
             last_step.is_whole = False
-            if self.args.gvm_gradient_norm != "none" and not pilots_act(self.args):
-                with self.ledger.phase("gradient_norm"):
-                    self.planner.observe_gradient_norms(*gradient_norms(self.line, batch))
-            fidelity.to_update(self.line, model)
+            sampling.observe_gradient_norms(policy, batch.visits)
+            fidelity.to_update(policy, model)
             with self.ledger.phase("update"), self.compute_loss_context_manager():
-                batch = prepare(self.line, model, batch)
-                step_optimizer = partial(self._inner_optimizer_step, model)
-                loss, learned = update(self.line, model, batch, step_optimizer=step_optimizer)
-                failing.require_finite_gradient(self, model)
+                batch = prepare(
+                    batch,
+                    objective,
+                    policy,
+                    ranks,
+                    model,
+                    progress=sampling.progress(step),
+                    ledger=self.ledger,
+                )
+                loss, learned = update(
+                    batch,
+                    objective,
+                    policy,
+                    ranks,
+                    model,
+                    fidelity=self.fidelity,
+                    step_optimizer=partial(self._inner_optimizer_step, model),
+                )
+                self._require_finite_gradient(model)
         self._close(batch, learned | {"step_time": time.perf_counter() - started})
         return loss
+
+    def _kept(self) -> AbstractContextManager[failing.Kept]:
+        """Around what may fail: undo it, then flush logs and save a checkpoint."""
+        return failing.kept(
+            self.stages_state,
+            self._load_stages,
+            flush=self._flush_log,
+            save=self._save_after_failure,
+        )
+
+    def _require_finite_gradient(self, model: torch.nn.Module) -> None:
+        if not self.is_deepspeed_enabled:  # which shows no gradients
+            step = self.state.global_step + 1
+            failing.require_finite_gradient(model, self.ranks, step=step)
 
     def _inner_optimizer_step(self, model: torch.nn.Module) -> None:
         if self.is_deepspeed_enabled:  # has stepped at the end of backward
             return
-        failing.require_finite_gradient(self, model)
+        self._require_finite_gradient(model)
         if self.args.max_grad_norm > 0:
             self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
         self.optimizer.step()  # type: ignore[union-attr]
         model.zero_grad()
 
     def _close(self, batch: Batch, learned: dict[str, float]) -> None:
-        self.ledger.updates(len(mini_batches(self.line, batch)))
+        self.ledger.updates(len(mini_batches(batch, self.objective)))
         self.ledger.end()
         step = self.state.global_step + 1
         rate = {"learning_rate": self._get_learning_rate()}
         self.steps_since_log.append(batch.metrics | learned | rate)
         self._empty_steps = 0 if len(batch.rollouts) else self._empty_steps + 1
-        if self.line.ranks.is_main:
-            self.run_folder.write_step(metrics.record_of(self.line, batch, step=step))
-            for scored in (scored for wave in batch.waves for scored in wave.rounds):
-                self.line.success_line.trained(scored.reward_N.numpy())
+        if self.ranks.is_main:
+            self.run_folder.write_step(metrics.record_of(self.planner, batch, step=step))
+            for scored in batch.rounds:
+                self.sampling.success_line.trained(scored.reward_N.numpy())
             self.show(batch, step=step)
 
     def show(self, batch: Batch, *, step: int) -> None:
@@ -269,8 +364,8 @@ class RolloutTrainer(Trainer):
 
     def validate(self, prompts: list[Prompt], *, name: str = "") -> dict[str, float]:
         """The figures of `evaluate`, without prefix; `name` is that of the set, if it has one."""
-        self.line.memory.trainer_state = self.state
-        return evaluate(self.line, prompts, version=self.state.global_step)
+        step = self.state.global_step
+        return evaluate(self.sampling, self.policy, prompts, version=step)
 
     def evaluate(
         self,
@@ -297,8 +392,8 @@ class RolloutTrainer(Trainer):
             raise ValueError("evaluate needs held-out prompts: pass eval_dataset to the trainer")
         logs: dict[str, float] = {}
         for name, prompts in sets.items():
-            with failing.kept(self):
-                fidelity.settle(self.line)
+            with self._kept():
+                fidelity.settle(self.policy, self.ranks)
                 found = self.validate(prompts, name=name)
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             logs |= {f"{prefix}_{metric}": value for metric, value in found.items()}
@@ -321,7 +416,7 @@ class RolloutTrainer(Trainer):
         """
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
         find = partial(tracking.checkpoint_to_resume, self.args, resume)
-        ranks, from_step, state = self.line.ranks, 0, {}
+        ranks, from_step, state = self.ranks, 0, {}
         folder = ranks.from_main(find)
         with ExitStack() as stack:
             with ranks.together():
@@ -357,7 +452,7 @@ class RolloutTrainer(Trainer):
             stack.enter_context(self._tracker_runs.continued(self.args, from_step=from_step))
             if self.termination is not None:
                 stack.enter_context(self.termination.heeded())
-            stack.enter_context(failing.flushed(self))
+            stack.enter_context(failing.flushed(self._flush_log))
             stack.enter_context(no_step_if_spent(self.args, self.callback_handler, from_step))
             result = super().train(
                 resume_from_checkpoint=None if folder is None else str(folder), **kwargs
@@ -375,7 +470,7 @@ class RolloutTrainer(Trainer):
 
     def _compare(self, folder: Path | None, state: dict[str, Any]) -> Compared:
         """This run against the one it goes on from, or would write over; the main process asks."""
-        of_run = (self.args, self.line.prompts, self.eval_prompts, self.prompt_report)
+        of_run = (self.args, self.prompts, self.eval_prompts, self.prompt_report)
         more: dict[str, Any] = {"origins": self._origins, "recipe": self.recipe}
         step = state.get("step", 0)
         self._about = tracking.about(*of_run, **more, from_step=step)
@@ -404,16 +499,17 @@ class RolloutTrainer(Trainer):
                 f"DeepSpeed's configuration brings the old one back from {folder}: leave `scheduler` "
                 "out of it, write the old value, or another output_dir"
             )
-        had, has = state["line"]["history"] is not None, self.line.history is not None
+        had = state["stages"]["objective"]["history"] is not None
+        has = self.objective.history is not None
         if had != has:
             raise ValueError(
                 f"{folder} was made {'with' if had else 'without'} a memory of earlier rewards, which "
                 f"advantage: {self.args.advantage} {'needs' if has else 'has not'}; write the advantage "
                 f"it had, {before.get('advantage')}, or another output_dir"
             )
-        self.line.load_state_dict(state["line"])
-        if self.args.sync_ref_model and self.line.reference is not None:
-            self.line.reference.load(Path(folder))
+        self._load_stages(state["stages"])
+        if self.args.sync_ref_model and self.policy.reference is not None:
+            self.policy.reference.load(Path(folder))
         self._empty_steps = state["empty_steps"]
         self.steps_since_log = state["steps_since_log"]
         self._saved_step = state["step"]
@@ -465,26 +561,26 @@ class RolloutTrainer(Trainer):
         Raises:
             FloatingPointError: if a weight is not finite.
         """
-        failing.require_finite_weights(self)
+        self._require_finite_weights()
         with tracking.no_progress_bars():
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
-        """The base class's checkpoint and the line's state, whole or not at all.
+        """The base class's checkpoint and the state of the stages, whole or not at all.
 
         Raises:
             FloatingPointError: if a weight is not finite; earlier checkpoints stay.
         """
         self._write_checkpoint(model, trial)
-        if self.line.ranks.is_main:
+        if self.ranks.is_main:
             best = self.state.best_model_checkpoint
             checkpoint.rotate(self.run_folder.folder, keep=self.args.save_total_limit, best=best)
 
     def _write_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
-        args, ranks, name = self.args, self.line.ranks, f"checkpoint-{self.state.global_step}"
+        args, ranks, name = self.args, self.ranks, f"checkpoint-{self.state.global_step}"
         run, push = str(self.run_folder.folder), args.push_to_hub
         with ranks.together():
-            failing.require_finite_weights(self)
+            self._require_finite_weights()
         losses = ranks.gather(float(self._tr_loss))
         waiting = {"loss": sum(losses) / len(losses), "since": self._globalstep_last_logged}
         with checkpoint.writing(run, name, ranks) as staging:
@@ -498,9 +594,9 @@ class RolloutTrainer(Trainer):
                 self.state.best_model_checkpoint = str(Path(run) / Path(best).name)
             if ranks.is_main:
                 self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-                if args.sync_ref_model and self.line.reference is not None:
-                    self.line.reference.save(staging / name)
-                checkpoint.save_state(staging / name, self._line_state() | {"waiting": waiting})
+                if args.sync_ref_model and self.policy.reference is not None:
+                    self.policy.reference.save(staging / name)
+                checkpoint.save_state(staging / name, self._run_state() | {"waiting": waiting})
         self._saved_step = self.state.global_step
         if ranks.is_main and push:
             self._push_from_checkpoint(str(Path(run) / name))
@@ -511,12 +607,57 @@ class RolloutTrainer(Trainer):
             self._write_checkpoint(self.model_wrapped)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _line_state(self) -> dict[str, Any]:
+    def _require_finite_weights(self) -> None:
+        assert self.model is not None
+        step = self.state.global_step
+        failing.require_finite_weights(self.model.named_parameters(), step=step)
+
+    def _save_after_failure(self, is_whole: bool) -> None:
+        """A checkpoint of the steps before one that failed, if one is due and all ranks can make it.
+
+        It is due if steps were trained that no checkpoint holds and `save_strategy` is not "no". Every
+        process must have come here with whole weights: of several, one may have failed alone.
+        """
+        is_due = self.is_in_train and self.args.save_strategy != "no"
+        if is_due and self.ranks.all_say(is_whole):
+            failing.without_hiding(self.save_unsaved)
+
+    def _flush_log(self) -> None:
+        """Write the log line of the steps since the last one, if there are any.
+
+        Nothing is gathered, as other processes may be elsewhere; of several, the loss is not known.
+        """
+        waiting = self.steps_since_log
+        if not waiting:
+            return
+        logs = {"learning_rate": waiting[-1].get("learning_rate", self._get_learning_rate())}
+        num_steps = self.state.global_step - self._globalstep_last_logged
+        if num_steps and self.ranks.num == 1:
+            logs["loss"] = float(self._tr_loss) / num_steps
+        self._total_loss_scalar += float(self._tr_loss)
+        self._tr_loss.zero_()
+        self._globalstep_last_logged = self.state.global_step
+        failing.without_hiding(lambda: self.log(logs))
+
+    def stages_state(self) -> dict[str, Any]:
+        """What later steps depend on besides the weights; a copy."""
+        return {
+            "sampling": self.sampling.state_dict(),
+            "policy": self.policy.state_dict(),
+            "objective": self.objective.state_dict(),
+        }
+
+    def _load_stages(self, state: dict[str, Any]) -> None:
+        self.sampling.load_state_dict(state["sampling"])
+        self.policy.load_state_dict(state["policy"])
+        self.objective.load_state_dict(state["objective"])
+
+    def _run_state(self) -> dict[str, Any]:
         return {
             "step": self.state.global_step,
             "about": self._about,
             "settings": self.decisive_settings(),
-            "line": self.line.state_dict(),
+            "stages": self.stages_state(),
             "empty_steps": self._empty_steps,
             "steps_since_log": self.steps_since_log,
         }

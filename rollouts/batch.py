@@ -128,6 +128,21 @@ class Rollouts:
         """(N,) int64: decisions the policy made in each rollout."""
         return self.mask_NT.sum(dim=1)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Number of rollouts, and of tokens (or denoising steps) that were computed for them."""
+        return len(self), int(self.length_N.sum())
+
+    @property
+    def sibling_N(self) -> Tensor:
+        """(N,) int64: rows with one number train in one update; here every row by itself."""
+        return torch.arange(len(self))
+
+    @property
+    def elements(self) -> int:
+        """Number of values that the log-probability of one decision is a sum over; 1 for a token."""
+        return 1
+
     def take(self, index_K: Tensor) -> Self:
         """The rows `index_K`, in that order; a row may be taken twice."""
         return replace(self, **{k: v[index_K] for k, v in _columns(self).items()})
@@ -287,6 +302,21 @@ class DenoisingRollouts(Rollouts):
     """(N,) int64: the seeds of a root's rows, with the prompt and the policy, determine them."""
     tree: StateTree
     """The latents; not a column, `take` shares it."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Number of samples, and of all their denoising steps: a step without noise costs the same."""
+        return len(self), self.mask_NT.numel()
+
+    @property
+    def sibling_N(self) -> Tensor:
+        """(N,) int64: the rows of a branch, which share evaluations, train in one update."""
+        return self.branch_N
+
+    @property
+    def elements(self) -> int:
+        """Number of values in a latent."""
+        return self.tree.latent_M[0].numel()
 
     def __post_init__(self) -> None:
         Rollouts.__post_init__(self)

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,18 +138,18 @@ def with_fault(kind: str, at_step: int) -> type:
             return result
 
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if kind != "none" and self.line.ranks.rank == 1 and self.state.global_step == at_step:
+            if kind != "none" and self.ranks.rank == 1 and self.state.global_step == at_step:
                 if kind == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
-                put(self.line, kind)
+                put(self, kind)
             return super().training_step(*args, **kwargs)
 
     return Faulty
 
 
-def put(line: Any, kind: str) -> None:
-    """Break one stage of the line."""
-    loss = line.loss
+def put(trainer: Any, kind: str) -> None:
+    """Break one stage of a trainer."""
+    policy, loss = trainer.policy, trainer.objective.loss_function
 
     def raises(*_: Any, **__: Any) -> Any:
         raise MemoryError(f"no memory for {kind}")
@@ -157,13 +158,13 @@ def put(line: Any, kind: str) -> None:
         value, statistics = loss(*args, **kwargs)
         return value * float("nan"), statistics
 
-    stage, function = {
-        "generation": (line.engine, "generate"),
-        "reward": (line, "reward"),
-        "update": (line, "loss"),
-        "nan": (line, "loss"),
-    }[kind]
-    object.__setattr__(stage, function, not_finite if kind == "nan" else raises)
+    if kind == "generation":
+        policy.engine.generate = raises
+    elif kind == "reward":
+        policy.reward = raises
+    else:
+        broken = not_finite if kind == "nan" else raises
+        trainer.objective = replace(trainer.objective, loss_function=broken)
 
 
 def sharded_without_gpu() -> None:

@@ -55,7 +55,7 @@ def run(folder: Path, **changes: Any) -> tiny.DenoisingTrainer:
         settings["peft_config"] = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"])
     made = tiny.run(folder, eval_dataset=tiny.rows(2), **settings)
     made.evaluate()
-    if made.line.ranks.is_main:
+    if made.ranks.is_main:
         save_file(parameters(made), folder / "final.safetensors")
     made.save_model(str(folder / "final"))
     return made

@@ -20,7 +20,10 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rl import step
 from rl.config.language import RolloutConfig
+from rl.stages import prepare as prepare_stage
+from rl.stages.records import Batch
 from rl.trainer import RolloutTrainer
 
 DIGITS = "01234567"
@@ -137,6 +140,24 @@ def run(folder: str | Path, *, resume: Any = None, **settings: Any) -> Any:
     made = trainer(folder, **settings)
     made.train(resume_from_checkpoint=resume)
     return made
+
+
+def collect(made: Any, version: int = 0) -> Batch:
+    """The batch of a training step, without an update."""
+    return step.collect(made.sampling, made.policy, made.objective, made.ranks, version=version)
+
+
+def prepare(made: Any, batch: Batch) -> Batch:
+    """A batch as its update gets it."""
+    return prepare_stage.prepare(
+        batch,
+        made.objective,
+        made.policy,
+        made.ranks,
+        made.model,
+        progress=made.sampling.progress(made.ledger.step or 0),
+        ledger=made.ledger,
+    )
 
 
 def parameters(made: Any) -> dict[str, torch.Tensor]:

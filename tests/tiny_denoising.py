@@ -19,6 +19,7 @@ from rl.denoising_trainer import DenoisingTrainer
 from rollouts.batch import DenoisingRollouts
 from rollouts.diffusion.engine import DiffusersEngine
 from rollouts.step_plan import StepPlan
+from tests.tiny import collect, prepare  # noqa: F401 -- for both kinds
 from tests.tiny_pipelines import ddim, embeddings, image_prompts, tiny_unet
 
 gc.freeze()  # every run collects garbage, and would take 0.4 s to go through diffusers' classes

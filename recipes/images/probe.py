@@ -20,7 +20,7 @@ from rich.table import Table
 from trl import ModelConfig
 
 from rl.config.diffusion import DenoisingConfig
-from rl.policies.diffusion import load_image_rewards
+from rl.policies.denoiser import load_image_rewards
 from rollouts.diffusion.branch_points import BranchPoint, probe_branch_points
 from rollouts.prompts import plain_prompts
 

@@ -1,4 +1,4 @@
-"""Adapters of a denoiser: which one trains, and how it is saved for its pipeline to read."""
+"""Load a denoiser with its prompts and rewards; choose the adapter that trains, and save it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+
+from rl.config.diffusion import DenoisingConfig
+from rl.logprobs.reference import require_fresh
+from rl.policies.loading import without_dropout
+from rl.policies.pipeline import lora_of
+from rollouts.prompts import Prompt, PromptReport, plain_prompts
+from rollouts.rewards.image import load_image_reward
 
 DENOISERS = ("unet", "transformer")
 """Components of pipelines that predict the noise."""
@@ -163,3 +171,108 @@ def _add_to_weights(module: Any, name: str) -> None:
 
 def _names(layers: Iterable[BaseTunerLayer]) -> list[str]:
     return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+
+
+def load_denoiser(model: Any, processor: Any, peft_config: Any = None) -> tuple[Any, Any]:
+    """The denoiser of a pipeline, and the pipeline, loaded in float32 if it is a folder or hub id.
+
+    With `peft_config` (a LoraConfig or its arguments) an adapter is added, which alone trains; without
+    it one that is loaded (`load_lora_weights`, `add_adapter`, a PeftModel) does, and else all weights
+    of the denoiser; other components never do. Dropout is off.
+
+    Raises:
+        ValueError: if there is no denoiser, an adapter that is loaded cannot train as it is, or
+            weights in half precision would train.
+    """
+    from diffusers import DiffusionPipeline
+
+    pipeline = (
+        DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+        if isinstance(model, str)
+        else model
+    )
+    peft_config = lora_of(peft_config)
+    _, denoiser = denoiser_of(pipeline)
+    choose_trained(pipeline, denoiser, peft_config)
+    _require_precision(denoiser)
+    without_dropout(denoiser)
+    return denoiser, pipeline
+
+
+def _require_precision(denoiser: torch.nn.Module) -> None:
+    """Refuse to train half-precision weights, in which updates are rounded away or blown up."""
+    for name, weight in denoiser.named_parameters():
+        if weight.requires_grad and weight.dtype.itemsize < 4:
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} would train in {kind}, which is too coarse for an optimizer: train an adapter "
+                "beside frozen weights (use_peft: true, or a peft_config), or write dtype: float32, "
+                "with bf16: true to compute in half precision all the same"
+            )
+
+
+def require_adapter(denoiser: torch.nn.Module) -> None:
+    """Refuse a denoiser that is not the reference policy as soon as its adapters are off.
+
+    Raises:
+        ValueError: if other weights than those of adapters train, or an adapter is not 0 at first.
+    """
+    adapters = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+    if not adapters:
+        raise ValueError(
+            f"beta: a reference policy needs LoRA adapters that can be turned off, but the "
+            f"{type(denoiser).__name__} has none: write use_peft: true (a peft_config), or beta: 0"
+        )
+    off = {
+        id(weight)
+        for adapter in adapters
+        for name, weight in adapter.named_parameters()
+        if not name.startswith("base_layer.")
+    }
+    for name, weight in denoiser.named_parameters():
+        if weight.requires_grad and id(weight) not in off:
+            raise ValueError(
+                f"beta holds the policy close to the model with its adapters off, but {name} trains "
+                "and is in no adapter: give a pipeline without adapters and a peft_config, or write "
+                "beta: 0"
+            )
+    require_fresh(denoiser)
+
+
+def load_image_rewards(
+    rewards: Any, weights: list[float] | None, *, device: str | torch.device = "cpu"
+) -> list[Any]:
+    """The image rewards behind names, paths and callables.
+
+    Args:
+        rewards: one or several.
+        weights: one per reward, or None.
+        device: where the models of rewards that are named are loaded, such as clip_score.
+
+    Raises:
+        ValueError: if there is none, a name is unknown, or `weights` has another length.
+    """
+    from rollouts.rewards.image_models import MODEL_REWARDS
+
+    rewards = [rewards] if isinstance(rewards, str) or callable(rewards) else list(rewards)
+    if not rewards:
+        raise ValueError("reward_funcs is empty; name at least one image reward")
+    if weights is not None and len(weights) != len(rewards):
+        raise ValueError(
+            f"reward_weights has {len(weights)} entries for {len(rewards)} image rewards"
+        )
+    on_device = {name: partial(load, device=str(device)) for name, load in MODEL_REWARDS.items()}
+    load = partial(load_image_reward, more=on_device)
+    return [load(reward) if isinstance(reward, str) else reward for reward in rewards]
+
+
+def image_prompts(rows: Any, config: DenoisingConfig) -> tuple[list[Prompt], PromptReport]:
+    """The prompts of rows with a text in column `prompt`."""
+    if rows is None or isinstance(rows, str | Path):
+        raise ValueError(
+            f"train_dataset must be rows with a column 'prompt', got {rows!r}; read a file with "
+            "datasets.load_dataset('json', data_files=...)['train'], or recipes/train.py with "
+            "dataset_name"
+        )
+    how: Any = config.duplicates
+    return plain_prompts(rows, id_column=config.id_column, duplicates=how)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +30,7 @@ from safetensors.numpy import load_file, save_file
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from transformers.utils import logging
 
-if TYPE_CHECKING:
-    from rl.ranks import Ranks
+from rl.ranks import Ranks
 
 logger = logging.get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""Tables of completions: some rollouts of a step as rows, and the trackers that show them."""
+"""Make tables of completions: some rollouts of a step as rows; send them to trackers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from rl.stages.line import Batch
-from rl.stages.roll_out import Scored
+from rl.stages.records import Batch, Scored
 from rollouts.batch import TokenRollouts
 from rollouts.prompts import Prompt
 
@@ -32,10 +31,10 @@ def table_of(batch: Batch, *, rows: int, step: int) -> list[dict[str, Any]]:
     `log_extra`.
     """
     groups: dict[str, list[tuple[Prompt, Scored, int]]] = {}
-    for wave in batch.waves:
-        for scored in wave.rounds:
+    for visit in batch.visits:
+        for scored in visit.rounds:
             for i, p in enumerate(scored.rollouts.prompt_N.tolist()):
-                prompt = wave.prompts[p]
+                prompt = visit.prompts[p]
                 groups.setdefault(prompt.key, []).append((prompt, scored, i))
     if not groups:
         return []

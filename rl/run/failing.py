@@ -1,24 +1,23 @@
-"""A step that fails: what was learnt before it is kept, and nothing of it is."""
+"""Undo the failed step, then flush logs and save a checkpoint.
+
+Also: stop before weights or gradients that are not finite are used or saved.
+"""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from rollouts.prompts import Prompt
-from rollouts.rewards.contract import RewardError, RewardFunction, check_columns
-
-if TYPE_CHECKING:
-    from rl.trainer import RolloutTrainer
+from rl.ranks import Ranks
 
 logger = logging.get_logger(__name__)
 
@@ -31,122 +30,105 @@ class Kept:
 
 
 @contextmanager
-def kept(trainer: RolloutTrainer) -> Iterator[Kept]:
-    """An error in this block goes on after the steps before it are written down.
+def kept(
+    state_dict: Callable[[], dict[str, Any]],
+    load_state_dict: Callable[[dict[str, Any]], None],
+    *,
+    flush: Callable[[], None],
+    save: Callable[[bool], None],
+) -> Iterator[Kept]:
+    """Undo what the stages remember of a block that fails, then flush logs and save a checkpoint.
 
-    What the line learnt in the block is forgotten and the generators are set back, so that a run
-    resumed from the checkpoint made here makes the failed step as if for the first time. Log lines
-    that wait are written in any case. A checkpoint is made if steps were trained that none holds,
-    `save_strategy` is not "no", and every process came here with whole weights: of several, one may
-    have failed alone. An interrupt from the keyboard, or a reward that leaves Python, is such an error.
+    The state and the global random generators are set back, so that a run resumed from the checkpoint
+    makes the failed step as if for the first time. An interrupt from the keyboard, or a reward that
+    leaves Python, is such an error too.
+
+    Args:
+        state_dict: the state of the stages, as a copy.
+        load_state_dict: restores it.
+        flush: writes the log lines that wait.
+        save: makes a checkpoint where one is due, given whether the weights are whole.
     """
-    line, block = trainer.line, Kept()
-    state, generators = line.state_dict(), _generators()  # a state is a copy
+    block, state, generators = Kept(), state_dict(), _generators()
     try:
         yield block
     except BaseException:
-        line.load_state_dict(state)
+        load_state_dict(state)
         _set_generators(*generators)
-        flush(trainer)
-        is_due = trainer.is_in_train and trainer.args.save_strategy != "no"
-        if is_due and line.ranks.all_say(block.is_whole):
-            _without_hiding(trainer.save_unsaved)
+        flush()
+        save(block.is_whole)
         raise
 
 
 @contextmanager
-def flushed(trainer: RolloutTrainer) -> Iterator[None]:
-    """An error in this block, wherever it comes from, goes on after the log line that waits."""
+def flushed(flush: Callable[[], None]) -> Iterator[None]:
+    """Flush the logs if this block fails, wherever the error comes from."""
     try:
         yield
     except BaseException:
-        flush(trainer)
+        flush()
         raise
 
 
-def flush(trainer: RolloutTrainer) -> None:
-    """Write the log line of the steps since the last one, if there are any.
-
-    Nothing is gathered, as other processes may be elsewhere; of several, the loss is not known.
-    """
-    waiting = trainer.steps_since_log
-    if not waiting:
-        return
-    logs = {"learning_rate": waiting[-1].get("learning_rate", trainer._get_learning_rate())}
-    num_steps = trainer.state.global_step - trainer._globalstep_last_logged
-    if num_steps and trainer.line.ranks.num == 1:
-        logs["loss"] = float(trainer._tr_loss) / num_steps
-    trainer._total_loss_scalar += float(trainer._tr_loss)
-    trainer._tr_loss.zero_()
-    trainer._globalstep_last_logged = trainer.state.global_step
-    _without_hiding(lambda: trainer.log(logs))
-
-
-def check_held_out(rewards: list[RewardFunction], prompts: list[Prompt]) -> None:
-    """Say before training what validation would fail for: a column that a reward needs.
-
-    Raises:
-        RewardError: naming the function and the column.
-    """
+def without_hiding(action: Callable[[], None]) -> None:
+    """Run `action` during error handling; log its own errors so they cannot hide the original."""
     try:
-        check_columns(rewards, prompts)
-    except RewardError as error:
-        raise RewardError(f"eval_dataset: {error}") from error
+        action()
+    except (OSError, RuntimeError, FloatingPointError) as error:
+        logger.warning(f"while a step's error was handled: {type(error).__name__}: {error}")
 
 
-def require_finite_gradient(trainer: RolloutTrainer, model: torch.nn.Module) -> None:
+def require_finite_gradient(model: torch.nn.Module, ranks: Ranks, *, step: int) -> None:
     """Stop on all processes before a gradient that is not finite is clipped and reaches the weights.
 
-    Each process looks at its own gradients, or shards of them. DeepSpeed shows none: it has taken the
-    optimizer step by then.
+    Each process looks at its own gradients, or shards of them. Not for DeepSpeed, which shows no
+    gradients: it has taken the optimizer step by then.
+
+    Args:
+        model: as it is trained.
+        ranks: the processes.
+        step: the training step that is being made, for the message.
 
     Raises:
         FloatingPointError: if the norm is NaN or infinite; on other processes RuntimeError.
     """
-    if trainer.is_deepspeed_enabled:
-        return
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     own = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
-    with trainer.line.ranks.together():
+    with ranks.together():
         norm = float(torch.nn.utils.get_total_norm(own))
         if not math.isfinite(norm):
             raise FloatingPointError(
-                f"the gradient norm of step {trainer.state.global_step + 1} is {norm}, and the update "
-                "was not made; lower learning_rate or max_grad_norm, check the model's weights and "
-                "dtype, and go on from the last checkpoint with resume_from_checkpoint: true"
+                f"the gradient norm of step {step} is {norm}, and the update was not made; lower "
+                "learning_rate or max_grad_norm, check the model's weights and dtype, and go on from "
+                "the last checkpoint with resume_from_checkpoint: true"
             )
 
 
-def require_finite_weights(trainer: RolloutTrainer) -> None:
-    """Refuse to save weights that are NaN or infinite: a checkpoint of them is none to go on from.
+def require_finite_weights(named: Iterable[tuple[str, torch.nn.Parameter]], *, step: int) -> None:
+    """Refuse to save trained weights that are NaN or infinite: no run could go on from them.
 
     Each process looks at its own weights, or shards of them.
+
+    Args:
+        named: the model's parameters by name.
+        step: the last training step, for the message.
 
     Raises:
         FloatingPointError: naming the first such weight.
     """
-    named = [(name, w) for name, w in trainer.model.named_parameters() if w.requires_grad]  # type: ignore[union-attr]
-    own = [getattr(weight, "ds_tensor", weight) for _, weight in named]
+    trained = [(name, weight) for name, weight in named if weight.requires_grad]
+    own = [getattr(weight, "ds_tensor", weight) for _, weight in trained]
     own = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in own]
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for weight in own:
         by_device.setdefault(weight.device, []).append(weight.detach().isfinite().all())
     if all(torch.stack(found).all() for found in by_device.values()):
         return
-    name = next(n for (n, _), w in zip(named, own, strict=True) if not w.isfinite().all())
+    name = next(n for (n, _), w in zip(trained, own, strict=True) if not w.isfinite().all())
     raise FloatingPointError(
-        f"weight {name} is not finite after step {trainer.state.global_step}, and is not saved; lower "
-        "learning_rate, check the model's dtype, and go on from the last checkpoint with "
-        "resume_from_checkpoint: true"
+        f"weight {name} is not finite after step {step}, and is not saved; lower learning_rate, check "
+        "the model's dtype, and go on from the last checkpoint with resume_from_checkpoint: true"
     )
-
-
-def _without_hiding(action: Callable[[], None]) -> None:
-    """Do `action` on the way of another error: what goes wrong with it is told, not raised."""
-    try:
-        action()
-    except (OSError, RuntimeError, FloatingPointError) as error:
-        logger.warning(f"while a step's error was handled: {type(error).__name__}: {error}")
 
 
 def _generators() -> tuple:

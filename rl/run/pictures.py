@@ -7,15 +7,12 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from rl.stages.records import Scored
 from rollouts.rewards.image_shapes import mean_pairwise_distance, middle_frame
-
-if TYPE_CHECKING:
-    from rl.stages.roll_out import Scored
 
 LEAST, MOST = 32, 256
 """Pixels: sides of smaller images are enlarged to `LEAST`, by whole factors; the longer side of larger

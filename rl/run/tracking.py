@@ -22,6 +22,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from rl.policies.loading import no_progress_bars
 from rl.run import checkpoint
 from rl.run.changed_settings import ChangedRunError
 from rl.run.origins import versions
@@ -247,33 +248,6 @@ class RunFolder(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             _append(self.folder / METRICS, {"step": state.global_step, **logs})
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Switch the progress bars of transformers and datasets off, and back as they were."""
-    import datasets
-
-    bars = (
-        (
-            logging.is_progress_bar_enabled(),
-            logging.disable_progress_bar,
-            logging.enable_progress_bar,
-        ),
-        (
-            not datasets.are_progress_bars_disabled(),
-            datasets.disable_progress_bars,
-            datasets.enable_progress_bars,
-        ),
-    )
-    shown = [(switch_off, switch_on) for enabled, switch_off, switch_on in bars if enabled]
-    for switch_off, _ in shown:
-        switch_off()
-    try:
-        yield
-    finally:
-        for _, switch_on in shown:
-            switch_on()
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

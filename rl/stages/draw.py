@@ -1,301 +1,401 @@
-"""Waves: one selection of prompts each, rolled out to its end; and the groups they give a step.
+"""Draw rollouts: select prompts, allocate budgets, generate on all ranks, reward, observe.
 
-A step is one wave, or as many as it takes until enough groups carry gradient (`GroupBuffer`, the
-filter and refill of DAPO, arXiv:2503.14476). Axes: P prompts, N rollouts (flat rows).
+Every rank ends with every row, in the proposal's order, so that what follows is decided identically
+everywhere. Axes: P prompts, N rollouts (flat rows).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
+from rl.config.methods import Settings, discards_pilots, method_of
+from rl.lengths import ExpectedLengths
+from rl.policies.contract import Policy
+from rl.ranks import Ranks
 from rl.stages.gradient_norms import norms_of
-from rl.stages.roll_out import Request, Scored, roll_out
-from rollouts.batch import DenoisingRollouts, Rollouts, TokenRollouts, concatenate
+from rl.stages.metrics import drawn
+from rl.stages.planning import make_buffer
+from rl.stages.records import Groups, Request, Scored, Visit
+from rl.stages.success_line import SuccessLine
+from rollouts.batch import Rollouts, concatenate
 from rollouts.prompts import Prompt
-from rollouts.step_plan import StepPlan
-from samplers.keys import rollout_seeds
-from samplers.planner import Proposal
-from samplers.refill import Refill
+from rollouts.rewards.contract import RewardError, RewardResult
+from samplers.ledger import Ledger
+from samplers.planner import Planner
 
-if TYPE_CHECKING:
-    from rl.stages.line import Line
+logger = logging.get_logger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Wave:
-    """One selection of prompts, and every round that was made of it."""
-
-    prompts: list[Prompt]
-    proposals: list[Proposal]
-    rounds: list[Scored]
-    group_weight_P: np.ndarray  # what the stopping rule multiplies the groups' gradients by
-
-    @property
-    def index_P(self) -> np.ndarray:
-        """(P,) rows of the data set."""
-        return self.proposals[0].index_P
+Share = tuple[np.ndarray, Rollouts, list[Any], RewardResult]
+"""What one rank made: rows of the request, their rollouts, what rewards saw of them, the rewards."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Groups:
-    """What a step may train on: whole groups, rows ordered by prompt, then slot."""
-
-    prompts: list[Prompt]  # P, as `rollouts.prompt_N` counts them
-    rollouts: Rollouts  # N rows, scored
-    pass_rate_P: torch.Tensor  # known before any rollout of these groups
-    weight_P: torch.Tensor  # of the stopping rule
-    num_padded: int = 0  # groups that are missing and that the denominator counts as well
-
-
-def size(rollouts: Rollouts) -> tuple[int, int]:
-    """Rollouts and tokens, as the ledger counts them; of a diffusion model all denoising steps.
-
-    A step without noise is no decision, and has been evaluated all the same.
-    """
-    if isinstance(rollouts, DenoisingRollouts):
-        return len(rollouts), rollouts.mask_NT.numel()
-    return len(rollouts), int(rollouts.length_N.sum())
-
-
-def roll_out_wave(line: Line, *, version: int, **which: Any) -> Wave:
-    """Propose, roll out, reward and observe, until the planner's step is over.
+class Sampling:
+    """Where rollouts go: prompts, planner, refill buffer, expected lengths, and the ledger of it all.
 
     Args:
-        line: the stages of the run.
-        version: optimizer steps taken.
-        which: passed to `Planner.propose`: how many prompts, and which not.
-    """
-    planner, ledger = line.planner, line.ledger
-    proposals: list[Proposal] = []
-    rounds: list[Scored] = []
-    while not proposals or planner.is_open:
-        proposal = planner.propose(**which)
-        prompts = [line.prompts[i] for i in proposal.index_P]
-        params = line.params(version)
-        request = Request(
-            prompts=prompts,
-            budget_P=proposal.budget_P,
-            seed_N=proposal.seed_N,
-            start_seed_P=_start_seeds(line, prompts, proposal, params),
-        )
-        scored = roll_out(line, request, params, version=version)
-        if isinstance(params, StepPlan):
-            roots = int(proposal.budget_P.sum()) // params.leaves_per_root
-            line.memory.evaluations += params.evaluations(roots)
-        ledger.drawn(*size(scored.rollouts))
-        if scored.failed is not None:
-            ledger.drawn(*size(scored.failed))
-            ledger.account("failed", *size(scored.failed))
-        if scored.unrewarded is not None:
-            ledger.drawn(*size(scored.unrewarded))
-            ledger.account("filtered", *size(scored.unrewarded), reason="unrewarded")
-        success_N = planner.observe(
-            proposal,
-            scored.reward_N.numpy(),
-            scored.rollouts.prompt_N.numpy(),
-            full_marks_N=scored.full_marks_N(line.config.reward_weights),
-        )
-        rollouts = replace(scored.rollouts, success_N=torch.from_numpy(success_N))
-        proposals.append(proposal)
-        rounds.append(replace(scored, rollouts=rollouts))
-        if planner.is_open and pilots_act(line.config):  # after the pilots
-            with ledger.phase("gradient_norm"):
-                measured = norms_of(line, rollouts, proposal.index_P)
-            planner.observe_gradient_norms(*measured, at_once=True)
-    if line.config.allocator == "cost_aware":
-        length_P = line.ranks.lengths.of([prompt.key for prompt in prompts])
-        planner.observe_lengths(proposals[0].index_P, np.maximum(length_P, 1.0))
-    return Wave(
-        prompts=prompts,
-        proposals=proposals,
-        rounds=rounds,
-        group_weight_P=planner.group_weight_P,
-    )
-
-
-def pilots_act(config: Any) -> bool:
-    """Whether the gradient norms of a step's pilots decide the budgets of that step."""
-    measured = getattr(config, "gvm_gradient_norm", "none") != "none"
-    return measured and config.pilot_rollouts > 0 and config.pilot_use == "discard"
-
-
-def _start_seeds(
-    line: Line, prompts: list[Prompt], proposal: Proposal, params: Any
-) -> np.ndarray | None:
-    """(P,) seed of the first rollout of each draw, the same in all its rounds; None if not shared."""
-    if not (isinstance(params, StepPlan) and params.shared_start):
-        return None
-    pairs = zip(prompts, proposal.draw_P.tolist(), strict=True)
-    run_seed = line.config.seed
-    return np.concatenate(
-        [rollout_seeds(run_seed, prompt.key, draw, [0]) for prompt, draw in pairs]
-    )
-
-
-def groups_of(line: Line, wave: Wave) -> Groups:
-    """The groups of one wave; pilots that are to be discarded leave, accounted for."""
-    rounds = wave.rounds
-    if line.config.pilot_rollouts and line.config.pilot_use == "discard":
-        line.ledger.account("filtered", *size(rounds[0].rollouts), reason="pilot")
-        rounds = rounds[1:]
-    rollouts = concatenate([scored.rollouts for scored in rounds])
-    return Groups(
-        prompts=wave.prompts,
-        rollouts=rollouts.take(rollouts.prompt_N.argsort(stable=True)),
-        pass_rate_P=torch.tensor(wave.proposals[0].pass_rate_P),
-        weight_P=torch.tensor(wave.group_weight_P),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Held:
-    """A group that may be trained on at this step or a later one."""
-
-    row: int  # of the data set
-    rollouts: TokenRollouts
-    pass_rate: float
-    weight: float
-
-
-class GroupBuffer:
-    """Waves until enough groups carry gradient, and the surplus that waits for the next step.
-
-    `Refill` decides which groups are trained on; this holds their rollouts. A group that waited was
-    made by an older policy: its recorded log-probabilities keep the ratio right.
+        config: the settings.
+        prompts: one per data-set row.
+        planner: decides prompts and budgets.
+        ranks: the processes, each of which generates a share.
     """
 
-    def __init__(self, refill: Refill) -> None:
-        self.refill = refill
-        self._held: dict[int, _Held] = {}
-        self._row_of: dict[str, int] | None = None  # of each key; the prompts never change
+    def __init__(
+        self, config: Settings, prompts: list[Prompt], planner: Planner, ranks: Ranks
+    ) -> None:
+        self.prompts = prompts
+        self.planner = planner
+        self.ranks = ranks
+        self.buffer = make_buffer(config, planner)
+        """Draws until enough groups are mixed; None: each step draws once."""
+        self.ledger = Ledger()
+        self.lengths = ExpectedLengths()
+        """The expected tokens of a rollout, by which rows are dealt; the same on every rank."""
+        self.success_line = SuccessLine(config.success_above)
+        self.reward_weights = config.reward_weights
+        self._max_failed_share = config.max_failed_share
+        self._at_least = config.refill_wave or 0
+        self._max_steps, self._max_tokens = config.max_steps, config.max_generated_tokens
+        self._wants_lengths = method_of(config, "allocator").wants_lengths
+        self._discards_pilots = discards_pilots(config)
+        self._norm_of_pilots = self._norm_of_step = config.gvm_gradient_norm
+        if self._discards_pilots:  # their norms count at once, those of rows that train do not
+            self._norm_of_step = "none"
+        else:
+            self._norm_of_pilots = "none"
+        self._has_warned_of_unrewarded = False
 
-    def collect(self, line: Line, *, version: int) -> tuple[Groups, list[Wave]]:
-        """Roll out waves until the step is filled; its groups in order of dispatch, and the waves.
+    def draw(self, policy: Policy, *, version: int) -> tuple[Groups, list[Visit]]:
+        """The groups that a step may train on, and everything that was rolled out for them.
+
+        One visit of `prompts_per_step` prompts; with a buffer, visits until enough groups are mixed.
+
+        Args:
+            policy: generates and rewards.
+            version: optimizer steps taken.
 
         Raises:
-            RefillError: if groups are missing at the cap and the rule for it is "raise".
+            RefillError: if groups are missing at the cap and `refill_at_cap` is "raise".
         """
-        refill, ledger = self.refill, line.ledger
-        refill.begin(version)
-        for held in self._held.values():
-            ledger.taken(*size(held.rollouts))
-        if self._row_of is None:
-            self._row_of = {prompt.key: row for row, prompt in enumerate(line.prompts)}
-        waves: list[Wave] = []
-        free = len(line.prompts)
-        while refill.missing and free:
-            exclude = [self._row_of[group.key] for group in refill.held]
-            free = len(line.prompts) - len(exclude)
-            if free:
-                wanted = max(refill.missing, line.config.refill_wave or 0)
-                left = refill.max_drawn - sum(len(wave.prompts) for wave in waves)
-                wanted = min(wanted, left, free)
-                waves.append(
-                    roll_out_wave(line, version=version, num_prompts=wanted, exclude=exclude)
-                )
-                last = self._take_in(line, waves[-1])
-        filled = refill.end(data_ended=free == 0)
-        for group in filled.discarded:
-            reason = "surplus" if group.step == version else "aged"
-            ledger.account("surplus", *size(self._held.pop(group.number).rollouts), reason=reason)
-        accepted = [self._held.pop(group.number) for group in filled.accepted]
-        for held in self._held.values():
-            ledger.account("buffered", *size(held.rollouts))
-        if accepted:
-            return _joined(line, accepted, filled.num_padded, version), waves
-        no_row = torch.zeros(0, dtype=torch.int64)
-        return replace(last, rollouts=last.rollouts.take(no_row)), waves
 
-    def _take_in(self, line: Line, wave: Wave) -> Groups:
-        """Say what became of the wave's groups, in the order of the proposal; the groups."""
-        groups, proposal = groups_of(line, wave), wave.proposals[0]
-        numbers = [
-            self.refill.dispatch(prompt.key, int(draw))
-            for prompt, draw in zip(wave.prompts, proposal.draw_P, strict=True)
-        ]
-        unscored = [part for scored in wave.rounds for part in (scored.failed, scored.unrewarded)]
-        failed = [part for part in unscored if part is not None]
-        for place, number in enumerate(numbers):
-            rollouts = _only(groups.rollouts, place)
-            assert rollouts.reward_N is not None and rollouts.success_N is not None
-            lost = [_only(part, place) for part in failed]
-            decision = self.refill.finish(
-                number,
-                rollouts.reward_N.numpy(),
-                tokens=size(rollouts)[1],
-                success_n=rollouts.success_N.numpy(),
-                failed=sum(map(len, lost)),
-                failed_tokens=sum(size(part)[1] for part in lost),
+        def some(num_prompts: int, exclude: list[int]) -> tuple[Visit, Groups]:
+            visit = self.visit(policy, version=version, num_prompts=num_prompts, exclude=exclude)
+            return visit, self._groups(visit)
+
+        if self.buffer is not None:
+            return self.buffer.fill(
+                some, self.prompts, self.ledger, version=version, at_least=self._at_least
             )
-            if decision is not None and decision.kept:
-                self._held[number] = _Held(
-                    row=int(wave.index_P[place]),
-                    rollouts=rollouts,
-                    pass_rate=float(groups.pass_rate_P[place]),
-                    weight=float(groups.weight_P[place]),
+        visit = self.visit(policy, version=version)
+        return self._groups(visit), [visit]
+
+    def visit(self, policy: Policy, *, version: int, **which: Any) -> Visit:
+        """Propose, roll out, reward and observe, until the planner's step is over.
+
+        Args:
+            policy: generates and rewards.
+            version: optimizer steps taken.
+            which: passed to `Planner.propose`: how many prompts, and which not.
+        """
+        planner, ledger = self.planner, self.ledger
+        proposals, rounds = [], []
+        while not proposals or planner.is_open:
+            proposal = planner.propose(**which)
+            prompts = [self.prompts[i] for i in proposal.index_P]
+            params = policy.params(version)
+            request = Request(
+                prompts=prompts,
+                budget_P=proposal.budget_P,
+                seed_N=proposal.seed_N,
+                start_seed_P=policy.start_seeds(prompts, proposal.draw_P, params),
+            )
+            scored = self.roll_out(policy, request, params, version=version, ledger=ledger)
+            _account(ledger, scored)
+            success_N = planner.observe(
+                proposal,
+                scored.reward_N.numpy(),
+                scored.rollouts.prompt_N.numpy(),
+                full_marks_N=scored.full_marks_N(self.reward_weights),
+            )
+            rollouts = replace(scored.rollouts, success_N=torch.from_numpy(success_N))
+            proposals.append(proposal)
+            rounds.append(replace(scored, rollouts=rollouts))
+            if planner.is_open and self._norm_of_pilots != "none":  # between pilots and the rest
+                with ledger.phase("gradient_norm"):
+                    measured = norms_of(
+                        policy, self.ranks, rollouts, proposal.index_P, kind=self._norm_of_pilots
+                    )
+                planner.observe_gradient_norms(*measured, at_once=True)
+        if self._wants_lengths:
+            length_P = self.lengths.of([prompt.key for prompt in prompts])
+            planner.observe_lengths(proposals[0].index_P, np.maximum(length_P, 1.0))
+        return Visit(
+            prompts=prompts,
+            proposals=proposals,
+            rounds=rounds,
+            group_weight_P=planner.group_weight_P,
+        )
+
+    def observe_gradient_norms(self, policy: Policy, visits: list[Visit]) -> None:
+        """Measure the gradient norms of a step's rollouts for later steps, where the settings ask.
+
+        Measured on rollouts that also train, G would bias the gradient it allocates in the same step.
+        """
+        if self._norm_of_step == "none":
+            return
+        with self.ledger.phase("gradient_norm"):
+            index_P, norm_P = np.zeros(0, dtype=np.int64), np.zeros(0)
+            if visits:
+                index_P, norm_P = norms_of(
+                    policy,
+                    self.ranks,
+                    drawn(visits),
+                    np.concatenate([visit.index_P for visit in visits]),
+                    kind=self._norm_of_step,
                 )
-            elif decision is not None:
-                line.ledger.account("filtered", *size(rollouts), reason=decision.reason)
-        return groups
+            self.planner.observe_gradient_norms(index_P, norm_P)
+
+    def progress(self, version: int) -> float:
+        """Share of the run that is done, in [0, 1]: of its steps or its tokens, whichever is more.
+
+        Tokens of the current step do not count, so that nothing of it decides its own schedule.
+        """
+        most = self._max_tokens
+        step, totals = self.ledger.metrics(), self.ledger.totals
+        spent = totals["tokens_drawn"] - step["ledger/tokens_drawn"]
+        return min(max(version / self._max_steps, spent / most if most else 0.0), 1.0)
+
+    def roll_out(
+        self, policy: Policy, request: Request, params: Any, *, version: int, ledger: Ledger
+    ) -> Scored:
+        """`roll_out`, with a warning the first time that no reward function applies to some rows."""
+        scored = roll_out(
+            policy,
+            self.ranks,
+            self.lengths,
+            request,
+            params,
+            version=version,
+            max_failed_share=self._max_failed_share,
+            ledger=ledger,
+        )
+        if scored.unrewarded is not None and not self._has_warned_of_unrewarded:
+            self._has_warned_of_unrewarded = True
+            if self.ranks.is_main:
+                _warn_of_unrewarded(request, scored.unrewarded)
+        return scored
 
     def state_dict(self) -> dict[str, Any]:
-        """The bookkeeping, and the rollouts of every group that waits, column by column."""
+        """What later steps depend on: nested dicts of arrays and plain values."""
         return {
-            "refill": self.refill.state_dict(),
-            "held": {
-                str(number): {
-                    "row": held.row,
-                    "pass_rate": held.pass_rate,
-                    "weight": held.weight,
-                    "version": held.rollouts.version,
-                    "prompt_ids": [list(ids) for ids in held.rollouts.prompt_ids],
-                    "columns": {
-                        field.name: column.numpy()
-                        for field in fields(held.rollouts)
-                        if isinstance(column := getattr(held.rollouts, field.name), torch.Tensor)
-                    },
-                }
-                for number, held in self._held.items()
-            },
+            "planner": self.planner.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "buffer": None if self.buffer is None else self.buffer.state_dict(),
+            "lengths": self.lengths.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()` exactly."""
-        self.refill.load_state_dict(state["refill"])
-        self._held = {
-            int(number): _Held(
-                row=held["row"],
-                pass_rate=held["pass_rate"],
-                weight=held["weight"],
-                rollouts=TokenRollouts(
-                    version=held["version"],
-                    prompt_ids=tuple(tuple(ids) for ids in held["prompt_ids"]),
-                    **{name: torch.tensor(column) for name, column in held["columns"].items()},
-                ),
-            )
-            for number, held in state["held"].items()
-        }
+        self.planner.load_state_dict(state["planner"])
+        self.ledger.load_state_dict(state["ledger"])
+        if self.buffer is not None:
+            self.buffer.load_state_dict(state["buffer"])
+        self.lengths.load_state_dict(state["lengths"])
+
+    def _groups(self, visit: Visit) -> Groups:
+        """The groups of one visit, without pilots that are to be discarded."""
+        rounds = visit.rounds
+        if self._discards_pilots:
+            self.ledger.account("filtered", *rounds[0].rollouts.size, reason="pilot")
+            rounds = rounds[1:]
+        rollouts = concatenate([scored.rollouts for scored in rounds])
+        return Groups(
+            prompts=visit.prompts,
+            rollouts=rollouts.take(rollouts.prompt_N.argsort(stable=True)),
+            pass_rate_P=torch.tensor(visit.proposals[0].pass_rate_P),
+            weight_P=torch.tensor(visit.group_weight_P),
+        )
 
 
-def _only(rollouts: Any, place: int) -> TokenRollouts:
-    """The rows of one prompt, as a batch of that prompt alone."""
-    rows = rollouts.take((rollouts.prompt_N == place).nonzero().flatten())
-    return replace(
-        rows, prompt_N=torch.zeros_like(rows.prompt_N), prompt_ids=(rollouts.prompt_ids[place],)
+def _account(ledger: Ledger, scored: Scored) -> None:
+    """Count what was drawn, and the rows that leave at once: without a reward, for either reason."""
+    ledger.drawn(*scored.rollouts.size)
+    if scored.failed is not None:
+        ledger.drawn(*scored.failed.size)
+        ledger.account("failed", *scored.failed.size)
+    if scored.unrewarded is not None:
+        ledger.drawn(*scored.unrewarded.size)
+        ledger.account("filtered", *scored.unrewarded.size, reason="unrewarded")
+
+
+def roll_out(
+    policy: Policy,
+    ranks: Ranks,
+    lengths: ExpectedLengths,
+    request: Request,
+    params: Any,
+    *,
+    version: int,
+    max_failed_share: float,
+    ledger: Ledger,
+) -> Scored:
+    """Generate and score `request`, each rank its share.
+
+    Args:
+        policy: generates and rewards.
+        ranks: the processes.
+        lengths: the expected lengths that rows are dealt by; they learn from these rollouts.
+        request: what to make.
+        params: how, in the engine's terms.
+        version: optimizer steps taken.
+        max_failed_share: share of all rows that may fail to be scored.
+        ledger: counts the seconds of each phase.
+
+    Raises:
+        RewardError: if more than `max_failed_share` of all rows could not be scored, or a reward
+            function broke its contract: on all ranks at the same point (`on_all_ranks`). A rank that
+            sees so many by itself stops scoring at once.
+        RuntimeError: on the other ranks, if one rank fails for any other reason.
+    """
+    keys = [prompt.key for prompt in request.prompts]
+    mine = ranks.share_of(request.budget_P, lengths.of(keys), together=policy.rows_together(params))
+    error: Exception | None = None
+    share: Share | None = None
+    unscored: RewardError | None = None
+    try:
+        share = _generate_and_score(
+            policy,
+            request,
+            mine,
+            params,
+            version=version,
+            max_failed_share=max_failed_share,
+            ledger=ledger,
+        )
+    except RewardError as caught:
+        unscored = caught
+    except Exception as caught:
+        error = caught
+    with ledger.phase("gather"):
+        item = share if unscored is None else str(unscored)
+        gathered = ranks.gather(item, error=error)
+    _raise_together(gathered, unscored)
+    shares = [s for s in gathered if s is not None]
+    for _, rollouts, _, _ in shares:
+        lengths.observe(keys, rollouts.prompt_N.numpy(), rollouts.length_N.numpy())
+    return _merge(request, shares, max_failed_share)
+
+
+def _raise_together(gathered: list[Any], own: RewardError | None) -> None:
+    """Raise RewardError on every rank if one rank brings the text of one; its own with its cause."""
+    failed = [(rank, item) for rank, item in enumerate(gathered) if isinstance(item, str)]
+    if not failed:
+        return
+    rank, text = failed[0]
+    error = own or RewardError(f"on process {rank}: {text}")
+    error.on_all_ranks = True
+    raise error
+
+
+def _generate_and_score(
+    policy: Policy,
+    request: Request,
+    rows: np.ndarray,
+    params: Any,
+    *,
+    version: int,
+    max_failed_share: float,
+    ledger: Ledger,
+) -> Share | None:
+    """This rank's share of a request; None if it has no row."""
+    # With every prompt, those of other ranks at budget 0, so that shares are of one list of prompts.
+    budget_P = np.bincount(request.prompt_N[rows], minlength=len(request.prompts))
+    with ledger.phase("rollout"):
+        rollouts = policy.generate(
+            request.prompts,
+            budget_P,
+            seeds_N=request.seed_N[rows],
+            params=params,
+            version=version,
+            start_seeds_P=request.start_seed_P,
+        )
+    if rollouts is None:
+        return None
+    with ledger.phase("reward"):
+        prompts = [request.prompts[p] for p in request.prompt_N[rows]]
+        allowed = max_failed_share * len(request.seed_N) / len(rows)
+        shown, result = policy.reward(prompts, rollouts, max_failed_share=min(allowed, 1.0))
+    return rows, rollouts, shown, result
+
+
+def _merge(request: Request, shares: list[Share], max_failed_share: float) -> Scored:
+    """The shares of all ranks as one round, in the order of the request."""
+    row_N = np.concatenate([rows for rows, _, _, _ in shares])
+    order = np.argsort(row_N)
+    assert np.array_equal(row_N[order], np.arange(len(request.seed_N))), "rows lost on the way"
+    rollouts = concatenate([rollouts for _, rollouts, _, _ in shares])
+    reward_N = torch.cat([torch.as_tensor(result.reward_N) for *_, result in shares])
+    shown = [one for _, _, part, _ in shares for one in part]
+    by_function = {
+        name: [value for *_, result in shares for value in result.per_function[name]]
+        for name in shares[0][3].per_function
+    }
+    reasons: dict[int, str] = {}
+    for rows, _, _, result in shares:
+        reasons |= {int(rows[row]): reason for row, reason in result.failed.items()}
+    failures = [
+        {"prompt": request.prompts[request.prompt_N[row]].key, "reason": reason}
+        for row, reason in sorted(reasons.items())
+    ]
+    if len(failures) > max_failed_share * len(row_N) + 1e-9:
+        error = RewardError(
+            f"{len(failures)} of {len(row_N)} rollouts could not be scored, more than "
+            f"max_failed_share={max_failed_share} allows; first, prompt "
+            f"{failures[0]['prompt']}: {failures[0]['reason']}"
+        )
+        error.on_all_ranks = True
+        raise error
+    unrewarded = {int(rows[row]) for rows, _, _, result in shares for row in result.unrewarded}
+    without = reasons.keys() | unrewarded
+    good, bad, none = (
+        torch.tensor([i for i in order.tolist() if is_in(int(row_N[i]))], dtype=torch.long)
+        for is_in in (lambda row: row not in without, reasons.__contains__, unrewarded.__contains__)
+    )
+    columns = [[math.nan if v is None else v for v in values] for values in by_function.values()]
+    reward_NF = torch.tensor(columns, dtype=torch.float64).reshape(len(columns), len(row_N)).T
+    logged = {name: None for *_, result in shares for name in result.columns}
+    logged_columns = {
+        name: [
+            value
+            for *_, part, result in shares
+            for value in result.columns.get(name, [None] * len(part))
+        ]
+        for name in sorted(logged)
+    }
+    names = sorted({name for *_, result in shares for name in result.metrics})
+    return Scored(
+        rollouts=replace(
+            rollouts.take(good), reward_N=reward_N[good], reward_NF=reward_NF[good].contiguous()
+        ),
+        shown_N=[shown[i] for i in good.tolist()],
+        reward_by_function={n: [v[i] for i in good.tolist()] for n, v in by_function.items()},
+        failed=rollouts.take(bad) if len(bad) else None,
+        failures=failures,
+        unrewarded=rollouts.take(none) if len(none) else None,
+        logged_columns={n: [v[i] for i in good.tolist()] for n, v in logged_columns.items()},
+        logged_metrics={n: [v for *_, r in shares for v in r.metrics.get(n, [])] for n in names},
     )
 
 
-def _joined(line: Line, held: list[_Held], num_padded: int, version: int) -> Groups:
-    """One batch of the groups, each its own prompt."""
-    parts = [replace(group.rollouts, version=version) for group in held]
-    return Groups(
-        prompts=[line.prompts[group.row] for group in held],
-        rollouts=concatenate(parts, offsets=range(len(parts))),
-        pass_rate_P=torch.tensor([group.pass_rate for group in held], dtype=torch.float64),
-        weight_P=torch.tensor([group.weight for group in held], dtype=torch.float64),
-        num_padded=num_padded,
+def _warn_of_unrewarded(request: Request, unrewarded: Rollouts) -> None:
+    key = request.prompts[int(unrewarded.prompt_N[0])].key
+    logger.warning(
+        f"All reward functions returned None for {len(unrewarded)} of {len(request.seed_N)} rollouts, "
+        f"first of prompt {key}: such rollouts are in no mean and train nothing (warned once; the "
+        "ledger counts them as filtered_unrewarded)"
     )

@@ -1,10 +1,10 @@
-"""Whether the update sees the probabilities that rollouts were drawn with.
+"""Check that the update sees the probabilities that rollouts were drawn with.
 
 A ratio of the policy to itself is 1 before any update. Where it is not, every advantage is
-multiplied by noise, and nothing in the rewards says so for hundreds of steps. Looked at twice:
-`settle` compares, before the first rollout, how the trainer scores with a plain forward pass over
-each sequence by itself; and `require` holds the log-probabilities of each step's first update
-against those the engine recorded.
+multiplied by noise, and nothing in the rewards shows it for hundreds of steps. There are two checks:
+`settle` compares, before the first rollout, the trainer's log-probabilities with those of a plain
+forward pass over each sequence by itself; and `Fidelity.require` compares the log-probabilities of
+each step's first update with those the engine recorded.
 
 Axes: N rollouts, T tokens, R rows of the probe.
 """
@@ -12,14 +12,19 @@ Axes: N rollouts, T tokens, R rows of the probe.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from rl.config.methods import Settings
 from rl.logprobs.from_logits import innermost
 from rl.logprobs.scorer import Scorer
+from rl.policies.contract import Policy
+from rl.policies.language import LanguagePolicy
+from rl.ranks import Ranks
+from rl.stages.records import Batch
 from rollouts.batch import DenoisingRollouts, Rollouts, TokenRollouts
 from rollouts.engines.model_limits import ids_of
 from rollouts.engines.probes import (
@@ -31,9 +36,6 @@ from rollouts.engines.probes import (
     tolerance,
 )
 from rollouts.engines.transformers import TransformersEngine
-
-if TYPE_CHECKING:
-    from rl.stages.line import Batch, Line
 
 logger = logging.get_logger(__name__)
 
@@ -53,68 +55,84 @@ class MismatchError(ValueError):
     """The trainer's probabilities of rollouts are not those they were drawn with."""
 
 
-def limit_of(line: Line, model: torch.nn.Module) -> float:
-    """Most that `mismatch` may be: `max_mismatch` of the settings, or what the precision suggests."""
-    if line.config.max_mismatch is not None:
-        return line.config.max_mismatch
-    rounded = line.ranks.computes_in_half or computes_rounded(model)
-    own = not isinstance(line.score, Scorer) or isinstance(line.engine, TransformersEngine)
-    return EXACT if own and not rounded else ROUNDED
-
-
-def fresh(line: Line, batch: Batch, rows: Rollouts) -> torch.Tensor | None:
-    """(N,) bool: rows made by the policy at hand; None: all. Groups that waited are of an older one."""
-    if not line.config.refill_max_age or not isinstance(rows, TokenRollouts):
-        return None
-    rounds = [scored for wave in batch.waves for scored in wave.rounds]
-    seeds = [scored.rollouts.seed_N for scored in rounds]  # type: ignore[attr-defined]
-    made = torch.cat(seeds) if seeds else torch.zeros(0, dtype=torch.int64)
-    return torch.isin(rows.seed_N, made.to(rows.seed_N.device))
-
-
-def require(line: Line, model: torch.nn.Module, batch: Batch, sums: dict[str, float]) -> None:
-    """Stop before the first update of a step whose rollouts are not the policy's. Every rank calls this.
-
-    Not asked where log-probabilities are meant to differ: under `adaptive_temperature_tau` they are
-    recorded at another temperature. With `importance_correction`, which is for engines that
-    differ, it is a warning, once.
+class Fidelity:
+    """Compares the log-probabilities of the first update with those the engine recorded.
 
     Args:
-        line: the stages of the run.
-        model: as it is trained.
-        batch: what the step trains on.
-        sums: `mismatch` and `mismatch_count` of this rank, over the rows of the first update.
-
-    Raises:
-        MismatchError: if the mean over all ranks is above `limit_of`; naming likely causes.
+        config: the settings.
+        policy: whose precision and engine suggest a limit, where `max_mismatch` gives none.
+        ranks: the processes.
     """
-    config, limit = line.config, limit_of(line, model)
-    total = line.ranks.sums(sums)
-    if config.adaptive_temperature_tau or not total.get("mismatch_count"):
-        return
-    elements = getattr(line.score, "elements", 1)
-    found = total["mismatch"] / total["mismatch_count"] / elements
-    if found <= limit:
-        return
-    of_what = "element of a latent" if isinstance(batch.rollouts, DenoisingRollouts) else "token"
-    said = (
-        f"the trainer's log-probabilities differ from those the engine recorded by {found:.2g} nats per "
-        f"{of_what} before any update, more than max_mismatch={limit:g}. Likely causes: {CAUSES}"
-    )
-    if config.importance_correction != "none":
-        if not line.memory.is_mismatch_told:
-            logger.warning(
-                f"{said}. importance_correction={config.importance_correction!r} weighs tokens by it"
-            )
-        line.memory.is_mismatch_told = True
-        return
-    raise MismatchError(
-        f"{said}. Nothing was learnt from these rollouts. If the difference is known and small enough, "
-        "write importance_correction: token_truncate, or a larger max_mismatch (.inf: no limit)"
-    )
+
+    def __init__(self, config: Settings, policy: Policy, ranks: Ranks) -> None:
+        self._config = config
+        self._policy = policy
+        self._ranks = ranks
+        self._has_warned = False
+
+    def limit(self, model: torch.nn.Module) -> float:
+        """Most that `mismatch` may be: `max_mismatch`, or what the precision suggests."""
+        if self._config.max_mismatch is not None:
+            return self._config.max_mismatch
+        rounded = self._ranks.computes_in_half or computes_rounded(model)
+        own = self._policy.generates_with_trained_model
+        return EXACT if own and not rounded else ROUNDED
+
+    def fresh(self, batch: Batch, rows: Rollouts) -> torch.Tensor | None:
+        """(N,) bool: rows drawn at this step; None: all. Groups that waited have an older policy."""
+        if not self._config.refill_max_age or not isinstance(rows, TokenRollouts):
+            return None
+        seeds = [
+            scored.rollouts.seed_N
+            for scored in batch.rounds
+            if isinstance(scored.rollouts, TokenRollouts)
+        ]
+        made = torch.cat(seeds) if seeds else torch.zeros(0, dtype=torch.int64)
+        return torch.isin(rows.seed_N, made.to(rows.seed_N.device))
+
+    def require(self, model: torch.nn.Module, batch: Batch, sums: dict[str, float]) -> None:
+        """Stop before the first update of a step whose rollouts are not the policy's.
+
+        Every rank calls this. Not checked where log-probabilities are meant to differ: under
+        `adaptive_temperature_tau` they are recorded at another temperature. With
+        `importance_correction`, which is for engines that differ, it is a warning, once.
+
+        Args:
+            model: as it is trained.
+            batch: what the step trains on.
+            sums: `mismatch` and `mismatch_count` of this rank, over the rows of the first update.
+
+        Raises:
+            MismatchError: if the mean over all ranks is above `limit`; naming likely causes.
+        """
+        config, limit = self._config, self.limit(model)
+        total = self._ranks.sums(sums)
+        if config.adaptive_temperature_tau or not total.get("mismatch_count"):
+            return
+        found = total["mismatch"] / total["mismatch_count"] / batch.rollouts.elements
+        if found <= limit:
+            return
+        is_latent = isinstance(batch.rollouts, DenoisingRollouts)
+        of_what = "element of a latent" if is_latent else "token"
+        said = (
+            f"the trainer's log-probabilities differ from those the engine recorded by {found:.2g} nats "
+            f"per {of_what} before any update, more than max_mismatch={limit:g}. Likely causes: {CAUSES}"
+        )
+        if config.importance_correction != "none":
+            if not self._has_warned:
+                logger.warning(
+                    f"{said}. importance_correction={config.importance_correction!r} weighs tokens by it"
+                )
+            self._has_warned = True
+            return
+        raise MismatchError(
+            f"{said}. Nothing was learnt from these rollouts. If the difference is known and small "
+            "enough, write importance_correction: token_truncate, or a larger max_mismatch (.inf: no "
+            "limit)"
+        )
 
 
-def settle(line: Line) -> None:
+def settle(policy: Policy, ranks: Ranks) -> None:
     """Choose how the trainer runs the model, before the first rollout; once. Every rank calls this.
 
     In training mode with padding on the left, as fast kernels want it, if that gives the
@@ -122,39 +140,39 @@ def settle(line: Line) -> None:
     padding on the right, which a causal model cannot see, or in evaluation mode, which has no noise; or
     both. Rows are those of `rollouts.engines.probes`: some ten short forward passes of random tokens.
 
-    Left out for denoisers, whose replay is exact or is told by `require`; and where only gathering
-    sharded weights for it would make them whole.
+    Skipped for denoisers, whose replay `Fidelity.require` checks; and where only gathering sharded
+    weights for it would make them whole.
 
     Raises:
         ValueError: if none of the four gives them, with how far off each was.
     """
-    score = line.score
-    if not isinstance(score, Scorer) or score.is_settled:
+    if not isinstance(policy, LanguagePolicy) or policy.scorer.is_settled:
         return
-    score.is_settled = True
-    if line.generating is not line.policy and line.ranks.is_sharded:
+    scorer = policy.scorer
+    scorer.is_settled = True
+    if policy.generating is not policy.whole and ranks.is_sharded:
         return
     found: tuple[dict[str, bool], str | None] = ({}, None)
     error: Exception | None = None
-    with line.policy() as policy:
+    with policy.whole() as model:
         try:
-            if isinstance(line.engine, TransformersEngine):
+            if isinstance(policy.engine, TransformersEngine):
                 # First, as a model that keeps state in its modules scores otherwise afterwards.
-                line.load_weights(policy, version=-1)
-                line.engine.check_model()
-            found = _settled(score, policy, line.tokenizer)
+                policy.load_weights(model, version=-1)
+                policy.engine.check_model()
+            found = _settled(scorer, model, policy.tokenizer)
         except Exception as caught:
             error = caught
-    ways, note = line.ranks.gather(found, error=error)[0]
-    score.right_padded, score.in_eval = ways["right_padded"], ways["in_eval"]
-    if note is not None and line.ranks.is_main:
+    ways, note = ranks.gather(found, error=error)[0]
+    scorer.right_padded, scorer.in_eval = ways["right_padded"], ways["in_eval"]
+    if note is not None and ranks.is_main:
         logger.warning(note)
 
 
 def _settled(score: Scorer, policy: Any, tokenizer: Any) -> tuple[dict[str, bool], str | None]:
     """The first way that is right, and what there is to say of it."""
     usual = {"right_padded": False, "in_eval": False}
-    rows = rows_of(policy, None if tokenizer is None else ids_of(tokenizer))
+    rows = rows_of(policy, ids_of(tokenizer))
     if not rows:
         return usual, None
     modes = [(module, module.training) for module in policy.modules()]
@@ -162,7 +180,7 @@ def _settled(score: Scorer, policy: Any, tokenizer: Any) -> tuple[dict[str, bool
         policy.eval()
         plain = plain_logits(policy, rows)
         if any(logits.isnan().any() for logits in plain):
-            return usual, None  # told with the prompts of the run
+            return usual, None  # the run's first prompts will be refused for it
         off: dict[str, float] = {}
         for in_eval in (False, True):
             for right_padded in (False, True):
@@ -229,15 +247,15 @@ def _off(
     return max(distance(one[active_RT].float(), expected_RT[active_RT], spread) for one in tries)
 
 
-def to_update(line: Line, model: torch.nn.Module) -> None:
+def to_update(policy: Policy, model: torch.nn.Module) -> None:
     """Training mode, or evaluation mode but for modules that recompute their activations.
 
     Those look whether they train, and so stay in training mode. What they hold does not, and their own
-    dropout is off: `assemble.without_dropout` has set their rates to 0, and rates that they read from
+    dropout is off: `loading.without_dropout` has set their rates to 0, and rates that they read from
     the model's configuration are 0 in a copy of their own.
     """
     model.train()
-    if not getattr(line.score, "in_eval", False):
+    if not policy.in_eval:
         return
     whole = innermost(model)
     for module in whole.modules():

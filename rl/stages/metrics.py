@@ -1,4 +1,4 @@
-"""What is logged about a step. Reward stands before and after filtering, and units are in the names.
+"""Compute what is logged about a step: rewards before and after filtering, groups, the update.
 
 Names that users of TRL know keep their meaning: reward, reward_std, frac_reward_zero_std,
 rewards/{name}/mean and /std, completions/mean_length, completions/clipped_ratio, clip_ratio/*.
@@ -7,22 +7,19 @@ rewards/{name}/mean and /std, completions/mean_length, completions/clipped_ratio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from rl.stages.records import Batch, Scored, Visit
 from rollouts.batch import DenoisingRollouts, Rollouts, TokenRollouts, concatenate
 from rollouts.prompts import Prompt
 from samplers.downsampling import selection_metrics
-
-if TYPE_CHECKING:
-    from rl.stages.draw import Wave
-    from rl.stages.line import Batch, Line
-    from rl.stages.roll_out import Scored
+from samplers.planner import Planner
 
 
-def of_rollouts(waves: list[Wave], kept: Rollouts) -> dict[str, float]:
+def of_rollouts(visits: list[Visit], kept: Rollouts) -> dict[str, float]:
     """Metrics of everything a step generated, and of what it trains on.
 
     Groups are the prompts of the step with at least one scored rollout. A constant group is all-pass
@@ -30,10 +27,10 @@ def of_rollouts(waves: list[Wave], kept: Rollouts) -> dict[str, float]:
     filtered. `reward_trained` is absent when nothing trains, and all of them when nothing was
     generated because the buffer held enough.
     """
-    if not waves:
+    if not visits:
         return {}
-    rollouts, rounds = drawn(waves), [scored for wave in waves for scored in wave.rounds]
-    num_prompts = sum(len(wave.prompts) for wave in waves)
+    rollouts, rounds = drawn(visits), [scored for visit in visits for scored in visit.rounds]
+    num_prompts = sum(len(visit.prompts) for visit in visits)
     reward_N, success_N, prompt_N = rollouts.reward_N, rollouts.success_N, rollouts.prompt_N
     assert reward_N is not None and success_N is not None
     rows = [prompt_N == p for p in prompt_N.unique().tolist()]
@@ -109,11 +106,11 @@ def spread(value_N: np.ndarray) -> float:
     return float((value_N / scale).std(ddof=1) * scale)
 
 
-def drawn(waves: list[Wave]) -> Rollouts:
-    """Every scored rollout of the waves as one batch; prompts count on from wave to wave."""
-    of_waves = [concatenate([scored.rollouts for scored in wave.rounds]) for wave in waves]
-    sizes = [len(wave.prompts) for wave in waves]
-    return concatenate(of_waves, offsets=np.cumsum([0, *sizes[:-1]]).tolist())
+def drawn(visits: list[Visit]) -> Rollouts:
+    """Every scored rollout of the visits as one batch; prompts count on from visit to visit."""
+    of_visits = [concatenate([scored.rollouts for scored in visit.rounds]) for visit in visits]
+    sizes = [len(visit.prompts) for visit in visits]
+    return concatenate(of_visits, offsets=np.cumsum([0, *sizes[:-1]]).tolist())
 
 
 def of_selection(method: str, everything: Rollouts, chosen: Tensor) -> dict[str, float]:
@@ -201,24 +198,23 @@ def require_finite(
     )
 
 
-def record_of(line: Line, batch: Batch, *, step: int) -> dict[str, Any]:
-    """A step's decisions, one JSON line of the run folder: what was chosen, given and earned."""
+def record_of(planner: Planner, batch: Batch, *, step: int) -> dict[str, Any]:
+    """A step's decisions as one JSON line of the run folder: prompts, budgets, reward sums."""
     totals: dict[int, float] = {}
-    rounds = [scored for wave in batch.waves for scored in wave.rounds]
-    proposals = [proposal for wave in batch.waves for proposal in wave.proposals]
-    first = [wave.proposals[0] for wave in batch.waves]
-    keys = [prompt.key for wave in batch.waves for prompt in wave.prompts]
-    if batch.waves:
-        rollouts = drawn(batch.waves)
+    proposals = [proposal for visit in batch.visits for proposal in visit.proposals]
+    first = [visit.proposals[0] for visit in batch.visits]
+    keys = [prompt.key for visit in batch.visits for prompt in visit.prompts]
+    if batch.visits:
+        rollouts = drawn(batch.visits)
         assert rollouts.reward_N is not None
         for p, reward in zip(rollouts.prompt_N.tolist(), rollouts.reward_N.tolist(), strict=True):
             totals[p] = totals.get(p, 0.0) + reward
     budgets = [
         budget
-        for wave in batch.waves
-        for budget in np.sum([q.budget_P for q in wave.proposals], axis=0).tolist()
+        for visit in batch.visits
+        for budget in np.sum([q.budget_P for q in visit.proposals], axis=0).tolist()
     ]
-    mean_D = line.planner.posterior.mean()
+    mean_D = planner.posterior.mean()
     return {
         "step": step,
         "prompts": keys,
@@ -231,8 +227,8 @@ def record_of(line: Line, batch: Batch, *, step: int) -> dict[str, Any]:
                 np.concatenate([p.seed_N for p in proposals] or [np.zeros(1, int)])
             )
         ),
-        "failures": [failure for scored in rounds for failure in scored.failures],
-        "unrewarded": sum(len(s.unrewarded) for s in rounds if s.unrewarded is not None),
+        "failures": [failure for scored in batch.rounds for failure in scored.failures],
+        "unrewarded": sum(len(s.unrewarded) for s in batch.rounds if s.unrewarded is not None),
         "posterior_histogram": np.histogram(mean_D, bins=20, range=(0, 1))[0].tolist(),
     }
 

@@ -1,4 +1,4 @@
-"""From the rows of a step to what its update needs: the weight of every decision, and over what.
+"""Compute the weight of every token (or denoising step) and the loss's denominators.
 
 Everything here is computed once per step, over the rows of all ranks, before any micro-batch is
 cut. Axes: K rows, T decision steps.
@@ -7,38 +7,56 @@ cut. Axes: K rows, T decision steps.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
+from rl.config.methods import Settings
 from rl.objective import hapo
 from rl.objective import weights as step_weights
 from rl.objective.importance import DEFAULT_CAP, correction
 from rl.objective.token_selection import above_quantile
-from rl.stages.draw import size
-from rl.stages.recompute import ENTROPY, OLD, REFERENCE, recompute
-from rl.stages.weigh import has_signal
+from rl.policies.contract import Policy
+from rl.ranks import Ranks
+from rl.stages.objective import PLACE, Objective, has_signal
+from rl.stages.recompute import recompute
+from rl.stages.records import Batch
+from rollouts.batch import Rollouts
+from samplers.ledger import Ledger
 
-if TYPE_CHECKING:
-    from rl.stages.line import Batch, Line
-    from rollouts.batch import Rollouts
 
-
-def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
-    """Columns that only the policy before its update can tell, then the weights of decisions.
+def prepare(
+    batch: Batch,
+    objective: Objective,
+    policy: Policy,
+    ranks: Ranks,
+    model: torch.nn.Module,
+    *,
+    progress: float,
+    ledger: Ledger,
+) -> Batch:
+    """Score the rows with the policy before its update, then weigh their decisions.
 
     The denominators count what is left after tokens were selected, and weights as they were before
-    the correction of the engine's mismatch, whose factors have mean near 1. That of the loss also has
-    the rows without signal, which have left; the KL's own has the weight of the decisions that train
-    and nothing else, so that beta means the same however many groups are mixed.
+    the correction of the engine's mismatch, whose factors have mean near 1. The denominator of the loss
+    also counts the rows without signal, which have left; that of the KL counts the weights of the
+    decisions that train and nothing else, so that beta means the same however many groups are mixed.
+
+    Args:
+        batch: the rows of the step.
+        objective: says which columns and weights it needs.
+        policy: scores the rows, and says which decisions may train.
+        ranks: the processes.
+        model: as it is trained, wrapped.
+        progress: share of the run that is done, in [0, 1]; schedules read it.
+        ledger: accounts for tokens that train and that leave.
     """
-    config, rollouts = line.config, batch.rollouts
+    config, rollouts = objective.config, batch.rollouts
     if not len(rollouts):
         return batch
-    rollouts = recompute(line, model, rollouts, _columns(line))
-    decision_NT = line.decisions(rollouts)
+    rollouts = recompute(policy, ranks, model, rollouts, objective.columns - {PLACE})
+    decision_NT = policy.trainable(rollouts)
     weight_NT = step_weights.token_weight(
-        line.length_weight,
+        config.length_weight or "",
         batch.weight_K,
         decision_NT != 0,
         max_completion_length=config.max_completion_length,
@@ -49,15 +67,16 @@ def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
     if rollouts.entropy_NT is not None:
         decisions = rollouts.mask_NT.sum().clamp(min=1)
         metrics["entropy"] = float(rollouts.entropy_NT.sum() / decisions)
-    if _uses_pivot(line):
+    if PLACE in objective.columns:
         assert rollouts.entropy_NT is not None
         columns = (rollouts.entropy_NT, rollouts.mask_NT)
-        line.memory.pivot = hapo.pivot(*columns, quantile=config.hapo_quantile)
+        pivot = hapo.pivot(*columns, quantile=config.hapo_quantile)
+        policy.observe_entropies(pivot)
         signed = config.hapo_sign == "signed"
-        h_NT = hapo.heterogeneity(*columns, line.memory.pivot, signed=signed)
+        h_NT = hapo.heterogeneity(*columns, pivot, signed=signed)
         rollouts = replace(rollouts, heterogeneity_NT=h_NT)
-    if config.token_selection != "none":
-        kept_NT = line.select_tokens(rollouts, line.progress(line.ledger.step or 0))
+    if objective.select_tokens is not None:
+        kept_NT = objective.select_tokens(rollouts, progress)
         weight_NT, denominator = step_weights.after_selection(
             config.token_denominator,
             weight_NT,
@@ -69,7 +88,7 @@ def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
         metrics["select/token_share"] = float(kept_NT.sum() / rollouts.mask_NT.sum())
     # The KL is of the policies and not of the rollouts, so nothing below changes its weights.
     kl_weight_NT, kept_NT = weight_NT, rollouts.mask_NT
-    if config.token_selection != "none":
+    if objective.select_tokens is not None:
         kept_NT = weight_NT != 0
     if config.top_entropy_quantile < 1:
         assert rollouts.entropy_NT is not None
@@ -78,13 +97,13 @@ def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
         weight_NT = torch.where(kept_NT, weight_NT, 0.0)
         metrics["select/token_share"] = float(kept_NT.sum() / rollouts.mask_NT.sum())
     if config.importance_correction != "none":
-        factor_NT, of_factors = _correction(line, rollouts)
+        factor_NT, of_factors = _correction(config, rollouts)
         weight_NT, metrics = weight_NT * factor_NT, metrics | of_factors
     rollouts = replace(rollouts, weight_NT=weight_NT)
     active_NT = (weight_NT != 0) & has_signal(rollouts)[:, None]
-    if line.kl is not None and kl_weight_NT is not weight_NT:
+    if objective.kl_function is not None and kl_weight_NT is not weight_NT:
         rollouts = replace(rollouts, kl_weight_NT=kl_weight_NT)
-    if line.kl is not None:
+    if objective.kl_function is not None:
         covered_NT = kl_weight_NT != 0
         everywhere = config.kl_rows == "all"
         active_NT |= covered_NT if everywhere else covered_NT & has_signal(rollouts)[:, None]
@@ -92,7 +111,7 @@ def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
         rollouts = replace(rollouts, bonus_NT=kept_NT)
         active_NT |= kept_NT
     trains_K = active_NT.any(dim=1)
-    _account(line, rollouts, trains_K, active_NT)
+    _account(ledger, rollouts, trains_K, active_NT)
     return replace(
         batch,
         rollouts=rollouts.take(trains_K.nonzero().flatten()),
@@ -104,38 +123,20 @@ def prepare(line: Line, model: torch.nn.Module, batch: Batch) -> Batch:
 
 
 def _account(
-    line: Line, rollouts: Rollouts, trains_K: torch.Tensor, active_NT: torch.Tensor
+    ledger: Ledger, rollouts: Rollouts, trains_K: torch.Tensor, active_NT: torch.Tensor
 ) -> None:
-    """Rows that train, and of their tokens those that do; a row all of whose tokens left is filtered."""
+    """Enter rows and tokens that train; a row is filtered if all of its tokens left."""
     trained = int(active_NT.sum())
-    num_rows, num_tokens = size(rollouts)
+    num_rows, num_tokens = rollouts.size
     num_trained = int(trains_K.sum())
-    line.ledger.account("trained", num_trained, trained)
-    line.ledger.account(
+    ledger.account("trained", num_trained, trained)
+    ledger.account(
         "filtered", num_rows - num_trained, num_tokens - trained, reason="tokens_not_selected"
     )
 
 
-def _uses_pivot(line: Line) -> bool:
-    """Whether this step's loss or the next step's temperature goes by entropies of this step."""
-    return line.config.loss == "hapo" or line.config.adaptive_temperature_tau > 0
-
-
-def _columns(line: Line) -> set[str]:
-    config, columns = line.config, set()
-    if config.importance_correction != "none" or config.old_logprobs == "trainer":
-        columns.add(OLD)
-    if config.beta and line.reference is not None:  # a diffusion model's KL comes with its scores
-        columns.add(REFERENCE)
-    by_entropy = config.token_selection != "none" or config.top_entropy_quantile < 1
-    if by_entropy or _uses_pivot(line):
-        columns.add(ENTROPY)
-    return columns
-
-
-def _correction(line: Line, rollouts: Rollouts) -> tuple[torch.Tensor, dict[str, float]]:
-    """Factors of the weights, and means of what engine and trainer differ by."""
-    config = line.config
+def _correction(config: Settings, rollouts: Rollouts) -> tuple[torch.Tensor, dict[str, float]]:
+    """Factors of the weights, and metrics of how much engine and trainer differ."""
     assert rollouts.old_logprob_NT is not None and config.importance_correction is not None
     level, mode = config.importance_correction.split("_")
     factor_NT, sums = correction(

@@ -1,31 +1,30 @@
-"""Validation on a fixed, uniform, held-out set: greedy accuracy, and pass rate when sampling.
+"""Validate on a fixed, uniform, held-out set: greedy accuracy, and pass rate when sampling.
 
 The seeds of validation rollouts depend on prompt and slot alone, so every evaluation of every run draws
-with the same random numbers. Rollouts made here are counted as validation, never trained on.
+with the same random numbers. Rollouts made here are never trained on.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from rl.policies.contract import Policy
+from rl.stages.draw import Sampling
 from rl.stages.metrics import of_functions, spread, with_logged
-from rl.stages.roll_out import Request, Scored, roll_out
+from rl.stages.records import Request, Scored
 from rollouts.prompts import Prompt
 from samplers.keys import rollout_seeds
 from samplers.ledger import Ledger
 from samplers.success import Success
 
-if TYPE_CHECKING:
-    from rl.stages.line import Line
-
 
 def evaluate(
-    line: Line,
+    sampling: Sampling,
+    policy: Policy,
     prompts: list[Prompt],
     *,
     version: int,
@@ -43,6 +42,8 @@ def evaluate(
         rollouts          how many were made, of all validations, those that failed included
 
     Args:
+        sampling: rolls out, and reads rewards as it does in training.
+        policy: generates and rewards.
         prompts: the held-out prompts.
         version: optimizer steps the policy has taken.
         success_above: reward above which a completion is a success of 1. Default: rewards are read as
@@ -50,15 +51,14 @@ def evaluate(
         seen: called with the name and the rollouts of each validation; may give further metrics.
     """
     started = time.perf_counter()
-    read = line.planner.success if success_above is None else Success(above=success_above).of
-    training, success_line = line.ledger, line.success_line
-    line = replace(line, ledger=Ledger())  # nothing here is drawn to train
+    read = sampling.planner.success if success_above is None else Success(above=success_above).of
+    apart = Ledger()  # nothing here is drawn to train
     metrics: dict[str, float] = {}
     made = 0
     rewards: dict[str, np.ndarray] = {}
     marks: dict[str, np.ndarray] = {}
     prompt_of: dict[str, np.ndarray] = {}
-    for name, (budget, params) in line.validations.items():
+    for name, (budget, params) in policy.validations.items():
         request = Request(
             prompts=prompts,
             budget_P=np.full(len(prompts), budget, dtype=np.int64),
@@ -66,14 +66,14 @@ def evaluate(
                 [rollout_seeds(0, f"validation {p.key}", 0, np.arange(budget)) for p in prompts]
             ),
         )
-        scored = roll_out(line, request, params, version=version)
+        scored = sampling.roll_out(policy, request, params, version=version, ledger=apart)
         made += len(request.seed_N)
         rollouts = scored.rollouts
         if not len(rollouts):  # no reward could be had, which max_failed_share allows
             continue
         metrics |= seen(name, scored) if seen is not None else {}
         rewards[name], prompt_of[name] = scored.reward_N.numpy(), rollouts.prompt_N.numpy()
-        marks[name] = scored.full_marks_N(line.config.reward_weights)
+        marks[name] = scored.full_marks_N(sampling.reward_weights)
         if name == "sampled":
             metrics |= {
                 "reward": float(scored.reward_N.mean()),
@@ -81,8 +81,8 @@ def evaluate(
                 "mean_length": float(rollouts.length_N.double().mean()),
             } | of_functions([scored])
             metrics = with_logged(metrics, [scored])
-    if rewards and line.ranks.is_main and success_above is None:
-        success_line.validated(np.concatenate(list(rewards.values())))
+    if rewards and sampling.ranks.is_main and success_above is None:
+        sampling.success_line.validated(np.concatenate(list(rewards.values())))
     # All at once: before training, rewards that are no fractions are compared with each other.
     success = _split(read, rewards, marks)
     for name, success_N in success.items():
@@ -96,8 +96,8 @@ def evaluate(
             "pass_rate_se": float(share_P.std() / max(len(share_P) - 1, 1) ** 0.5),
         }
     metrics["rollouts"] = float(made)
-    line.rest()
-    training.seconds("validation", time.perf_counter() - started)
+    policy.rest()
+    sampling.ledger.seconds("validation", time.perf_counter() - started)
     return metrics
 
 

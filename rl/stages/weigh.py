@@ -1,29 +1,33 @@
-"""From groups to the rows that train: advantages on full groups, rows chosen, what each counts.
+"""Compute advantages on full groups, choose the rows that train, and weigh them.
 
 Axes: P prompts, N rollouts (flat rows), K rows kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
 import torch
 
-from rl.config.methods import successes, trains_everywhere
-from rl.objective import weights as step_weights
+from rl.policies.contract import Policy
+from rl.ranks import Ranks
 from rl.stages import metrics
-from rl.stages.draw import Groups, Wave, size
-from rl.stages.line import Batch
+from rl.stages.objective import Objective, has_signal
 from rl.stages.recompute import with_kl_penalty, without_unknown
+from rl.stages.records import Batch, Groups, Visit
 from rollouts.batch import Rollouts, TokenRollouts
+from samplers.ledger import Ledger
 from samplers.proposal import admit
 
-if TYPE_CHECKING:
-    from rl.stages.line import Line
 
-
-def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> Batch:
+def weigh(
+    groups: Groups,
+    visits: list[Visit],
+    objective: Objective,
+    policy: Policy,
+    ranks: Ranks,
+    *,
+    progress: float,
+    ledger: Ledger,
+) -> Batch:
     """Advantages, then down-sampling, then objective weights; rows without signal leave, accounted for.
 
     Advantages are those of full groups, whatever is dropped afterwards; PODS alone computes them
@@ -33,118 +37,68 @@ def weigh(line: Line, groups: Groups, waves: list[Wave], *, progress: float) -> 
     signal stay.
 
     Args:
-        line: the stages of the run.
         groups: what may train.
-        waves: everything that was drawn, for the metrics.
+        visits: everything that was drawn, for the metrics.
+        objective: computes advantages and weights, and chooses rows.
+        policy: recomputes log-probabilities that the engine did not give.
+        ranks: the processes.
         progress: share of the run that is done, in [0, 1]; schedules read it.
+        ledger: accounts for the rows that leave.
     """
-    config = line.config
-    everything, unknown = without_unknown(line, groups.rollouts)
-    if config.reward_kl:
-        everything = with_kl_penalty(line, everything)
-    everything = with_credit(everything, line.advantage(everything, groups.prompts))
-    chosen = line.down_sample(everything, progress) if len(everything) else torch.arange(0)
-    rollouts = everything.take(chosen)
-    if line.advantage_after is not None and len(rollouts):
-        rollouts = replace(rollouts, advantage_N=line.advantage_after(rollouts))
-    weight_K, denominator, original = _objective(line, groups, everything, chosen)
-    assert rollouts.advantage_N is not None
-    trains_K = has_signal(rollouts) & (weight_K != 0) | trains_everywhere(config)
-    trains_K &= _trained_length(line, rollouts) > 0
+    everything, unknown = without_unknown(policy, ranks, groups.rollouts)
+    everything = with_kl_penalty(objective, policy, ranks, everything)
+    everything = objective.credit(everything, groups.prompts)
+    chosen = objective.keep(everything, progress)
+    rollouts = objective.credit_kept(everything.take(chosen))
+    weight_K, denominator, original = _weights(objective, groups, everything, chosen)
+    trains_K = has_signal(rollouts) & (weight_K != 0) | objective.trains_everywhere
+    trains_K &= objective.trained_length(rollouts) > 0
     kept = rollouts.take(trains_K.nonzero().flatten())
     trained_N = torch.zeros(len(everything), dtype=torch.bool)
     trained_N[chosen[trains_K]] = True
-    _account(line, everything, chosen, trained_N)
+    _account(ledger, objective, everything, chosen, trained_N)
     return Batch(
         rollouts=kept,
         weight_K=weight_K[trains_K],
         denominator=denominator,
         original_denominator=original,
         prompts=groups.prompts,
-        waves=waves,
-        metrics=metrics.of_rollouts(waves, kept)
-        | metrics.of_selection(config.down_sampling, everything, chosen)
+        visits=visits,
+        metrics=metrics.of_rollouts(visits, kept)
+        | metrics.of_selection(objective.config.down_sampling, everything, chosen)
         | ({"importance/unknown_logprobs": float(unknown)} if unknown else {}),
     )
 
 
-def with_credit(rollouts: Rollouts, advantage: torch.Tensor) -> Rollouts:
-    """`rollouts` with an advantage per row, or per decision, of which the row's is the mean."""
-    if advantage.ndim == 1:
-        return replace(rollouts, advantage_N=advantage)
-    advantage_NT = torch.where(rollouts.mask_NT, advantage, 0.0)
-    mean_N = advantage_NT.sum(1) / rollouts.length_N.clamp(min=1)
-    return replace(rollouts, advantage_N=mean_N, advantage_NT=advantage_NT)
-
-
-def has_signal(rollouts: Rollouts) -> torch.Tensor:
-    """(N,) bool: rows of which some decision has an advantage."""
-    if rollouts.advantage_NT is not None:
-        return (rollouts.advantage_NT != 0).any(dim=1)
-    assert rollouts.advantage_N is not None
-    return rollouts.advantage_N != 0
-
-
-def _objective(
-    line: Line, groups: Groups, everything: Rollouts, chosen: torch.Tensor
+def _weights(
+    objective: Objective, groups: Groups, everything: Rollouts, chosen: torch.Tensor
 ) -> tuple[torch.Tensor, float, float]:
-    """Weights of the chosen rows, what their weighted sum is divided by, and what that of all rows is.
+    """Weights of the chosen rows, their denominator, and the denominator of all rows.
 
     A prompt's weight is shared by its rows that reach the loss (`weight_rows: trained`), so that a
     prompt of which few rows were kept counts no less, or by all that were drawn (`drawn`).
     """
     if not len(chosen):
         return torch.zeros(0, dtype=torch.float64), 1.0, 1.0  # of empty sums
-    of_all, original = _weights(line, groups, everything)
-    of_chosen, denominator = _weights(line, groups, everything.take(chosen))
-    if line.config.weight_rows == "drawn":
+    of_all, original = objective.row_weights(groups, everything)
+    of_chosen, denominator = objective.row_weights(groups, everything.take(chosen))
+    if objective.config.weight_rows == "drawn":
         return of_all[chosen], original, original
     return of_chosen, denominator, original
 
 
-def _trained_length(line: Line, rollouts: Rollouts) -> torch.Tensor:
-    """(N,) decisions of each row that the loss may see: none of a truncated one that is masked."""
-    if not line.config.mask_truncated_completions:
-        return rollouts.length_N
-    assert isinstance(rollouts, TokenRollouts)
-    return torch.where(rollouts.truncated_N, 0, rollouts.length_N)
-
-
-def _weights(line: Line, groups: Groups, rollouts: Rollouts) -> tuple[torch.Tensor, float]:
-    """The objective's weight of each of these rows, and their denominator.
-
-    A masked row counts where rows or prompts are counted, and has no tokens where those are: TRL's
-    denominators, of its losses `grpo` and `dr_grpo` on one side and `dapo` on the other.
-    """
-    num_prompts = len(groups.prompts)
-    weight_N = step_weights.objective_weight(
-        line.objective,
-        successes(rollouts),
-        rollouts.prompt_N,
-        num_prompts=num_prompts,
-        pass_rate_P=groups.pass_rate_P,
-        floor=line.config.log_floor,
-    )
-    denominator = step_weights.denominator(
-        line.objective,
-        line.length_weight,
-        num_prompts=num_prompts,
-        num_rollouts=len(rollouts),
-        row_weight_N=weight_N,
-        length_N=_trained_length(line, rollouts),
-    )
-    weight_N = weight_N * groups.weight_P[rollouts.prompt_N]
-    return weight_N, denominator * (num_prompts + groups.num_padded) / num_prompts
-
-
 def _account(
-    line: Line, everything: Rollouts, chosen: torch.Tensor, trained_N: torch.Tensor
+    ledger: Ledger,
+    objective: Objective,
+    everything: Rollouts,
+    chosen: torch.Tensor,
+    trained_N: torch.Tensor,
 ) -> None:
-    """Tell the ledger what became of every row that leaves here."""
+    """Enter every row that leaves here in the ledger, with the reason."""
     reward_N, success_N, prompt_N = everything.reward_N, everything.success_N, everything.prompt_N
     assert reward_N is not None and success_N is not None
     truncated_N = None
-    if line.config.mask_truncated_completions:
+    if objective.config.mask_truncated_completions:
         assert isinstance(everything, TokenRollouts)
         truncated_N = everything.truncated_N
     chosen_N = torch.zeros_like(trained_N)
@@ -162,4 +116,4 @@ def _account(
             reason = "no_advantage" if chosen_N[row] else "down_sampled"
         rows_of.setdefault(reason, []).append(row)
     for reason, rows in rows_of.items():
-        line.ledger.account("filtered", *size(everything.take(torch.tensor(rows))), reason=reason)
+        ledger.account("filtered", *everything.take(torch.tensor(rows)).size, reason=reason)

@@ -39,7 +39,7 @@ from rollouts.diffusion.recording_scheduler import (
     require_finite,
     with_shift,
 )
-from rollouts.diffusion.sde import gaussian_step, step_logprob
+from rollouts.diffusion.sde import gaussian_kl, gaussian_step, step_logprob
 from rollouts.diffusion.text_encoder import (
     encode_with_pipeline,
     encodes_negative_apart,
@@ -351,26 +351,46 @@ class DiffusersEngine:
             rollouts: see `replay`.
             reference: with the LoRA adapters off, and without a graph.
         """
+        return self._scored(rollouts, reference=reference, kl=False)[0]
+
+    def logprobs_and_kl(self, rollouts: DenoisingRollouts) -> tuple[Tensor, Tensor]:
+        """`logprobs`, and the exact KL(policy || reference) of the same edges, in nats.
+
+        The reference is the denoiser with its LoRA adapters off. Both are (N, T) float64.
+        """
+        return self._scored(rollouts, reference=False, kl=True)
+
+    def _scored(
+        self, rollouts: DenoisingRollouts, *, reference: bool, kl: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and, with `kl`, KLs to the reference (else 0) of the active edges."""
         active_NT = rollouts.mask_NT
         if rollouts.weight_NT is not None:
             active_NT = active_NT & (rollouts.weight_NT != 0)
         active_NT, node_NS = active_NT.cpu(), rollouts.node_NS.cpu()  # as the tree is
         device = self.pipeline._execution_device
-        logprob_NT = []
+        zero_N = torch.zeros(len(rollouts), dtype=torch.float64, device=device)
+        logprob_NT, kl_NT = [], []
         for step in range(active_NT.shape[1]):
             row_K = active_NT[:, step].nonzero().flatten()
-            column_N = torch.zeros(len(rollouts), dtype=torch.float64, device=device)
+            logprob_N, kl_N = zero_N, zero_N
             if len(row_K):
-                child_U, place_K = node_NS[row_K, step + 1].unique(return_inverse=True)
-                parent_U = rollouts.tree.parent_M[child_U]
-                distinct, which_U = parent_U.unique(return_inverse=True)
+                child_U, place_K = node_NS[row_K, step + 1], torch.arange(len(row_K))
+                if not kl:  # an edge that rows share is scored once
+                    child_U, place_K = child_U.unique(return_inverse=True)
+                distinct, which_U = rollouts.tree.parent_M[child_U].unique(return_inverse=True)
                 mean, std = self._replay(rollouts.tree, distinct, step, reference)
-                which_U = which_U.to(device)
+                place_K, which_U = place_K.to(device), which_U.to(device)
                 x_next = rollouts.tree.latent_M[child_U].to(device)
                 logprob_U = step_logprob(x_next, mean[which_U], std[which_U])
-                column_N = column_N.index_put((row_K.to(device),), logprob_U[place_K.to(device)])
-            logprob_NT.append(column_N)
-        return torch.stack(logprob_NT, dim=1)
+                rows = (row_K.to(device),)
+                logprob_N = zero_N.index_put(rows, logprob_U[place_K])
+                if kl:
+                    mean_ref, _ = self._replay(rollouts.tree, distinct, step, True)
+                    kl_N = zero_N.index_put(rows, gaussian_kl(mean, mean_ref, std)[which_U])
+            logprob_NT.append(logprob_N)
+            kl_NT.append(kl_N)
+        return torch.stack(logprob_NT, dim=1), torch.stack(kl_NT, dim=1)
 
     @torch.no_grad()
     def decode(self, rollouts: DenoisingRollouts) -> np.ndarray:

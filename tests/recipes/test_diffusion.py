@@ -92,7 +92,7 @@ def test_a_pipeline_of_ones_own_is_trained_with_an_adapter_and_saved_whole(
     assert all(row["rows/trained_share"] > 0 for row in steps)
     assert all(row["mismatch"] < 1e-3 for row in steps)
     # (t0 + 1) + k (T - t0 - 1) for each of 4 roots a step.
-    assert trainer.line.memory.evaluations == 2 * 4 * (2 + 2 * 2)
+    assert trainer.evaluations == 2 * 4 * (2 + 2 * 2)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -166,7 +166,7 @@ def test_the_digits_run_ends_with_a_page_of_pictures(digits_run):
     ):
         assert caption in page
     assert (root / "run" / "report-denoising.png").is_file()
-    assert trainer.line.memory.evaluations == 2 * 750  # 30 roots of 5 + 4 * 5 evaluations
+    assert trainer.evaluations == 2 * 750  # 30 roots of 5 + 4 * 5 evaluations
     logged = [row for row in trainer.state.log_history if "denoiser_evaluations" in row]
     assert [row["denoiser_evaluations"] for row in logged] == [750, 1500]
 
@@ -189,7 +189,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_weights(digits_run, tmp_p
     )
     for ours, theirs in zip(again.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert again.line.memory.evaluations == trainer.line.memory.evaluations
+    assert again.evaluations == trainer.evaluations
 
 
 def test_the_probe_prints_how_much_is_still_open_at_each_step(digits_run, capsys):

@@ -68,8 +68,8 @@ def test_a_jsonl_of_word_problems_and_a_model_folder(arguments, tmp_path, capsys
     at = arguments.index("--prompt_column")
     del arguments[at : at + 2]
     trainer = main([*arguments, "--prompt_template", "{question}="])
-    assert len(trainer.line.prompts) == 18 and len(trainer.eval_prompts) == 6
-    assert {p.prompt[-1] for p in trainer.line.prompts} == {"="}
+    assert len(trainer.prompts) == 18 and len(trainer.eval_prompts) == 6
+    assert {p.prompt[-1] for p in trainer.prompts} == {"="}
     assert [sum(step["budgets"]) for step in steps(tmp_path)] == [16, 16]
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
     assert (tmp_path / "run" / "report.html").exists()
@@ -81,7 +81,7 @@ def test_conversational_prompts_go_through_the_chat_template(arguments, tmp_path
     template.write_text(CHAT)
     chat = ["--conversational", "true", "--chat_template", str(template), "--report", "false"]
     trainer = main([*arguments, *chat])
-    prompt = trainer.line.prompts[0]
+    prompt = trainer.prompts[0]
     assert prompt.is_conversational
     assert tiny.tokenizer().decode(prompt.token_ids).replace(" ", "").endswith("=")
 

@@ -176,7 +176,7 @@ def test_a_data_set_of_the_library(tmp_path):
 
 def test_rows_without_any_reward_do_not_train_and_are_told(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("rl.stages.roll_out.logger.warning", said.append)
+    monkeypatch.setattr("rl.stages.draw.logger.warning", said.append)
     assert not trained(tmp_path, all_none).moved
     assert len(said) == 1 and said[0].startswith("All reward functions returned None")
 

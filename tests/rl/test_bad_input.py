@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from dataclasses import replace
 
 import pytest
 import torch
@@ -93,8 +92,8 @@ def test_overlong_prompts(tmp_path):
         )
         report = json.loads((folder / "run.json").read_text())["prompt_report"]
         assert (report["dropped"], report["truncated"]) == (dropped, truncated)
-        assert report["kept"] == len(made.line.prompts) == 25 - dropped
-        assert max(len(prompt.token_ids) for prompt in made.line.prompts) <= 5
+        assert report["kept"] == len(made.prompts) == 25 - dropped
+        assert max(len(prompt.token_ids) for prompt in made.prompts) <= 5
 
 
 def test_a_prompt_that_is_trained_on_and_validated_with(tmp_path):
@@ -159,7 +158,7 @@ def test_a_failing_reward_stops_the_run_and_names_function_and_prompt(tmp_path, 
         made.train()
     assert time.monotonic() - started < 10
     if reward is not short and "type str" not in message:
-        assert any(prompt.key in str(caught.value) for prompt in made.line.prompts)
+        assert any(prompt.key in str(caught.value) for prompt in made.prompts)
     assert made.state.global_step == 0
 
 
@@ -204,12 +203,12 @@ def test_more_failures_than_allowed_stop_the_run(tmp_path):
 
 def test_failures_are_judged_over_all_processes(tmp_path):
     made = tiny.trainer(tmp_path, reward=returns(float("nan")), max_failed_share=0.05)
-    score = made.line.reward
+    score = made.policy.reward
 
     def one_of_many(*rows, max_failed_share):  # a process that by itself sees few enough
         return score(*rows, max_failed_share=1.0)
 
-    made.line = replace(made.line, reward=one_of_many)
+    made.policy.reward = one_of_many
     message = r"\d+ of 36 rollouts could not be scored.*max_failed_share=0.05.*odd: returned nan"
     with pytest.raises(RewardError, match=message):
         made.train()
@@ -252,7 +251,7 @@ def test_weights_that_are_nan_stop_the_run_and_name_a_prompt(tmp_path):
         made.model.model.norm.weight[0] = float("nan")
     with pytest.raises(FloatingPointError, match="not finite") as caught:
         made.train()
-    assert any(prompt.key in str(caught.value) for prompt in made.line.prompts)
+    assert any(prompt.key in str(caught.value) for prompt in made.prompts)
 
 
 def test_a_log_probability_that_turns_nan_in_training_stops_the_run_and_names_the_prompt(tmp_path):
@@ -269,7 +268,7 @@ def test_a_log_probability_that_turns_nan_in_training_stops_the_run_and_names_th
         FloatingPointError, match=r"NaN or infinite, in rollouts of prompt"
     ) as caught:
         made.train()
-    assert any(prompt.key in str(caught.value) for prompt in made.line.prompts)
+    assert any(prompt.key in str(caught.value) for prompt in made.prompts)
     assert all(torch.equal(before[name], value) for name, value in tiny.parameters(made).items())
 
 

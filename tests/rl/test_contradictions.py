@@ -1,5 +1,7 @@
 """Settings that contradict each other are refused before anything is generated, and only these."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -87,8 +89,9 @@ def test_raft_pp_takes_the_advantages_that_are_never_negative(tmp_path, advantag
     settings = {"trainer": "raft", "objective": "mean", "advantage": advantage, "max_steps": 1}
     made = tiny.trainer(tmp_path, reward=tiny.small_digit, **settings)
     least = []
-    inner = made.line.advantage
-    object.__setattr__(made.line, "advantage", lambda *a: least.append(inner(*a)) or least[-1])
+    inner = made.objective.advantage
+    watched = lambda *a: least.append(inner(*a)) or least[-1]  # noqa: E731
+    made.objective = replace(made.objective, advantage=watched)
     made.train()
     assert bool((least[0] < 0).any()) == (not ADVANTAGES[advantage].never_negative)
     assert (least[0].ndim == 2) == ADVANTAGES[advantage].per_token

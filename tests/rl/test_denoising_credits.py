@@ -9,15 +9,9 @@ import torch
 from rl.objective import advantages
 from rl.objective import tree_advantages as branch_advantages
 from rl.objective.prompt_history import PromptHistory
-from rl.policies.diffusion import (
-    DenoisingScorer,
-    advantage_of,
-    decisions_of,
-    down_sample_of,
-    loss_of,
-    validations_of,
-)
-from rl.stages.weigh import has_signal, with_credit
+from rl.policies.diffusion import decision_weights, validations_of
+from rl.stages.denoising_objective import credit_of, denoising_loss, keep_of
+from rl.stages.objective import has_signal, with_credit
 from tests import tiny_denoising as tiny
 from tests.tiny_denoising import drawn
 from tests.tiny_pipelines import image_prompts
@@ -41,7 +35,7 @@ def scored(reward_N=REWARDS):
 def credit(rollouts, *, history=None, rows=None, prompts=None, **settings):
     settings = {"credit_scale": "none", "advantage_clip": None} | settings
     rows = rows or {f"prompt-{i}": i for i in range(2)}
-    return advantage_of(config(**settings), rows, history)(rollouts, prompts or image_prompts(2))
+    return credit_of(config(**settings), rows, history)(rollouts, prompts or image_prompts(2))
 
 
 def test_credit_is_compared_with_the_prompt_or_with_siblings():
@@ -110,13 +104,13 @@ def test_equal_rewards_earn_exactly_nothing(baseline, scale):
 def test_credit_is_cut_off_at_both_ends_in_the_loss_and_not_before():
     found = credit(scored(), baseline="siblings", advantage_clip=0.5)
     assert found.tolist() == pytest.approx([0.75, -0.75, 0, 0, 0, 0, -0.45, 0, 0.45], abs=1e-12)
-    made, scorer = config(advantage_clip=0.5), DenoisingScorer(drawn()[0])
+    made = config(advantage_clip=0.5)
     for advantage in (found, found[:, None].repeat(1, 4)):
         logprob_NT = torch.zeros(9, 4, dtype=torch.float64, requires_grad=True)
         one_NT = torch.ones(9, 4, dtype=torch.float64)
-        loss, _ = loss_of(made, scorer)(
-            logprob_NT, torch.zeros_like(logprob_NT), advantage, one_NT, denominator=1.0
-        )
+        old_NT = torch.zeros_like(logprob_NT)
+        sizes = {"denominator": 1.0, "elements": 64}
+        loss, _ = denoising_loss(made)(logprob_NT, old_NT, advantage, one_NT, **sizes)
         # At ratio 1 the gradient is minus the advantage.
         (gradient_NT,) = torch.autograd.grad(loss, logprob_NT)
         for edge in range(4):
@@ -132,7 +126,7 @@ def test_rows_are_chosen_by_advantages_that_are_not_cut_off():
     rollouts = scored([0.9, 0.85, 0.8, 0.1, 0.05, 0.15, 0.3, 0.3, 0.3])
     z_N = credit(rollouts, **settings)
     assert z_N[:3].min() > 5 and z_N[3:6].max() < -5
-    keep = down_sample_of(config(branch_threshold=0.5, advantage_clip=5.0))
+    keep = keep_of(config(branch_threshold=0.5, advantage_clip=5.0))
     assert keep(with_credit(rollouts, z_N), 0.0).tolist() == [0, 4]
 
 
@@ -200,16 +194,16 @@ def test_a_credit_of_steps_leaves_their_mean_as_the_rows():
 
 def test_the_best_and_the_worst_of_each_branch_train():
     rollouts = with_credit(scored(), torch.tensor([0.9, -0.9, 0.1, 0, 0, 0, -0.4, 0.2, 0.4]))
-    assert down_sample_of(config())(rollouts, 0.0).tolist() == list(range(9))
-    assert down_sample_of(config(branch_threshold=0.0))(rollouts, 0.0).tolist() == [0, 1, 6, 8]
-    assert down_sample_of(config(branch_threshold=0.5))(rollouts, 0.0).tolist() == [0, 1]
-    assert down_sample_of(config(branch_threshold=0.3))(rollouts, 0.0).tolist() == [0, 1, 6, 8]
+    assert keep_of(config())(rollouts, 0.0).tolist() == list(range(9))
+    assert keep_of(config(branch_threshold=0.0))(rollouts, 0.0).tolist() == [0, 1, 6, 8]
+    assert keep_of(config(branch_threshold=0.5))(rollouts, 0.0).tolist() == [0, 1]
+    assert keep_of(config(branch_threshold=0.3))(rollouts, 0.0).tolist() == [0, 1, 6, 8]
 
 
 def test_trained_steps_weigh_alike_or_by_their_noise():
     engine, rollouts = drawn()  # edges 0 .. 2 are trained, 3 draws noise as well
-    assert decisions_of(config())(rollouts).tolist() == [[1, 1, 1, 0]] * 9
-    found = decisions_of(config(noise_weight="std"))(rollouts)
+    assert decision_weights(config(), rollouts).tolist() == [[1, 1, 1, 0]] * 9
+    found = decision_weights(config(noise_weight="std"), rollouts)
     std = [engine.replay(rollouts, step=step)[1][0].item() for step in range(4)]
     expected = [s / np.mean(std[:3]) for s in std[:3]] + [0.0]  # of all edges but the last
     assert found.tolist() == [pytest.approx(expected, rel=1e-6)] * 9

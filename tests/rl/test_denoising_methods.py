@@ -46,7 +46,7 @@ def test_a_run_accounts_for_every_sample_and_learns(tmp_path, name):
     assert len(logs) == 3 and all(row["mismatch"] < 1e-4 for row in logs if "mismatch" in row)
     assert not tiny.equal(tiny.start(), made.pipeline.unet.state_dict())
     drawn = totals["rollouts_drawn"] // 3
-    assert made.line.memory.evaluations == drawn * (2 + 3 * 2)  # (t0 + 1) + k (T - t0 - 1)
+    assert made.evaluations == drawn * (2 + 3 * 2)  # (t0 + 1) + k (T - t0 - 1)
     if METHODS[name].get("down_sampling"):
         assert totals["rollouts_trained"] < totals["rollouts_drawn"]
 

@@ -161,10 +161,10 @@ def test_resuming_gives_the_run_that_was_never_stopped(tmp_path, settings):
     assert equal(parameters(resumed), parameters(whole))
     assert not equal(parameters(resumed), start())
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
-    state, expected = resumed.line.state_dict(), whole.line.state_dict()
-    assert state["evaluations"] == expected["evaluations"] == 5 * 32
-    assert state["history"] == expected["history"]
-    assert (state["history"] is None) == adapter
+    assert resumed.evaluations == whole.evaluations == 5 * 32
+    history = resumed.objective.state_dict()["history"]
+    assert history == whole.objective.state_dict()["history"]
+    assert (history is None) == adapter
     if not adapter:
         one, other = resumed._average, whole._average
         assert one.optimization_step == other.optimization_step == 5

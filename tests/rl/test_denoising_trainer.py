@@ -10,7 +10,6 @@ from PIL import Image
 
 from rl.denoising_trainer import DenoisingTrainer
 from rl.run.pictures import diversity
-from rl.stages.draw import roll_out_wave
 from rl.trainer import NoSignalError
 from rollouts.diffusion.engine import DiffusersEngine
 from rollouts.rewards.image import brightness
@@ -68,7 +67,7 @@ def test_a_step_in_which_no_branch_is_selected_is_skipped_and_logged(tmp_path):
     with pytest.raises(NoSignalError, match="no rollout carried a gradient in the last 3 steps"):
         made.train()
     assert equal(parameters(made), before)
-    assert made.line.engine.replay_evaluations == 0
+    assert made.policy.engine.replay_evaluations == 0
     logs = step_logs(tmp_path)
     assert len(lines(tmp_path)) == 3
     for row in logs:
@@ -103,12 +102,12 @@ def test_a_prompts_samples_share_their_start_in_every_round_and_not_with_another
         reward=never,
     )
     starts = []
-    made.line.ledger.begin(0)
+    made.ledger.begin(0)
     for version in range(2):
-        wave = roll_out_wave(made.line, version=version)
-        assert len(wave.rounds) == 3  # of two samples each, as none was positive
-        key_P = [prompt.key for prompt in wave.prompts]
-        for scored in wave.rounds:
+        visit = made.sampling.visit(made.policy, version=version)
+        assert len(visit.rounds) == 3  # of two samples each, as none was positive
+        key_P = [prompt.key for prompt in visit.prompts]
+        for scored in visit.rounds:
             r = scored.rollouts
             x_N = r.tree.latent_M[r.node_NS[:, 0]]
             starts += [
@@ -132,7 +131,7 @@ def test_waves_of_a_stopping_rule_are_whole_branches(tmp_path):
     assert set(budgets) <= {3, 6} and len(set(budgets)) == 2
     assert max(row["rounds"] for row in step_logs(tmp_path)) == 2
     branches = sum(budgets) // 3
-    assert made.line.memory.evaluations == made.line.engine.evaluations == branches * 8
+    assert made.evaluations == made.policy.engine.evaluations == branches * 8
     total = step_logs(tmp_path)[-1]["ledger_total/rollouts_drawn"]
     assert total == sum(budgets)
 
@@ -141,9 +140,9 @@ def test_evaluations_of_the_denoiser_are_counted_and_can_end_a_run(tmp_path):
     """A root costs 1 + 1 + 3 + 3 evaluations, and a step has four roots."""
     made = tiny.run(tmp_path, max_steps=9, max_evaluations=65)
     assert [row["denoiser_evaluations"] for row in step_logs(tmp_path)] == [32, 64, 96]
-    assert made.line.engine.evaluations == 96 and made.state.global_step == 3
+    assert made.policy.engine.evaluations == 96 and made.state.global_step == 3
     # Each trained state once: 4 roots at edges 0 and 1, and 12 states at edge 2.
-    assert made.line.engine.replay_evaluations == 3 * (4 + 4 + 12)
+    assert made.policy.engine.replay_evaluations == 3 * (4 + 4 + 12)
 
 
 def test_steps_without_noise_are_generated_and_not_trained(tmp_path):
@@ -200,7 +199,7 @@ def test_the_pipelines_own_text_encoder_and_guidance_serve(tmp_path):
     frozen = {n: w.clone() for n, w in around.text_encoder.state_dict().items()}
     made.train()
     assert equal(frozen, dict(around.text_encoder.state_dict()))
-    assert made.line.engine.batch_size == 16
+    assert made.policy.engine.batch_size == 16
     assert not equal(parameters(made), start())
     assert step_logs(tmp_path)[0]["mismatch"] < 1e-3
 
@@ -217,7 +216,7 @@ def test_settings_reach_the_pipelines_call_and_a_plan_it_cannot_make_is_refused_
         config = tiny.config(tmp_path, guidance_scale=3.0, **settings)
         return DenoisingTrainer(with_text_encoder(), "brightness", config, tiny.rows())
 
-    ours = made(negative_prompt="dark", pipeline_kwargs={"guidance_rescale": 0.5}).line.engine
+    ours = made(negative_prompt="dark", pipeline_kwargs={"guidance_rescale": 0.5}).policy.engine
     assert ours.negative_prompt == "dark"
     assert ours._arguments["guidance_rescale"] == 0.5
     with pytest.raises(ValueError, match="StableDiffusionPipeline takes no true_cfg_scale"):
@@ -261,7 +260,7 @@ def test_validation_repeats_itself_and_leaves_training_alone(tmp_path):
     other = tiny.run(tmp_path / "other")
     assert equal(parameters(one), parameters(other))
     assert lines(tmp_path / "one") == lines(tmp_path / "other")
-    assert one.line.memory.evaluations == other.line.memory.evaluations == 64
+    assert one.evaluations == other.evaluations == 64
     logged = [r for r in lines(tmp_path / "one", "metrics.jsonl") if "eval_reward" in r]
     again = one.evaluate()
     for name in ("eval_reward", "eval_deterministic_reward", "eval_sampled_diversity"):
@@ -275,7 +274,7 @@ def test_validation_by_hand(tmp_path):
     """The deterministic samples are those of the unmodified pipeline."""
     made = tiny.trainer(tmp_path, reward=tiny.bright, eval_dataset=tiny.rows(2))
     found = made.evaluate()
-    line, prompts = made.line, made.eval_prompts
+    policy, prompts = made.policy, made.eval_prompts
     from samplers.keys import rollout_seeds
 
     seeds = np.concatenate(
@@ -285,9 +284,9 @@ def test_validation_by_hand(tmp_path):
         ("deterministic", "eval_deterministic_reward"),
         ("sampled", "eval_reward"),
     ):
-        plan = line.validations[name][1]
-        rollouts = line.engine.generate(prompts, [2, 2], seeds_N=seeds, params=plan)
-        reward_N = tiny.bright(line.engine.decode(rollouts), None, None)
+        plan = policy.validations[name][1]
+        rollouts = policy.engine.generate(prompts, [2, 2], seeds_N=seeds, params=plan)
+        reward_N = tiny.bright(policy.engine.decode(rollouts), None, None)
         assert found[prefix] == pytest.approx(reward_N.mean())
     assert found["eval_pass_rate"] == found["eval_reward"]  # 0 or 1, and equally many of both
     assert found["eval_deterministic_accuracy"] == found["eval_deterministic_reward"]
@@ -326,7 +325,7 @@ def test_pictures_show_branches_and_validation(tmp_path):
         assert picture.size == (6 * 34, 2 * 38)
     texts = (tmp_path / "images" / "train-000002.txt").read_text().splitlines()
     keys = lines(tmp_path)[1]["prompts"]
-    by_key = {p.key: p.prompt for p in tiny.trainer(tmp_path / "other").line.prompts}
+    by_key = {p.key: p.prompt for p in tiny.trainer(tmp_path / "other").prompts}
     assert texts == [by_key[key] for key in keys]
     tiny.run(tmp_path / "off", max_steps=1)
     assert not (tmp_path / "off" / "images").exists()
@@ -334,7 +333,7 @@ def test_pictures_show_branches_and_validation(tmp_path):
 
 def test_a_run_says_how_its_chains_were_made(tmp_path):
     made = tiny.run(tmp_path, baseline="buffer", history_steps=20, max_steps=1)
-    assert made.line.history.rewards == 20
+    assert made.objective.history.rewards == 20
     settings = json.loads((tmp_path / "run.json").read_text())["settings"]
     assert settings["plan"] == tiny.BRANCHED and settings["baseline"] == "buffer"
 
@@ -347,7 +346,7 @@ def test_a_run_says_what_its_engine_was_run_with(tmp_path):
         made = DenoisingTrainer(
             around, "brightness", settings, tiny.rows(), engine=tiny.engine(around)
         )
-    assert tiny.ENGINE.items() <= made.line.engine.used.items()
+    assert tiny.ENGINE.items() <= made.policy.engine.used.items()
     made.train()
     recorded = json.loads((tmp_path / "run.json").read_text())["settings"]
     assert {name: recorded[name] for name in tiny.ENGINE} == tiny.ENGINE
@@ -385,6 +384,6 @@ def test_rewards_by_name_are_loaded_where_the_run_is_or_is_told(tmp_path, monkey
 
 def test_the_model_is_the_pipelines_own(tmp_path):
     made = tiny.trainer(tmp_path)
-    assert made.line.engine.pipeline is made.pipeline and made.model is made.pipeline.unet
+    assert made.policy.engine.pipeline is made.pipeline and made.model is made.pipeline.unet
     other = tiny.trainer(tmp_path / "other", height=None, width=None)
-    assert other.line.sampling(1) == other.args.step_plan(1)
+    assert other.policy.params(1) == other.args.step_plan(1)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from rl.stages.prepare import prepare
-from rl.step import collect, mini_batches
+from rl.step import mini_batches
 from tests import tiny_denoising as tiny
 from tests.tiny import lines, parameters, step_logs
 from tests.tiny_denoising import difference, start
@@ -31,13 +30,13 @@ def test_the_first_update_is_the_policy_gradient_by_hand(tmp_path, noise_weight)
         )
         for name in ("made", "twin")
     )
-    rollouts = collect(twin.line, version=0).rollouts
+    rollouts = tiny.collect(twin, version=0).rollouts
     reward = rollouts.reward_N.view(2, 6)
     std = reward.std(correction=0) + 1e-8
     advantage_N = ((reward - reward.mean(1, keepdim=True)) / std).flatten()
-    noise_T = torch.stack([twin.line.engine.replay(rollouts, step=t)[1][0] for t in range(3)])
+    noise_T = torch.stack([twin.policy.engine.replay(rollouts, step=t)[1][0] for t in range(3)])
     weight_T = noise_T / noise_T.mean() if noise_weight == "std" else torch.ones(3)
-    logprob_NT = twin.line.engine.logprobs(rollouts)[:, :3]
+    logprob_NT = twin.policy.engine.logprobs(rollouts)[:, :3]
     loss = -(advantage_N[:, None] * weight_T.detach() * logprob_NT).sum() / (2 * 6 * 3)
     loss.backward()
     before = parameters(made)
@@ -107,8 +106,8 @@ def test_the_mismatch_is_measured_before_the_first_of_several_updates(tmp_path):
 def test_siblings_train_in_one_update_and_no_update_is_empty(tmp_path):
     for updates, found in ((1, 1), (3, 3), (9, 4)):  # of four branches
         made = tiny.trainer(tmp_path / str(updates), updates_per_step=updates, num_iterations=2)
-        batch = prepare(made.line, made.model, collect(made.line, version=0))
-        parts = mini_batches(made.line, batch)
+        batch = tiny.prepare(made, tiny.collect(made, version=0))
+        parts = mini_batches(batch, made.objective)
         assert len(parts) == 2 * found and all(len(part) for part in parts)
         assert torch.equal(parts[0], parts[found])
         rows = torch.cat(parts[:found])

@@ -229,14 +229,14 @@ def test_an_interrupt_in_a_step_keeps_the_steps_before_it(tmp_path, monkeypatch,
     settings = SETTINGS | {"save_steps": 100, "logging_steps": 100, "max_steps": 4}
     whole = tiny.run(tmp_path / "whole", **settings)
     made = tiny.trainer(tmp_path / "run", **settings)
-    generate = made.line.engine.generate
+    generate = made.policy.engine.generate
 
     def interrupted(*args, **kwargs):
         if made.state.global_step == 2:
             raise error(1)
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(made.line.engine, "generate", interrupted)
+    monkeypatch.setattr(made.policy.engine, "generate", interrupted)
     with pytest.raises(error):
         made.train()
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
@@ -284,8 +284,8 @@ def test_sigterm_in_the_last_step_ends_a_run_as_any_other(tmp_path):
     assert tiny.run(tmp_path, **settings).state.global_step == 1
 
 
-def test_state_of_a_line_is_a_copy(tmp_path):
-    """`failing.kept` relies on it: what a step does to the line must not reach the state before it."""
+def test_the_state_of_the_stages_is_a_copy(tmp_path):
+    """`failing.kept` relies on it: what a step does must not reach the state before it."""
     made = tiny.trainer(
         tmp_path,
         selector="vade",
@@ -295,8 +295,8 @@ def test_state_of_a_line_is_a_copy(tmp_path):
         **{name: value for name, value in SETTINGS.items() if name != "save_steps"}
         | {"save_strategy": "no"},
     )
-    before = made.line.state_dict()
+    before = made.stages_state()
     as_text = repr(before)
     made.train()
     assert repr(before) == as_text
-    assert repr(made.line.state_dict()) != as_text
+    assert repr(made.stages_state()) != as_text

@@ -88,7 +88,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
         ours, theirs = (torch.load(run / last / name) for run in (folder, expected))
         assert_equal(ours, theirs)
     ours, theirs = (checkpoint.load_state(run / last) for run in (folder, expected))
-    assert_equal(ours["line"]["planner"], theirs["line"]["planner"])
+    assert_equal(ours["stages"]["sampling"]["planner"], theirs["stages"]["sampling"]["planner"])
     assert ours["empty_steps"] == theirs["empty_steps"]
 
     ours, theirs = (

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from rl.stages import metrics
-from rl.stages.draw import roll_out_wave
 from rl.stages.validate import evaluate
 from tests import tiny
 
@@ -32,24 +31,27 @@ def partly(completions, **_):
 
 def test_a_reward_below_the_line_is_no_success(tmp_path):
     made, prompts = validated(tmp_path, success_above=3.0)
-    found = evaluate(made.line, prompts, version=0)
+    found = evaluate(made.sampling, made.policy, prompts, version=0)
     # Rewards are 1 and 5, so their mean is 1 + 4 times the share of successes.
     assert found["pass_rate"] == pytest.approx((found["reward"] - 1) / 4)
     assert 0 < found["pass_rate"] < 1
-    assert evaluate(made.line, prompts, version=0, success_above=6.0)["pass_rate"] == 0
+    assert (
+        evaluate(made.sampling, made.policy, prompts, version=0, success_above=6.0)["pass_rate"]
+        == 0
+    )
 
 
 @pytest.mark.filterwarnings("ignore:a reward of")
 def test_before_training_rewards_of_another_range_are_compared_with_each_other(tmp_path):
     made, prompts = validated(tmp_path)
-    found = evaluate(made.line, prompts, version=0)
+    found = evaluate(made.sampling, made.policy, prompts, version=0)
     assert found["pass_rate"] == pytest.approx((found["reward"] - 1) / 4)
     assert made.planner.state_dict()["success"]["is_relative"] is False
 
 
 def test_partial_credit_counts_in_the_pass_rate_and_passes_nothing(tmp_path):
     made, prompts = validated(tmp_path, reward=partly)
-    found = evaluate(made.line, prompts, version=0)
+    found = evaluate(made.sampling, made.policy, prompts, version=0)
     assert (found["pass_rate"], found["greedy_accuracy"]) == (0.25, 0)
 
 
@@ -57,7 +59,7 @@ def test_one_of_two_rewards_is_half_of_full_marks(tmp_path):
     made, prompts = validated(
         tmp_path, reward=[always(0.0), partly, always_one], reward_weights=[0.5, 0.4, 0.6]
     )
-    found = evaluate(made.line, prompts, version=0)
+    found = evaluate(made.sampling, made.policy, prompts, version=0)
     assert found["pass_rate"] == pytest.approx((0.25 * 0.4 + 0.6) / 1.5)
     assert found["greedy_accuracy"] == 0
 
@@ -74,7 +76,7 @@ def test_a_row_has_the_full_marks_of_the_rewards_that_apply_to_it(tmp_path):
         return [None if digit == "5" else 1.0 for digit in answer]
 
     made, prompts = validated(tmp_path, reward=[only_fives, others])
-    found = evaluate(made.line, prompts, version=0)
+    found = evaluate(made.sampling, made.policy, prompts, version=0)
     assert (found["pass_rate"], found["greedy_accuracy"]) == (1, 1)
 
 
@@ -98,7 +100,7 @@ def test_groups_pass_where_the_ledger_says_they_do(tmp_path, value, settings, al
 def test_every_round_carries_the_successes_the_planner_was_taught(tmp_path):
     made = tiny.trainer(tmp_path, reward=one_to_five, success_above=3.0)
     made.ledger.begin(0)
-    wave = roll_out_wave(made.line, version=0)
+    wave = made.sampling.visit(made.policy, version=0)
     rollouts = wave.rounds[0].rollouts
     assert torch.equal(rollouts.success_N, (rollouts.reward_N > 3).double())
     assert made.planner.posterior.alpha_D.sum() == rollouts.success_N.sum()

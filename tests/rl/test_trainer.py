@@ -2,7 +2,6 @@
 
 import inspect
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +13,8 @@ from trl.models.utils import unwrap_model_for_generation
 
 from rl.logprobs.from_logits import completion_logprobs
 from rl.run import checkpoint
-from rl.stages.draw import roll_out_wave
-from rl.stages.gradient_norms import gradient_norms
-from rl.step import collect
+from rl.stages.gradient_norms import norms_of
+from rl.stages.metrics import drawn
 from rl.trainer import NoSignalError, RolloutTrainer
 from rollouts.batch import TokenRollouts
 from tests import tiny
@@ -366,9 +364,10 @@ def test_gradient_norms_reach_the_planner_and_are_those_of_autograd(tmp_path):
     made = tiny.trainer(
         tmp_path, model=model, reward=tiny.small_digit, gvm_gradient_norm="mean", temperature=0.7
     )
-    batch = collect(made.line, version=0)
-    index_K, norm_K = gradient_norms(made.line, batch)
-    rollouts = batch.waves[0].rounds[0].rollouts
+    batch = tiny.collect(made, version=0)
+    index_P = batch.visits[0].index_P
+    index_K, norm_K = norms_of(made.policy, made.ranks, drawn(batch.visits), index_P, kind="mean")
+    rollouts = batch.visits[0].rounds[0].rollouts
     expected = {}
     for row in (rollouts.reward_N > 0).nonzero().flatten().tolist():
         one = rollouts.take(torch.tensor([row]))
@@ -376,7 +375,7 @@ def test_gradient_norms_reach_the_planner_and_are_those_of_autograd(tmp_path):
         completion_logprobs(model, one, temperature=0.7, pad_id=0).sum().backward()
         place = int(rollouts.prompt_N[row])
         expected.setdefault(place, []).append(float(model.lm_head.weight.grad.norm()))
-    expected = {int(batch.waves[0].index_P[p]): np.mean(norms) for p, norms in expected.items()}
+    expected = {int(batch.visits[0].index_P[p]): np.mean(norms) for p, norms in expected.items()}
     assert dict(zip(index_K.tolist(), norm_K.tolist(), strict=True)) == pytest.approx(
         expected, rel=1e-4
     )
@@ -563,8 +562,8 @@ def test_greedy_is_greedy_and_samples_are_not(tmp_path):
             seen.append(params.temperature)
             return made_engine.generate(*args, params=params, **kwargs)
 
-    made_engine = made.line.engine
-    made.line = replace(made.line, engine=Look())
+    made_engine = made.policy.engine
+    made.policy.engine = Look()
     made.evaluate()
     assert seen == [0.0, 1.0]
 
@@ -749,7 +748,7 @@ def test_norms_of_discarded_pilots_act_in_their_step_and_pooled_ones_later(tmp_p
             folder, reward=tiny.small_digit, gvm_gradient_norm="mean", budget_min=0, **pilots
         )
         made.ledger.begin(0)
-        roll_out_wave(made.line, version=0)
+        made.sampling.visit(made.policy, version=0)
         return made.planner.state_dict()["norm_D"]
 
     discarded = wave(tmp_path / "1", "discard")

@@ -1,6 +1,7 @@
 """The losses and advantages equal TRL's own code on one batch."""
 
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -372,8 +373,8 @@ def test_correction_factors_multiply_the_weights_as_in_trl(level, mode):
 def weighed(settings, reward_N, prompt_N, mask_NT, truncated_N):
     """What the trainer makes of these rows: their advantages, weights and denominator."""
     from rl.config.language import RolloutConfig
-    from rl.config.methods import advantage_of, down_sampler_of
-    from rl.stages.draw import Groups
+    from rl.stages.objective import objective_of
+    from rl.stages.records import Groups
     from rl.stages.weigh import weigh
     from rollouts.batch import TokenRollouts
 
@@ -381,15 +382,8 @@ def weighed(settings, reward_N, prompt_N, mask_NT, truncated_N):
     config = RolloutConfig(
         output_dir="unused", report_to="none", use_cpu=True, trainer="grpo", **settings
     )
-    line = types.SimpleNamespace(
-        config=config,
-        advantage=advantage_of(config),
-        down_sample=down_sampler_of(config),
-        advantage_after=None,
-        objective=config.objective,
-        length_weight=config.length_weight,
-        ledger=types.SimpleNamespace(account=lambda *_, **__: None),
-    )
+    ledger: Any = types.SimpleNamespace(account=lambda *_, **__: None)
+    unused: Any = None  # no log-probability is missing, and no reward pays for a KL
     rollouts = TokenRollouts(
         prompt_N=prompt_N,
         mask_NT=mask_NT,
@@ -408,7 +402,8 @@ def weighed(settings, reward_N, prompt_N, mask_NT, truncated_N):
         pass_rate_P=torch.full((num_prompts,), 0.5).double(),
         weight_P=torch.ones(num_prompts).double(),
     )
-    found = weigh(line, groups, [], progress=0.0)
+    objective = objective_of(config)
+    found = weigh(groups, [], objective, unused, unused, progress=0.0, ledger=ledger)
     kept = found.rollouts
     weight_NT = torch.zeros(mask_NT.shape, dtype=torch.float64)
     weight_NT[kept.seed_N] = token_weight(

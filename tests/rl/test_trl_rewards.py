@@ -98,7 +98,7 @@ def test_rows_to_which_nothing_applies_stand_apart_and_stop_nothing(tmp_path, ca
         assert step["failures"] == []
         assert log["ledger/rollouts_filtered_unrewarded"] == step["unrewarded"]
         assert log["ledger/rollouts_drawn"] == 36
-    without = [i for i, prompt in enumerate(made.line.prompts) if prompt.columns["answer"] in "01"]
+    without = [i for i, prompt in enumerate(made.prompts) if prompt.columns["answer"] in "01"]
     posterior = made.planner.posterior
     observed_D = posterior.alpha_D + posterior.beta_D
     assert (observed_D[without] == 0).all()

@@ -218,5 +218,5 @@ def test_two_of_three_seeds_learn_to_reach_the_target(pretrained_weights, tmp_pa
         trainer = learn(tmp_path / str(seed), pretrained_weights, seed)
         assert trainer.state.global_step <= 80
         # Of 1000 samples, standard error .011.
-        found.append(reward_of(trainer.line.engine, 1000))
+        found.append(reward_of(trainer.policy.engine, 1000))
     assert sum(reward >= 0.8 for reward in found) >= 2, found

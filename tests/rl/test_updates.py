@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 from rl.config.methods import LOSSES
 from rl.objective import hapo
 from rl.objective.token_selection import top_tokens
-from rl.stages.prepare import prepare
-from rl.step import collect, loss_of, mini_batches
+from rl.policies.contract import ScoredDecisions
+from rl.step import mini_batches
 from tests import tiny
 
 
@@ -62,9 +62,9 @@ def test_micro_batches_by_rows_or_tokens_and_fused_heads_give_one_update(tmp_pat
 
 def scored(made):
     """One collected and prepared step of a trainer, and its log-probabilities before the update."""
-    batch = prepare(made.line, made.model, collect(made.line, version=0))
+    batch = tiny.prepare(made, tiny.collect(made, version=0))
     rows = batch.rollouts
-    return batch, made.line.score.logprobs(made.model, rows) if len(rows) else None
+    return batch, made.policy.scorer.logprobs(made.model, rows) if len(rows) else None
 
 
 @pytest.mark.parametrize("kl", ["k2", "k3", "k3_weighted"])
@@ -91,9 +91,10 @@ def test_the_kl_is_to_the_policy_before_training_and_a_mean_over_what_trains(tmp
         "k3": (-d_NT).exp() - 1 + d_NT,
         "k3_weighted": ratio_NT * ((-d_NT).exp() - 1 + d_NT),
     }[kl]
-    plain = replace(made.line, kl=None)
-    with_kl, statistics = loss_of(made.line, batch, rows, logprob_NT, share=1)
-    without, _ = loss_of(plain, batch, rows, logprob_NT, share=1)
+    plain = replace(made.objective, kl_function=None)
+    score = ScoredDecisions(logprob_NT=logprob_NT)
+    with_kl, statistics = made.objective.loss(batch, rows, score, share=1)
+    without, _ = plain.loss(batch, rows, score, share=1)
     # Its own denominator: rows without a signal count in the loss's, and not here.
     assert float(rows.weight_NT.sum()) < 0.9 * batch.denominator
     expected = 0.3 * (rows.weight_NT * k_NT).sum() / rows.weight_NT.sum()
@@ -109,9 +110,9 @@ def test_the_kl_lowers_rewards_and_not_what_the_planner_learns(tmp_path):
         for weight, other in zip(made.model.parameters(), plain.model.parameters(), strict=True):
             weight.add_(0.05 * torch.randn(weight.shape, generator=noise))
             other.copy_(weight)
-    lowered, batch = (collect(t.line, version=0) for t in (made, plain))
-    drawn = batch.waves[0].rounds[0].rollouts
-    reference_NT = made.line.score.logprobs(tiny.model(), drawn).detach()
+    lowered, batch = (tiny.collect(t, version=0) for t in (made, plain))
+    drawn = batch.visits[0].rounds[0].rollouts
+    reference_NT = made.policy.scorer.logprobs(tiny.model(), drawn).detach()
     cost_N = (drawn.logprob_NT - reference_NT).sum(1)
     expected = drawn.reward_N - 0.5 * cost_N
     by_seed = dict(zip(drawn.seed_N.tolist(), expected.tolist(), strict=True))
@@ -137,7 +138,7 @@ def test_an_adapter_switched_off_is_the_reference(tmp_path):
     batch, _ = scored(made)
     rows = batch.rollouts
     assert (rows.reference_logprob_NT - rows.logprob_NT).abs().max() > 1e-3
-    plain = made.line.score.logprobs(tiny.model(), rows)
+    plain = made.policy.scorer.logprobs(tiny.model(), rows)
     assert torch.allclose(rows.reference_logprob_NT, plain, atol=1e-5)
 
 
@@ -198,7 +199,7 @@ def test_the_engines_mismatch_is_weighed_in(tmp_path, correction, cap, floor, fa
     }
     made = tiny.trainer(tmp_path, **settings(**changes))
     plain = tiny.trainer(tmp_path, **settings())
-    made.line = replace(made.line, engine=Mismatched(made.line.engine, offset))
+    made.policy.engine = Mismatched(made.policy.engine, offset)
     (batch, logprob_NT), (expected, _) = scored(made), scored(plain)
     if factor == 0:
         assert not len(batch.rollouts)
@@ -218,15 +219,16 @@ def test_the_kl_covers_the_rows_that_it_is_told_to(tmp_path, rows):
     with torch.no_grad():  # away from the reference
         for weight in made.model.parameters():
             weight.add_(0.05 * torch.randn(weight.shape, generator=noise, dtype=weight.dtype))
-    collected = collect(made.line, version=0)
-    batch = prepare(made.line, made.model, collected)
-    drawn = collected.waves[0].rounds[0].rollouts
-    silent = len(drawn) - int((made.line.advantage(drawn, []) != 0).sum())
+    collected = tiny.collect(made, version=0)
+    batch = tiny.prepare(made, collected)
+    drawn = collected.visits[0].rounds[0].rollouts
+    silent = len(drawn) - int((made.objective.advantage(drawn, []) != 0).sum())
     assert silent > 0 and len(batch.rollouts) == len(drawn) - silent * (rows == "trained")
-    logprob_NT = made.line.score.logprobs(made.model, batch.rollouts)
+    logprob_NT = made.policy.scorer.logprobs(made.model, batch.rollouts)
     plain = replace(batch.rollouts, reference_logprob_NT=logprob_NT.detach())
-    kl = loss_of(made.line, batch, batch.rollouts, logprob_NT, share=1)[0]
-    kl = kl - loss_of(made.line, batch, plain, logprob_NT, share=1)[0]
+    score = ScoredDecisions(logprob_NT=logprob_NT)
+    kl = made.objective.loss(batch, batch.rollouts, score, share=1)[0]
+    kl = kl - made.objective.loss(batch, plain, score, share=1)[0]
     # TRL's mean over rows of the mean over their tokens.
     d_NT = logprob_NT - batch.rollouts.reference_logprob_NT
     k3_NT = ((-d_NT).exp() - 1 + d_NT) * batch.rollouts.mask_NT
@@ -240,9 +242,7 @@ def test_the_kl_does_not_go_by_the_engines_mismatch(tmp_path, correction):
     changes = {"beta": 0.3, "importance_cap": 1.2}
     made = tiny.trainer(tmp_path, **settings(importance_correction=correction, **changes))
     plain = tiny.trainer(tmp_path, **settings(beta=0.3))
-    made.line = replace(
-        made.line, engine=Mismatched(made.line.engine, float(torch.tensor(1.5).log()))
-    )
+    made.policy.engine = Mismatched(made.policy.engine, float(torch.tensor(1.5).log()))
     (batch, _), (expected, _) = scored(made), scored(plain)
     assert torch.equal(batch.rollouts.kl_weight_NT, expected.rollouts.weight_NT)
     assert batch.kl_denominator == expected.kl_denominator
@@ -255,10 +255,10 @@ def test_the_kl_does_not_go_by_the_engines_mismatch(tmp_path, correction):
 def test_only_the_chosen_tokens_train_and_are_counted_as_trained(tmp_path, selection, scope):
     common = {"token_selection": selection, "token_scope": scope, "length_weight": "token_mean"}
     made = tiny.trainer(tmp_path, **settings(token_fraction_initial=0.3, **common))
-    collected = collect(made.line, version=0)
-    batch = prepare(made.line, made.model, collected)
+    collected = tiny.collect(made, version=0)
+    batch = tiny.prepare(made, collected)
     rows = batch.rollouts
-    statistics = made.line.score.statistics(made.model, collected.rollouts)
+    statistics = made.policy.scorer.statistics(made.model, collected.rollouts)
     score_NT = statistics.entropy_NT * collected.rollouts.mask_NT
     if selection == "d3s":
         score_NT = score_NT * collected.rollouts.advantage_N.abs()[:, None]
@@ -295,9 +295,9 @@ def test_tokens_go_by_their_own_advantages_where_they_have_them(tmp_path):
     with torch.no_grad():  # away from the reference, so that credit differs along a row
         for weight in made.model.parameters():
             weight.add_(0.1 * torch.randn(weight.shape, generator=noise))
-    collected = collect(made.line, version=0)
-    rows = prepare(made.line, made.model, collected).rollouts
-    entropy_NT = made.line.score.statistics(made.model, collected.rollouts).entropy_NT
+    collected = tiny.collect(made, version=0)
+    rows = tiny.prepare(made, collected).rollouts
+    entropy_NT = made.policy.scorer.statistics(made.model, collected.rollouts).entropy_NT
     mask_NT, advantage_NT = collected.rollouts.mask_NT, collected.rollouts.advantage_NT
     expected_NT = top_tokens(advantage_NT, entropy_NT, mask_NT, fraction=0.3)
     by_row_NT = top_tokens(collected.rollouts.advantage_N, entropy_NT, mask_NT, fraction=0.3)
@@ -332,7 +332,7 @@ def test_one_stratum_is_grpo_and_more_are_not(tmp_path):
     for name, label in labels.items():
         made = tiny.trainer(tmp_path / name, **settings(advantage="stratified", max_steps=1))
         if label is not None:
-            made.line = replace(made.line, engine=Labelled(made.line.engine, label))
+            made.policy.engine = Labelled(made.policy.engine, label)
         made.train()
         weights[name] = tiny.parameters(made)
     grpo = tiny.parameters(tiny.run(tmp_path / "grpo", **settings(advantage="grpo", max_steps=1)))
@@ -361,13 +361,13 @@ def test_tokens_are_drawn_around_the_pivot_of_the_step_before(tmp_path):
             seen.append(params.adaptive_temperature)
             return self.engine.generate(*args, params=params, **kwargs)
 
-    made.line = replace(made.line, engine=Look(made.line.engine, 0.0))
+    made.policy.engine = Look(made.policy.engine, 0.0)
     pivots = []
     for step in range(3):
-        batch = prepare(made.line, made.model, collect(made.line, version=step))
+        batch = tiny.prepare(made, tiny.collect(made, version=step))
         made.ledger.end()
         rows = batch.rollouts
-        pivots.append(made.line.memory.pivot)
+        pivots.append(made.policy.pivot)
         assert pivots[-1] == hapo.pivot(rows.entropy_NT, rows.mask_NT)
         expected = hapo.heterogeneity(rows.entropy_NT, rows.mask_NT, pivots[-1])
         assert torch.equal(rows.heterogeneity_NT, expected)
@@ -377,17 +377,18 @@ def test_tokens_are_drawn_around_the_pivot_of_the_step_before(tmp_path):
 
 def test_what_ratios_compare_with_may_be_recomputed(tmp_path):
     made = tiny.trainer(tmp_path, **settings(old_logprobs="trainer"))
-    made.line = replace(made.line, engine=Mismatched(made.line.engine, 0.5))
+    made.policy.engine = Mismatched(made.policy.engine, 0.5)
     batch, logprob_NT = scored(made)
-    _, statistics = loss_of(made.line, batch, batch.rollouts, logprob_NT, share=1)
+    score = ScoredDecisions(logprob_NT=logprob_NT)
+    _, statistics = made.objective.loss(batch, batch.rollouts, score, share=1)
     assert float(statistics["ratio"] / statistics["tokens"]) == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize(("updates", "iterations"), [(1, 1), (3, 1), (2, 3)])
 def test_every_row_is_trained_on_once_an_iteration(tmp_path, updates, iterations):
     made = tiny.trainer(tmp_path, **settings(updates_per_step=updates, num_iterations=iterations))
-    batch = collect(made.line, version=0)
-    parts = mini_batches(made.line, batch)
+    batch = tiny.collect(made, version=0)
+    parts = mini_batches(batch, made.objective)
     assert len(parts) == updates * iterations
     rows = torch.cat(parts).bincount(minlength=len(batch.rollouts))
     assert (rows == iterations).all()
@@ -420,21 +421,17 @@ ENTROPY = {"entropy_coef": 0.3, "top_entropy_quantile": 0.4, "beta": 0.1}
 )
 def test_the_loss_with_entropies_is_that_of_autograd_over_every_row_of_the_step(tmp_path, changes):
     made = tiny.trainer(tmp_path, model=tiny.model(dtype=torch.float64), **settings(**changes))
-    line = made.line
-    collected = collect(line, version=0)
+    collected = tiny.collect(made, version=0)
     everything = collected.rollouts
     # Groups without signal stay where entropies count.
     assert len(everything) == 36 and (everything.advantage_N == 0).any()
-    batch = prepare(line, made.model, collected)
-    found = line.score.statistics(made.model, batch.rollouts, differentiable=True)
-    of_step = (
-        {"share": 1, "entropy_NT": found.entropy_NT} if "entropy_coef" in changes else {"share": 1}
-    )
-    loss, _ = loss_of(line, batch, batch.rollouts, found.logprob_NT, **of_step)
+    batch = tiny.prepare(made, collected)
+    found = made.policy.score(made.model, batch.rollouts, entropy="entropy_coef" in changes)
+    loss, _ = made.objective.loss(batch, batch.rollouts, found, share=1)
     parameters = list(made.model.parameters())
     ours = torch.autograd.grad(loss, parameters, allow_unused=True)
 
-    both = line.score.statistics(made.model, everything, differentiable=True)
+    both = made.policy.scorer.statistics(made.model, everything, differentiable=True)
     mask_NT = everything.mask_NT
     share = changes.get("top_entropy_quantile", 1.0)
     threshold = torch.quantile(both.entropy_NT[mask_NT].detach(), 1 - share)
@@ -492,7 +489,7 @@ def test_a_reference_that_follows_is_trls_mixture_and_survives_a_resume(tmp_path
             seen[state.global_step] = {n: w.detach().clone() for n, w in model.named_parameters()}
 
     made = tiny.run(tmp_path / "whole", callbacks=[Watch()], **common)
-    reference = dict(made.line.reference._whole().named_parameters())
+    reference = dict(made.policy.reference._whole().named_parameters())
     for name, value in reference.items():
         once = 0.6 * seen[2][name] + 0.4 * start[name]
         torch.testing.assert_close(value, 0.6 * seen[4][name] + 0.4 * once, atol=1e-6, rtol=0)
@@ -501,7 +498,7 @@ def test_a_reference_that_follows_is_trls_mixture_and_survives_a_resume(tmp_path
     folder = tmp_path / "whole" / "checkpoint-3"
     assert (folder / "reference.safetensors").is_file()
     again = tiny.run(tmp_path / "whole", resume=str(folder), **common)
-    for name, value in again.line.reference._whole().named_parameters():
+    for name, value in again.policy.reference._whole().named_parameters():
         assert torch.equal(value, reference[name]), name
     for name, value in tiny.parameters(again).items():
         assert torch.equal(value, tiny.parameters(made)[name]), name

@@ -125,25 +125,22 @@ def test_tokens_without_a_log_probability_train_at_ratio_1_and_are_counted(serve
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_a_process_without_rows_generates_with_those_that_share_its_vllm(together):
-    from contextlib import nullcontext
-    from types import SimpleNamespace
-
+def test_a_process_without_rows_generates_with_those_that_share_its_vllm(tmp_path, together):
     import numpy as np
-
-    from rl.stages.roll_out import Request, _generate_and_score
 
     asked = []
 
-    def generate(prompts, budget_P, *, seeds_N, params, version):
-        asked.append((list(prompts), budget_P.tolist(), len(seeds_N), params, version))
+    class Engine:
+        generates_together = together
 
-    line = SimpleNamespace(
-        generating=nullcontext,
-        load_weights=lambda policy, version: asked.append("weights"),
-        engine=SimpleNamespace(generates_together=together, generate=generate),
-    )
-    request = Request(prompts=["a", "b"], budget_P=np.array([2, 1]), seed_N=np.arange(3))
+        def load_weights(self, model):
+            asked.append("weights")
+
+        def generate(self, prompts, budget_P, *, seeds_N, params, version):
+            asked.append((list(prompts), budget_P.tolist(), len(seeds_N), params, version))
+
+    policy = tiny.trainer(tmp_path, engine=Engine()).policy
     no_row = np.zeros(0, dtype=np.int64)
-    assert _generate_and_score(line, request, no_row, "params", 7) is None
+    settings = {"seeds_N": no_row, "params": "params", "version": 7}
+    assert policy.generate(["a", "b"], np.array([0, 0]), **settings) is None
     assert asked == ["weights"] + [(["a", "b"], [0, 0], 0, "params", 7)] * together

@@ -1,5 +1,7 @@
 """Token advantages of REINFORCE++: by hand, by a slow loop, at its edges, and in a run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -105,20 +107,20 @@ def test_without_a_kl_long_rows_count_by_their_tokens_in_mean_and_std():
 def test_a_run_needs_no_reference_without_a_kl(tmp_path):
     settings = {"trainer": "grpo", "advantage": "batch_whitened_tokens", "loss": "gspo"}
     made = tiny.run(tmp_path, reward=tiny.small_digit, max_steps=1, **settings)
-    assert made.line.reference is None and tiny.step_logs(tmp_path)[0]["advantage_abs_mean"] > 0
+    assert made.policy.reference is None and tiny.step_logs(tmp_path)[0]["advantage_abs_mean"] > 0
 
 
 def test_a_run_credits_tokens_apart(tmp_path):
     settings = {"trainer": "grpo", "advantage": "batch_whitened_tokens", "reward_kl": 0.5}
     made = tiny.trainer(tmp_path, reward=tiny.small_digit, **settings)
     seen = []
-    loss = made.line.loss
+    loss = made.objective.loss_function
 
     def watched(logprob_NT, old_NT, advantage, weight_NT, **rest):
         seen.append(advantage)
         return loss(logprob_NT, old_NT, advantage, weight_NT, **rest)
 
-    object.__setattr__(made.line, "loss", watched)
+    made.objective = replace(made.objective, loss_function=watched)
     made.train()
     assert seen and all(advantage.ndim == 2 for advantage in seen)
     # From the second step on the policy has left the reference, and tokens of a row differ.

@@ -12,7 +12,7 @@ from rl.config.denoising_plans import plan_at
 from rl.config.diffusion import CREDITS, DenoisingConfig
 from rl.config.language import RolloutConfig
 from rl.config.methods import BASELINES
-from rl.policies.diffusion import decisions_of, validations_of
+from rl.policies.diffusion import decision_weights, validations_of
 from tests import tiny_denoising as tiny
 
 WITHIN_BRANCH = [name for name, method in BASELINES.items() if method.within == "branch"]
@@ -457,7 +457,7 @@ def test_arguments_of_the_pipeline_are_a_mapping_or_json_and_go_to_the_engine():
 
 def test_an_edge_counts_once_where_trees_branch():
     made = config(edge_weight="once")
-    decisions = decisions_of(made)(tiny.drawn(plan=made.step_plan(0))[1])
+    decisions = decision_weights(made, tiny.drawn(plan=made.step_plan(0))[1])
     # BRANCHED trains edges 0 to 2 and splits in three at edge 1: 1, 3 and 3 distinct edges.
     expected = torch.tensor([3 / 7, 9 / 7, 9 / 7, 0], dtype=torch.float64)
     torch.testing.assert_close(decisions, expected.expand(9, 4))

@@ -71,7 +71,7 @@ def test_chat_template_kwargs_and_the_penalty_reach_the_run(tmp_path):
         return [float(text[0]["content"][:1] in "0123") for text in completions]
 
     made = RolloutTrainer(tiny.model(), first, settings, rows, processing_class=tokenizer)
-    assert tokenizer.decode(made.line.prompts[0].token_ids).replace(" ", "") == "a0b"
-    assert made.line.sampling.repetition_penalty == 1.5
+    assert tokenizer.decode(made.prompts[0].token_ids).replace(" ", "") == "a0b"
+    assert made.policy.sampling.repetition_penalty == 1.5
     made.train()
     assert settings.decisive_settings()["chat_template_kwargs"] == {"think": True}

@@ -1,5 +1,7 @@
 """Every method that YAML can name, in the trainer: what trains, what is accounted for, resume."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -124,31 +126,30 @@ def test_a_run_accounts_for_everything_and_resumes_exactly(tmp_path, name):
         assert counts["taken"] == held
         held = counts["buffered"]
         assert counts["drawn"] + counts["taken"] == sum(counts[fate] for fate in FATES)
-        assert len(set(step["prompts"])) == len(step["prompts"])  # nor twice in several waves
+        assert len(set(step["prompts"])) == len(step["prompts"])  # nor twice in several visits
 
 
 def test_a_stopping_rule_saves_rollouts_and_its_weights_reach_the_rows(tmp_path):
     settings = settings_of("stop early_unbiased") | {"trainer": "grpo", "max_steps": 1}
     made = tiny.trainer(tmp_path, **(settings | {"advantage": "leave_one_out"}))
-    seen = {}
-
-    def spy(line, groups, waves, *, progress):
-        batch = weigh(line, groups, waves, progress=progress)
-        seen["groups"], seen["batch"], seen["waves"] = groups, batch, waves
-        return batch
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rl.step.weigh", spy)
-        made.train()
-    (wave,) = seen["waves"]
-    assert len(wave.proposals) > 1
-    assert sum(p.budget_P.sum() for p in wave.proposals) < 4 * 6
-    groups, batch = seen["groups"], seen["batch"]
+    made.ledger.begin(0)
+    groups, (visit,) = made.sampling.draw(made.policy, version=0)
+    assert len(visit.proposals) > 1
+    assert sum(p.budget_P.sum() for p in visit.proposals) < 4 * 6
+    batch = weigh(
+        groups,
+        [visit],
+        made.objective,
+        made.policy,
+        made.ranks,
+        progress=0.0,
+        ledger=made.ledger,
+    )
     # Rows of all rounds stand by prompt, then slot: ties between rows are broken by their order.
     prompt_N, seed_N = groups.rollouts.prompt_N, groups.rollouts.seed_N.tolist()
     assert prompt_N.tolist() == sorted(prompt_N.tolist())
-    place = {seed: i for p in wave.proposals for i, seed in enumerate(p.seed_N.tolist())}
-    in_round = {seed: p.round for p in wave.proposals for seed in p.seed_N.tolist()}
+    place = {seed: i for p in visit.proposals for i, seed in enumerate(p.seed_N.tolist())}
+    in_round = {seed: p.round for p in visit.proposals for seed in p.seed_N.tolist()}
     for p in range(4):
         order = [(in_round[s], place[s]) for s, q in zip(seed_N, prompt_N, strict=True) if q == p]
         assert order == sorted(order)
@@ -198,7 +199,7 @@ def test_what_waits_in_the_buffer_trains_first_and_too_old_it_is_dropped(tmp_pat
     # With five drawn and three wanted the surplus grows until it is enough: then nothing is drawn.
     idle = [log for log in logs if not log["ledger/rollouts_drawn"]]
     assert idle and all(log["ledger/rollouts_trained"] for log in idle)
-    totals = made.line.buffer.refill.metrics()
+    totals = made.sampling.buffer.refill.metrics()
     assert totals["refill_total/groups_accepted"] == 3 * 8
 
 
@@ -206,31 +207,31 @@ def test_groups_keep_their_prompt_pass_rate_and_weight_through_the_buffer(tmp_pa
     settings = settings_of("refill with a buffer") | {"trainer": "grpo"}
     stop = {"stopping": "early_unbiased", "stopping_wave": 2, "stopping_threshold": 1.0}
     made = tiny.trainer(tmp_path, **(settings | stop | {"refill_max_age": 9}))
-    line, known, seen = made.line, {}, []
+    known, seen = {}, []
     for step in range(6):
-        line.ledger.begin(step)
-        groups, waves = line.buffer.collect(line, version=step)
-        for wave in waves:
-            columns = (wave.index_P, wave.proposals[0].pass_rate_P, wave.group_weight_P)
+        made.ledger.begin(step)
+        groups, visits = made.sampling.draw(made.policy, version=step)
+        for visit in visits:
+            columns = (visit.index_P, visit.proposals[0].pass_rate_P, visit.group_weight_P)
             for place, (row, pass_rate, weight) in enumerate(zip(*columns, strict=True)):
                 seeds = [
                     s
-                    for r in wave.rounds
+                    for r in visit.rounds
                     for s in r.rollouts.seed_N[r.rollouts.prompt_N == place].tolist()
                 ]
-                known[frozenset(seeds)] = (line.prompts[row].key, pass_rate, weight)
+                known[frozenset(seeds)] = (made.prompts[row].key, pass_rate, weight)
         for p, prompt in enumerate(groups.prompts):
             seeds = frozenset(groups.rollouts.seed_N[groups.rollouts.prompt_N == p].tolist())
             expected = known.pop(seeds)  # whole, and once only
             assert (prompt.key, groups.pass_rate_P[p], groups.weight_P[p]) == expected
             assert groups.rollouts.prompt_ids[p] == prompt.token_ids
             seen.append(expected)
-        counts, of_refill = line.ledger.metrics(), line.buffer.refill.metrics()
+        counts, of_refill = made.ledger.metrics(), made.sampling.buffer.refill.metrics()
         for fate in ("filtered", "buffered"):
             assert counts[f"ledger/rollouts_{fate}"] == of_refill[f"refill/rollouts_{fate}"]
         size = len(groups.rollouts)
-        line.ledger.account("trained", size, int(groups.rollouts.length_N.sum()))
-        line.ledger.end()
+        made.ledger.account("trained", size, int(groups.rollouts.length_N.sum()))
+        made.ledger.end()
     assert {weight for *_, weight in seen} > {1.0}  # some went on by lot
     assert len({pass_rate for _, pass_rate, _ in seen}) > 3
 
@@ -250,19 +251,15 @@ def test_the_three_things_that_can_happen_at_the_cap(tmp_path, at_cap):
         with pytest.raises(RefillError, match="of 3 groups carry gradient after 6 were drawn"):
             made.train()
         return
-    from rl.step import collect
-
-    batch = collect(made.line, version=0)
+    batch = tiny.collect(made, version=0)
     assert len(batch.prompts) <= 1
     if len(batch.rollouts):
         assert batch.denominator == pytest.approx(1.0 if at_cap == "partial" else 3.0)
 
 
 def test_pods_compares_the_rows_it_keeps(tmp_path):
-    from rl.step import collect
-
     made = tiny.trainer(tmp_path, **settings_of("rows pods"))
-    batch = collect(made.line, version=0)
+    batch = tiny.collect(made, version=0)
     rollouts = batch.rollouts
     for p in rollouts.prompt_N.unique():
         of_prompt = rollouts.prompt_N == p
@@ -276,33 +273,27 @@ def test_pods_compares_the_rows_it_keeps(tmp_path):
 def test_a_prompts_weight_is_shared_by_the_rows_that_train_or_by_those_drawn(
     tmp_path, weight_rows, share
 ):
-    from rl.step import collect
-
     settings = settings_of("rows balanced") | {"weight_rows": weight_rows}
-    batch = collect(tiny.trainer(tmp_path, **settings).line, version=0)
+    batch = tiny.collect(tiny.trainer(tmp_path, **settings))
     assert torch.allclose(batch.weight_K, torch.full_like(batch.weight_K, share))
 
 
 def test_d3s_keeps_its_share_by_schedule_and_leaves_advantages_alone(tmp_path):
-    from rl.step import collect
-
     for progress, keep in [(0, 6), (2, 15), (4, 24)]:
         made = tiny.trainer(tmp_path / str(progress), **settings_of("rows d3s"))
-        made.line.planner._step = 0
-        batch = collect(made.line, version=progress)
+        made.planner._step = 0
+        batch = tiny.collect(made, version=progress)
         assert batch.metrics["select/rows_kept"] == keep
-        full = made.line.advantage(batch.waves[0].rounds[0].rollouts)
+        full = made.objective.advantage(batch.visits[0].rounds[0].rollouts)
         assert set(batch.rollouts.advantage_N.tolist()) <= set(full.tolist())
 
 
 def test_truncated_completions_leave_and_are_counted(tmp_path):
-    from rl.step import collect
-
     settings = settings_of("advantage leave_one_out") | {"max_completion_length": 2}
-    plain = collect(tiny.trainer(tmp_path / "a", **settings).line, version=0)
+    plain = tiny.collect(tiny.trainer(tmp_path / "a", **settings))
     settings["mask_truncated_completions"] = True
     made = tiny.trainer(tmp_path / "b", **settings)
-    masked = collect(made.line, version=0)
+    masked = tiny.collect(made, version=0)
     assert plain.rollouts.truncated_N.any()
     assert not masked.rollouts.truncated_N.any()
     whole = ~plain.rollouts.truncated_N
@@ -369,7 +360,7 @@ def test_lengths_reach_the_planner_where_budgets_go_by_them(tmp_path, allocator)
         assert np.isnan(length_D).all()
         return
     keys = [made.planner.keys[i] for i in np.flatnonzero(seen_D)]
-    assert length_D[seen_D].tolist() == made.line.ranks.lengths.of(keys).tolist()
+    assert length_D[seen_D].tolist() == made.sampling.lengths.of(keys).tolist()
     assert np.isnan(length_D[~seen_D]).all() and len(set(length_D[seen_D].tolist())) > 1
 
 
@@ -415,13 +406,14 @@ def test_several_rewards_can_be_compared_by_themselves_and_wait_with_their_group
     settings |= {"prompts_per_step": 3, "allocator": "uniform", "reward_weights": [1.0, 0.5]}
     settings |= {"multi_objective_aggregation": "normalize_then_sum", "success_above": 10.0}
     made = tiny.trainer(tmp_path, reward=[tiny.small_digit, large], **settings)
-    seen, inner = [], made.line.advantage
-    object.__setattr__(made.line, "advantage", lambda *a: seen.append(a[0]) or inner(*a))
+    seen, inner = [], made.objective.advantage
+    watched = lambda *a: seen.append(a[0]) or inner(*a)  # noqa: E731
+    made.objective = replace(made.objective, advantage=watched)
     made.train()
     weight_F = torch.tensor([1.0, 0.5], dtype=torch.float64)
     for rollouts in seen:
         assert torch.equal(rollouts.reward_NF @ weight_F, rollouts.reward_N)
         expected_N = normalised_sum(rollouts.reward_NF, rollouts.prompt_N, weight_F=weight_F)
         assert torch.equal(inner(rollouts), expected_N) and expected_N.any()
-    held = made.line.buffer.state_dict()["held"]
+    held = made.sampling.buffer.state_dict()["held"]
     assert held and all("reward_NF" in group["columns"] for group in held.values())

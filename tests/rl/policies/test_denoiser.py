@@ -5,8 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from rl.policies.denoiser import DENOISERS, denoiser_of, save_lora
-from rl.policies.diffusion import load_denoiser
+from rl.policies.denoiser import DENOISERS, denoiser_of, load_denoiser, save_lora
 from tests import tiny_denoising as tiny
 from tests.tiny import parameters
 from tests.tiny_pipelines import PIPELINES, add_tiny_text_encoder, tiny_pipeline
@@ -126,7 +125,7 @@ def test_a_new_adapter_stands_beside_the_loaded_one_which_still_acts(tmp_path):
     assert {"lora_A" in name or "lora_B" in name for name in training(denoiser)} == {True}
     # And it is the reference, which a loaded adapter of its own is not.
     made = tiny.trainer(tmp_path, pipeline=tiny.pipeline(), peft_config=lora(), beta=0.1)
-    with made.line.engine._adapters_off():
+    with made.policy.engine._adapters_off():
         torch.testing.assert_close(output(made.model), output(tiny.pipeline().unet))
 
 

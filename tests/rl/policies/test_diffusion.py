@@ -1,6 +1,7 @@
-"""Stages of the line that only diffusion models have: scores, micro-batches, rewards, budgets."""
+"""What only diffusion models have: scores, micro-batches, rewards, loading, budgets."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -9,19 +10,18 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
-from rl.policies.diffusion import (
-    DENOISING,
-    DenoisingScorer,
-    cut,
-    image_prompt_maker,
-    kl_of,
+from rl.policies.contract import ScoredDecisions
+from rl.policies.denoiser import (
+    image_prompts as prompts_of,
+)
+from rl.policies.denoiser import (
     load_denoiser,
     load_image_rewards,
-    loss_of,
-    make_denoising_planner,
     require_adapter,
-    reward_of,
 )
+from rl.policies.diffusion import DiffusionPolicy, cut
+from rl.stages.denoising_objective import denoising_kl, denoising_loss, denoising_objective_of
+from rl.stages.planning import make_denoising_planner
 from rollouts.rewards.contract import RewardError
 from rollouts.rewards.image import brightness, contrast
 from tests import tiny_denoising as tiny
@@ -46,17 +46,34 @@ def weighed(rollouts, *, seed=0):
     return replace(rollouts, weight_NT=weight_NT)
 
 
+def policy_of(engine, rewards=(), **settings):
+    """A policy around an engine; with `beta` its adapter must not have moved yet."""
+    return DiffusionPolicy(
+        config(**settings),
+        denoiser=engine.denoiser,
+        pipeline=engine.pipeline,
+        rewards=list(rewards),
+        engine=engine,
+        whole=nullcontext,
+        prompts=image_prompts(1),
+    )
+
+
 def adapted(*, moved=0.0, dtype=torch.float64):
     """A pipeline whose denoiser has an adapter, at 0 as peft makes it or `moved` from there."""
     around = tiny.pipeline(dtype=dtype)
     torch.manual_seed(1)
     model, _ = load_denoiser(around, None, LoraConfig(**LORA))
     model.to(dtype)
+    move(model, moved)
+    return around, model
+
+
+def move(model, by=0.5):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
-                weight.add_(moved * torch.randn_like(weight))
-    return around, model
+                weight.add_(by * torch.randn_like(weight))
 
 
 # Scores
@@ -67,7 +84,7 @@ def test_before_any_update_scores_are_those_recorded(beta):
     around, model = adapted(dtype=torch.float32)
     engine, rollouts = drawn(around)
     rollouts = replace(rollouts, weight_NT=rollouts.mask_NT.double())
-    logprob_NT = DenoisingScorer(engine, beta=beta).logprobs(model, rollouts)
+    logprob_NT = policy_of(engine, beta=beta).score(model, rollouts).logprob_NT
     assert logprob_NT.dtype == torch.float64 and logprob_NT.requires_grad
     assert torch.equal(logprob_NT.detach(), rollouts.logprob_NT)  # all rows, so in the same batches
 
@@ -76,15 +93,14 @@ def test_a_fresh_adapter_has_no_kl_and_a_moved_one_that_of_its_gaussians():
     around, model = adapted()
     engine, rollouts = drawn(around)
     rollouts = weighed(rollouts)
-    scorer = DenoisingScorer(engine, beta=0.1)
-    scorer.logprobs(model, rollouts)
-    assert (scorer.kl_NT == 0).all()
+    policy = policy_of(engine, beta=0.1)
+    assert (policy.score(model, rollouts).kl_NT == 0).all()
 
-    around, model = adapted(moved=0.5)
-    engine, rollouts = drawn(around)
+    move(model)
+    _, rollouts = drawn(around)
     rollouts = weighed(rollouts)
-    scorer = DenoisingScorer(engine, beta=0.1)
-    logprob_NT = scorer.logprobs(model, rollouts)
+    scored = policy.score(model, rollouts)
+    logprob_NT, kl_NT = scored.logprob_NT, scored.kl_NT.detach()
     expected_NT = torch.zeros_like(logprob_NT)
     for n, t in (rollouts.weight_NT != 0).nonzero().tolist():
         row = rollouts.take(torch.tensor([n]))
@@ -92,26 +108,27 @@ def test_a_fresh_adapter_has_no_kl_and_a_moved_one_that_of_its_gaussians():
         reference, _ = engine.replay(row, step=t, reference=True)
         # sum |mean - mean_ref|^2 / (2 std^2)
         expected_NT[n, t] = (mean - reference).detach().square().sum() / (2 * std.item() ** 2)
-    torch.testing.assert_close(scorer.kl_NT.detach(), expected_NT, rtol=1e-9, atol=0)
-    assert scorer.kl_NT.max() > 1e-3
+    torch.testing.assert_close(kl_NT, expected_NT, rtol=1e-9, atol=0)
+    assert kl_NT.max() > 1e-3
     # Of the scores of either way, no digit but the last differs.
-    plain_NT = DenoisingScorer(engine).logprobs(model, rollouts)
+    plain_NT = policy_of(engine).score(model, rollouts).logprob_NT
     torch.testing.assert_close(logprob_NT, plain_NT, rtol=1e-12, atol=1e-12)
 
 
 def test_the_gradient_of_the_kl_reaches_the_adapter_and_nothing_else():
-    around, model = adapted(moved=0.5)
-    engine, rollouts = drawn(around)
+    around, model = adapted()
+    policy = policy_of(tiny.engine(around), beta=0.1)
+    move(model)
+    _, rollouts = drawn(around)
     rollouts = weighed(rollouts)
-    scorer = DenoisingScorer(engine, beta=0.1)
-    kl = kl_of(config(beta=0.1), scorer)
-    value, sums = kl(scorer.logprobs(model, rollouts), rollouts, denominator=7.0)
-    weight_NT, kl_NT = rollouts.weight_NT, scorer.kl_NT.detach()
+    scored = policy.score(model, rollouts)
+    value, sums = denoising_kl(config(beta=0.1))(scored, rollouts, denominator=7.0)
+    weight_NT, kl_NT = rollouts.weight_NT, scored.kl_NT.detach()
     expected = float((weight_NT * kl_NT).sum()) / 7
     assert value.item() == pytest.approx(expected, rel=1e-12) and expected > 1e-3
     # Log-probabilities that are means have a KL that is one too, over 64 elements of a latent.
-    of_means = kl_of(config(beta=0.1, logprob_reduction="mean"), scorer)
-    mean, _ = of_means(rollouts.logprob_NT, rollouts, denominator=7.0)
+    of_means = denoising_kl(config(beta=0.1, logprob_reduction="mean"))
+    mean, _ = of_means(scored, rollouts, denominator=7.0)
     assert mean.item() == pytest.approx(expected / 64, rel=1e-12)
     # Statistics are neither weighted nor divided.
     assert float(sums["kl_k3"]) == pytest.approx(float(kl_NT[weight_NT != 0].sum()))
@@ -120,7 +137,7 @@ def test_the_gradient_of_the_kl_reaches_the_adapter_and_nothing_else():
     for name, weight in model.named_parameters():
         assert (weight.grad is not None) == ("lora" in name), name
     assert any(float(w.grad.abs().max()) > 1e-6 for w in model.parameters() if w.grad is not None)
-    assert kl_of(config(beta=0.0), scorer) is None
+    assert denoising_objective_of(config(beta=0.0), []).kl_function is None
 
 
 def test_edges_without_weight_cost_nothing_and_score_0():
@@ -132,36 +149,35 @@ def test_edges_without_weight_cost_nothing_and_score_0():
     rollouts = replace(rollouts, weight_NT=weight_NT)
     for beta, times in ((0.0, 1), (0.1, 2)):
         before = engine.replay_evaluations
-        scorer = DenoisingScorer(engine, beta=beta)
-        logprob_NT = scorer.logprobs(model, rollouts)
+        scored = policy_of(engine, beta=beta).score(model, rollouts)
+        logprob_NT = scored.logprob_NT
         assert engine.replay_evaluations - before == 3 * times
         assert ((logprob_NT != 0) == (weight_NT != 0)).all()
-        assert scorer.elements == 64
+        assert rollouts.elements == 64
 
 
 def test_entropies_are_not_recomputed():
     engine, rollouts = drawn()
     with pytest.raises(TypeError, match="no entropy"):
-        DenoisingScorer(engine).statistics(engine.denoiser, rollouts)
+        policy_of(engine).score(engine.denoiser, rollouts, entropy=True)
 
 
 def test_ratios_of_sums_and_of_means_differ_by_the_elements_of_a_latent():
     """By hand: one decision of 64 elements, 3.2 nats likelier, so its mean 0.05 nats."""
-    engine, _ = drawn()
-    scorer = DenoisingScorer(engine)
-    scorer.elements = 64
     old_NT, one_NT = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     new_NT = old_NT + 3.2
     found = {}
     for reduction in ("sum", "mean"):
-        loss = loss_of(config(logprob_reduction=reduction, epsilon=0.1, epsilon_high=0.2), scorer)
-        found[reduction], _ = loss(new_NT, old_NT, one_NT[0], one_NT, denominator=2.0)
+        made = config(logprob_reduction=reduction, epsilon=0.1, epsilon_high=0.2)
+        sizes = {"denominator": 2.0, "elements": 64}
+        found[reduction], _ = denoising_loss(made)(new_NT, old_NT, one_NT[0], one_NT, **sizes)
     assert float(found["sum"]) == pytest.approx(-1.2 / 2)  # cut off at 1 + epsilon_high
     assert float(found["mean"]) == pytest.approx(-math.exp(3.2 / 64) / 2)
     # The lower clip, and the dual clip above it.
-    loss = loss_of(config(epsilon=0.1, epsilon_high=0.2, delta=3.0), scorer)
-    assert float(loss(-new_NT, old_NT, -one_NT[0], one_NT, denominator=1.0)[0]) == 0.9
-    assert float(loss(new_NT, old_NT, -one_NT[0], one_NT, denominator=1.0)[0]) == 3.0
+    loss = denoising_loss(config(epsilon=0.1, epsilon_high=0.2, delta=3.0))
+    sizes = {"denominator": 1.0, "elements": 64}
+    assert float(loss(-new_NT, old_NT, -one_NT[0], one_NT, **sizes)[0]) == 0.9
+    assert float(loss(new_NT, old_NT, -one_NT[0], one_NT, **sizes)[0]) == 3.0
 
 
 # Micro-batches
@@ -204,18 +220,18 @@ def test_gradients_of_a_cut_add_up_to_that_of_the_whole(beta):
         for weight in (w for name, w in model.named_parameters() if "lora_B" in name):
             weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
     settings = config(beta=beta, epsilon=0.05, epsilon_high=0.05)
-    scorer = DenoisingScorer(engine, beta=beta)
-    loss, kl = loss_of(settings, scorer), kl_of(settings, scorer)
+    loss, kl = denoising_loss(settings), denoising_kl(settings)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
 
     def of(parts):
         total, clipped = 0.0, 0.0
         for rows in parts:
-            logprob_NT = scorer.logprobs(model, rows)
             columns = (rows.logprob_NT, rows.advantage_NT, rows.weight_NT)
-            value, sums = loss(logprob_NT, *columns, denominator=5.0)
-            if kl is not None:
-                value = value + beta * kl(logprob_NT, rows, denominator=5.0)[0]
+            logprob_NT, kl_NT = engine.logprobs_and_kl(rows)
+            value, sums = loss(logprob_NT, *columns, denominator=5.0, elements=rows.elements)
+            if beta:
+                scored = ScoredDecisions(logprob_NT=logprob_NT, kl_NT=kl_NT)
+                value = value + beta * kl(scored, rows, denominator=5.0)[0]
             value.backward()
             total += float(value.detach())
             clipped += float(sums["clipped_low"] + sums["clipped_high"])
@@ -245,9 +261,8 @@ def test_rewards_are_of_decoded_images_in_row_order():
         seen.extend(zip(texts, [row["colour"] for row in metadata], strict=True))
         return np.zeros(len(texts)), {"detail": np.ones(len(texts))}
 
-    reward = reward_of(
-        config(reward_weights=[2.0, -1.0, 0.0]), [brightness, contrast, told], engine
-    )
+    rewards = [brightness, contrast, told]
+    reward = policy_of(engine, rewards, reward_weights=[2.0, -1.0, 0.0]).reward
     images, result = reward(prompts, rollouts, max_failed_share=0.0)
     image_NHWC = engine.decode(rollouts)
     assert len(images) == 9 and np.array_equal(np.stack(images), image_NHWC)
@@ -266,7 +281,7 @@ def test_a_reward_that_fails_stops_the_run_or_is_counted():
             raise KeyError("no verifier")
         return np.full(len(texts), 0.5)
 
-    reward = reward_of(config(), [fails_on_1], engine)
+    reward = policy_of(engine, [fails_on_1]).reward
     with pytest.raises(RewardError, match="no verifier"):
         reward(prompts, rollouts, max_failed_share=0.0)
     _, result = reward(prompts, rollouts, max_failed_share=0.5)
@@ -277,7 +292,7 @@ def test_a_sample_that_is_not_finite_never_becomes_an_image():
     engine, rollouts = drawn()
     rollouts.tree.latent_M[rollouts.node_NS[4, -1]] = math.nan
     prompts = [image_prompts(2)[p] for p in rollouts.prompt_N]
-    reward = reward_of(config(), [brightness], engine)
+    reward = policy_of(engine, [brightness]).reward
     with pytest.raises(FloatingPointError, match="1 samples are NaN .* first of prompt prompt-0"):
         reward(prompts, rollouts, max_failed_share=1.0)
 
@@ -373,15 +388,10 @@ def test_image_rewards_are_names_or_functions():
 
 def test_prompts_are_texts_with_keys():
     rows = [{"prompt": "a cat", "id": "c"}, {"prompt": "a cat", "id": "d"}]
-    prompts, report = image_prompt_maker(config(id_column="id"), None)(rows)
+    prompts, report = prompts_of(rows, config(id_column="id"))
     assert [p.key for p in prompts] == ["c", "d"] and report.kept == 2
     with pytest.raises(ValueError, match="rows 0 and 1"):
-        image_prompt_maker(config(), None)(rows)
-
-
-def test_validation_may_be_on_prompts_of_training():
-    prompts = image_prompts(2)
-    DENOISING.refuse_overlap(prompts, prompts)
+        prompts_of(rows, config())
 
 
 # Budgets in whole branches

@@ -5,8 +5,7 @@ import pytest
 from transformers.utils import logging
 
 from rl.run import completions
-from rl.stages.line import Batch
-from rl.step import collect
+from rl.stages.records import Batch
 from tests import tiny
 
 
@@ -26,7 +25,7 @@ def test_a_table_shows_several_prompts_with_answers_rewards_and_advantages(tmp_p
     table = pandas.read_parquet(files[0])
     assert len(table) == 8 and set(table["step"]) == {2}
     assert table["prompt_key"].value_counts().tolist() == [4, 4]
-    prompts = {prompt.key: prompt for prompt in made.line.prompts}
+    prompts = {prompt.key: prompt for prompt in made.prompts}
     for row in table.to_dict("records"):
         prompt = prompts[row["prompt_key"]]
         assert (row["prompt"], row["answer"]) == (prompt.prompt, prompt.columns["answer"])
@@ -47,7 +46,7 @@ def batch_of(folder, **settings) -> Batch:
     made = tiny.trainer(
         folder, reward=tiny.small_digit, trainer="grpo", allocator="uniform", **settings
     )
-    return collect(made.line, version=0)
+    return tiny.collect(made, version=0)
 
 
 def test_advantages_are_those_of_the_rows_that_train(tmp_path):

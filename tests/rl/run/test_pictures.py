@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from rl.run.pictures import diversity, save_grid, thinned
-from rl.stages.roll_out import Scored
+from rl.stages.records import Scored
 
 
 def flat(value, *, size=(32, 32), channels=3):

@@ -34,7 +34,7 @@ def test_a_run_folder(tmp_path):
     assert [row["step"] for row in logs] == [1, 2, 3, 3]  # the last one closes the run
     assert logs[-1]["train_loss"] == pytest.approx(sum(row["loss"] for row in logs[:3]) / 3)
 
-    keys = {prompt.key for prompt in made.line.prompts}
+    keys = {prompt.key for prompt in made.prompts}
     for number, step in enumerate(tiny.lines(tmp_path), start=1):
         assert step["step"] == number
         assert set(step["prompts"]) <= keys

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from rl.logprobs.reference import Reference, not_its_own_reference
-from rl.policies import language as assemble
-from rl.policies.language import load_policy, require_trainable, without_dropout
+from rl.policies import loading
+from rl.policies.loading import load_policy, require_trainable, without_dropout
 from rl.stages import fidelity, metrics
 from rl.stages.fidelity import MismatchError
 from tests import tiny
@@ -181,8 +181,8 @@ def test_and_off_where_activations_are_recomputed(make, tmp_path):
 def test_the_way_of_scoring_that_is_right_is_found(kind, right_padded, in_eval, tmp_path):
     made = tiny.trainer(tmp_path, model=of_class(kind), data=ROWS, **GRPO)
     made.train()
-    assert made.line.score.right_padded is right_padded
-    assert made.line.score.in_eval is in_eval
+    assert made.policy.scorer.right_padded is right_padded
+    assert made.policy.scorer.in_eval is in_eval
     assert tiny.step_logs(tmp_path)[0]["mismatch"] < 1e-5
 
 
@@ -414,9 +414,9 @@ def test_the_reference_is_the_policy_before_training_whatever_trains(config, why
 
 @pytest.fixture
 def told(monkeypatch):
-    """What `rl.policies.language` warns of."""
+    """What `rl.policies.loading` warns of."""
     said = []
-    monkeypatch.setattr(assemble.logger, "warning", said.append)
+    monkeypatch.setattr(loading.logger, "warning", said.append)
     return said
 
 

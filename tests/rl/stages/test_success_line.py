@@ -48,6 +48,6 @@ def test_a_run_whose_recipe_has_the_line_of_another_reward_is_told(tmp_path):
     made = tiny.trainer(tmp_path, success_above=-300.0, eval_dataset=tiny.rows(), max_steps=1)
     with pytest.warns(UserWarning, match="rollouts of the first validation have rewards from"):
         assert made.evaluate()["eval_pass_rate"] == 1
-    made.line.__dict__["success_line"] = SuccessLine(-300.0, least=12)  # not told yet
+    made.sampling.success_line = SuccessLine(-300.0, least=12)  # has not warned yet
     with pytest.warns(UserWarning, match="success_above=-300: the first 12 rollouts .* all pass"):
         made.train()

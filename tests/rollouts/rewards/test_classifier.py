@@ -9,7 +9,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from rl.policies.language import load_rewards
+from rl.policies.loading import load_rewards
 from rollouts.prompts import Prompt
 from rollouts.rewards.classifier import ClassifierReward
 from rollouts.rewards.contract import score
