@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names for editors and type checkers
     from rollouts.batch import DenoisingRollouts, Rollouts, TokenRollouts
     from rollouts.diffusion.engine import DiffusersEngine
-    from rollouts.engines.contract import Engine, SamplingParams, check_engine
+    from rollouts.engines.check import check_engine
+    from rollouts.engines.contract import Engine, SamplingParams
     from rollouts.engines.transformers import TransformersEngine
     from rollouts.prompts import Prompt
 
@@ -35,7 +36,7 @@ _MODULE_OF = {
     "SamplingParams": "engines.contract",
     "TokenRollouts": "batch",
     "TransformersEngine": "engines.transformers",
-    "check_engine": "engines.contract",
+    "check_engine": "engines.check",
 }
 
 

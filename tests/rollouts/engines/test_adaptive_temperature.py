@@ -11,7 +11,8 @@ from rollouts.engines.adaptive_temperature import (
     entropy,
     signed_heterogeneity,
 )
-from rollouts.engines.contract import SamplingParams, check_engine
+from rollouts.engines.check import check_engine
+from rollouts.engines.contract import SamplingParams
 from rollouts.engines.drawing import draw
 from rollouts.engines.transformers import TransformersEngine
 from tests.tiny_lm import tiny_model, tiny_prompts, tiny_tokenizer

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rollouts.batch import TokenRollouts
-from rollouts.engines.contract import SamplingParams, check_engine, requested_rows
+from rollouts.engines.check import check_engine
+from rollouts.engines.contract import SamplingParams, requested_rows
 from tests.tiny_lm import tiny_prompts
 
 VOCABULARY, EOS = 40, 1

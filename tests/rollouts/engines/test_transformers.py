@@ -18,7 +18,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from rollouts.engines import transformers as transformers_engine
-from rollouts.engines.contract import SamplingParams, check_engine
+from rollouts.engines.check import check_engine
+from rollouts.engines.contract import SamplingParams
 from rollouts.engines.transformers import (
     TransformersEngine,
     _GrowingLayer,

@@ -12,7 +12,8 @@ from trl.generation import vllm_generation
 
 from rl.logprobs.from_logits import completion_logprobs
 from rollouts.engines.adaptive_temperature import AdaptiveTemperature
-from rollouts.engines.contract import SamplingParams, check_engine
+from rollouts.engines.check import check_engine
+from rollouts.engines.contract import SamplingParams
 from rollouts.engines.transformers import TransformersEngine
 from rollouts.engines.vllm import VLLMEngine, vllm_engine
 from tests.tiny_lm import EOS, PAD, VOCABULARY, tiny_model, tiny_prompts, tiny_tokenizer
