@@ -18,6 +18,7 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "recipes").rglob("*.md"))]
+SHORT = "max_steps=2, max_completion_length=8, use_cpu=True"
 TRAINING = ("recipes/train.py", "apportion_recipes.train")
 
 
@@ -35,7 +36,7 @@ def commands_of(page):
     lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     in_tables = re.findall(r"`((?:accelerate launch|apportion train) [^`]*--config [^`]+)`", text)
     found = [shlex.split(line, comments=True) for line in [*lines, *in_tables] if balanced(line)]
-    return [words for words in found if settings_of(words) is not None]
+    return [words for words in found if settings_of(words) is not None and "..." not in words]
 
 
 def balanced(line):
@@ -82,9 +83,10 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     tiny.tokenizer().save_pretrained(folder)
     write_files(page, tmp_path)
     for number, block in enumerate(blocks_of(page)):
-        short = re.sub(r"max_completion_length=\d+,?", "", block)
-        short = short.replace("max_steps=100", "max_steps=2, max_completion_length=8, use_cpu=True")
-        exec(compile(short, f"{name_of(page)}, block {number}", "exec"), {"__name__": "page"})
+        if "RolloutTrainer(" in block:
+            block = re.sub(r"max_completion_length=\d+,?", "", block)
+            block = block.replace("max_steps=100", SHORT)
+        exec(compile(block, f"{name_of(page)}, block {number}", "exec"), {"__name__": "page"})
         if "RolloutTrainer(" in block:
             assert len(tiny.lines(tmp_path / "runs" / "mine")) == 2
     for name in [n for n in sys.modules if (tmp_path / f"{n}.py").is_file()]:
@@ -97,13 +99,16 @@ def test_a_command_line_names_files_and_settings_that_exist(page, words, tmp_pat
 
     from recipes.arguments import RecipeArguments
     from recipes.config import parse, peek
+    from recipes.where import recipe_file
     from rl import DenoisingConfig, RolloutConfig
 
     monkeypatch.chdir(tmp_path)
     write_files(page, tmp_path)
     for name, value in pairwise(words):
-        if name == "--config_file" or (name == "--config" and value.startswith("recipes/")):
+        if name == "--config_file":
             assert (ROOT / value).is_file(), value
+        if name == "--config" and value != "RUN.yaml":
+            assert recipe_file(value).is_file(), value
     recipe = ROOT / "recipes" / "arithmetic" / "grpo.yaml"
     given = [str(recipe) if word == "RUN.yaml" else word for word in settings_of(words)]
     given = [str(ROOT / word) if word.startswith("recipes/") else word for word in given]
