@@ -242,6 +242,7 @@ class Simulation:
         assert refill is not None
         row_of = {key: row for row, key in enumerate(self.keys)}
         refill.begin(len(self.steps))
+        self.planner.begin(len(self.steps))
         number_P: list[int] = []
         while refill.missing:
             exclude = [row_of[group.key] for group in refill.held]

@@ -1,4 +1,4 @@
-"""How well the posterior predicted what came: outcomes it had not yet seen, before it sees them.
+"""Calibration: how well the posterior predicts outcomes that it has not seen yet.
 
 Axes: P prompts, B bins, R outcomes.
 """
@@ -41,9 +41,8 @@ def randomised_pit(
 ) -> FloatArray:
     """F(r - 1) + u P(r) with u uniform: uniform on [0, 1] where the prediction is right.
 
-    Without u the histogram of a discrete outcome would not be flat. A hump in the middle says that
-    the posterior knows more than it thinks, horns at the ends that it thinks it knows more than it
-    does. (Czado, Gneiting and Held, 2009.)
+    Without u the histogram of a discrete outcome would not be flat. A hump in the middle means
+    underconfidence, a U shape means overconfidence. (Czado, Gneiting and Held, 2009.)
 
     Args:
         a_P, b_P, successes_P, trials_P: as in `log_predictive`.
@@ -63,6 +62,40 @@ def randomised_pit(
             for (chance_R, r), share in zip(groups, share_P, strict=True)
         ]
     )
+
+
+def calibration(
+    a_P: ArrayLike,
+    b_P: ArrayLike,
+    successes_P: ArrayLike,
+    trials_P: ArrayLike,
+    *,
+    generator: np.random.Generator,
+) -> dict[str, float]:
+    """Two numbers to log of a step's groups, predicted by the posterior of earlier steps.
+
+    calibration_log_score: mean of `log_predictive` over the groups, in nats; higher is better.
+    calibration_pit_ends: share of groups whose `randomised_pit` is below .1 or above .9. It is .2 on
+    average if the predictions are right, more if the posterior is overconfident (pass rates moved since
+    it saw them: lower the decays), less if it is underconfident.
+
+    Args:
+        a_P, b_P, successes_P, trials_P: as in `log_predictive`; groups without trials do not count.
+        generator: as in `randomised_pit`.
+
+    Returns:
+        Both numbers; nothing if no group has trials, or successes are not whole numbers, as fractional
+        rewards are.
+    """
+    a_P, b_P, successes_P, trials_P = map(np.asarray, (a_P, b_P, successes_P, trials_P))
+    if not trials_P.any() or (successes_P != np.floor(successes_P)).any():
+        return {}
+    columns = [column_P[trials_P > 0] for column_P in (a_P, b_P, successes_P, trials_P)]
+    pit_P = randomised_pit(*columns, generator=generator)
+    return {
+        "calibration_log_score": float(log_predictive(*columns).mean()),
+        "calibration_pit_ends": float(((pit_P < 0.1) | (pit_P > 0.9)).mean()),
+    }
 
 
 def _predicted(

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from samplers.allocation import Allocator, Scale, knapsack, knapsack_released, posterior_std
 from samplers.allocation.scales import is_multipliable
+from samplers.calibration import calibration
 from samplers.keys import fingerprint, rollout_seeds, stable_hash, step_generator
 from samplers.open_step import (
     Measured,
@@ -44,6 +45,7 @@ IntArray = NDArray[np.int64]
 
 _STATE = (
     *("fingerprint", "run_seed", "step", "round", "draw_D", "last_visit_D"),
+    *("training_step", "visited_K"),
     *("norm_D", "next_norm_D", "length_D", "next_length_D"),
     *("posterior", "selector", "success", "last", "budget_P"),
 )
@@ -178,6 +180,8 @@ class Planner:
 
         self._step = 0
         self._round = 0
+        self._training_step: int | None = None
+        self._visited_K = np.zeros(0, dtype=np.int64)
         self._draw_D = np.zeros(len(keys), dtype=np.int64)
         self._last_visit_D = np.full(len(keys), -1)
         self._norms = Measured(len(keys), "gradient norms")
@@ -196,6 +200,36 @@ class Planner:
         stopping rule that keeps the objective says otherwise."""
         assert self._last is not None, "no step has been proposed"
         return self._last.group_weight_P.copy()
+
+    def begin(self, training_step: int) -> None:
+        """Begin a training step that may need several selections, as one with refill does.
+
+        Every prompt then decays once in the training step: those with a scored rollout as chosen when
+        the first of these is observed, all others when the next training step begins. Without this
+        call each selection is a training step of its own.
+
+        Args:
+            training_step: its number, such as the optimizer steps taken; the same one again changes
+                nothing.
+
+        Raises:
+            ValueError: if a selection is open, or a later training step began already.
+        """
+        before = self._training_step
+        if before is not None and training_step == before:
+            return
+        if self.is_open:
+            raise ValueError(
+                f"training step {training_step} cannot begin: observe all rounds of the open step "
+                f"{self._step} first"
+            )
+        if before is not None:
+            if training_step < before:
+                raise ValueError(
+                    f"training step {training_step} cannot begin after training step {before}"
+                )
+            self._decay_others()
+        self._training_step = training_step
 
     def propose(self, *, num_prompts: int | None = None, exclude: ArrayLike = ()) -> Proposal:
         """The next round: prompts, budgets, draws and seeds.
@@ -243,9 +277,9 @@ class Planner:
         """Learn from every scored rollout of a round, before any is dropped, and close the round.
 
         Rows may come in any order: the same set of rewards teaches the same, bit for bit. Rollouts
-        that failed to be scored are left out by the caller; a prompt left with none in all rounds of
-        the step is to the posterior one that was not chosen, as nothing replaces what was known. If
-        this raises, also out of a stopping rule, the planner is as it was and the round in flight.
+        that failed to be scored are left out by the caller; a prompt left with none in the training
+        step counts as not chosen in the posterior, as nothing replaces what was known. If this raises,
+        also out of a stopping rule, the planner is as it was and the round in flight.
 
         Args:
             proposal: the round in flight.
@@ -351,8 +385,9 @@ class Planner:
     def state_dict(self) -> dict[str, Any]:
         """All that is remembered, nested: NumPy arrays, strings, integers and None, nothing else.
 
-        Integers: `step`, `round`, `run_seed`. String: `fingerprint` of the keys in row order.
-        Arrays: `draw_D`, `last_visit_D` (-1 for never), `norm_D` and `next_norm_D` (NaN where not
+        Integers: `step`, `round`, `run_seed`, and `training_step`, or None before `begin`. String:
+        `fingerprint` of the keys in row order. Arrays: `visited_K`, rows with a scored rollout in the
+        training step, `draw_D`, `last_visit_D` (-1 for never), `norm_D` and `next_norm_D` (NaN where not
         measured), `length_D` and `next_length_D` likewise, `budget_P` of the round in flight or
         None. Dicts: `posterior`, `selector`, `success`, and `last`, the prompts, counts and reward
         bounds of the step that is open or was closed last, or None.
@@ -366,6 +401,8 @@ class Planner:
             "run_seed": self._run_seed,
             "step": self._step,
             "round": self._round,
+            "training_step": self._training_step,
+            "visited_K": self._visited_K.copy(),
             "draw_D": self._draw_D.copy(),
             "last_visit_D": self._last_visit_D.copy(),
             "norm_D": self._norms.used_D,
@@ -408,6 +445,9 @@ class Planner:
         self._success.load_state_dict(state["success"])
         self._step = int(state["step"])
         self._round = int(state["round"])
+        began = state["training_step"]
+        self._training_step = None if began is None else int(began)
+        self._visited_K = np.array(state["visited_K"], dtype=np.int64)
         self._draw_D = np.array(state["draw_D"], dtype=np.int64)
         self._last_visit_D = np.array(state["last_visit_D"], dtype=np.int64)
         for measured, name in ((self._norms, "norm_D"), (self._lengths, "length_D")):
@@ -424,8 +464,9 @@ class Planner:
         Coverage is over the data set: the share and the number of prompts ever proposed, the visits
         of the most visited, and for how many steps some prompt has not been (since the start, if
         never). Budgets count a step's rollouts over all its rounds so far; shares of groups are over
-        the step's prompts and everything scored of them so far. A selector's own `metrics()` are
-        under `selector/`.
+        the step's prompts and everything scored of them so far. `calibration` says how well the
+        posterior predicted the step's outcomes; it is left out with a stopping rule, with `evidence`
+        below 1 and with fractional rewards. A selector's own `metrics()` are under `selector/`.
         """
         last, in_flight = self._last, self._in_flight
         metrics = {
@@ -447,6 +488,16 @@ class Planner:
         if self._success.line is not None:
             metrics["planner/success_above"] = self._success.line
         of_step = last.metrics(budget_P)
+        if self._stopping is None and self._evidence == 1:
+            # A rule that stops on outcomes makes their number depend on them, and correlated siblings
+            # are no independent trials: neither count is beta-binomial.
+            of_step |= calibration(
+                last.a_P,
+                last.b_P,
+                last.successes_P,
+                last.trials_P,
+                generator=step_generator(self._run_seed, "calibration", last.step),
+            )
         return metrics | {f"planner/{name}": value for name, value in of_step.items()}
 
     @cached_property
@@ -527,22 +578,25 @@ class Planner:
     def _learn(
         self, last: OpenStep, trials_P: IntArray, successes_P: FloatArray, *, ends: bool
     ) -> None:
-        """Write a round's counts to the posterior; each of the step's prompts decays once in it.
+        """Write a round's counts to the posterior; every prompt decays once in a training step.
 
-        That is as chosen in its first scored round, or as not chosen at the end of the step.
+        That is as chosen in its first scored round, or as not chosen at the end of the training step.
         """
-        posterior, index_P = self.posterior, last.index_P
-        scored_P, unscored_P = trials_P > 0, last.trials_P == 0
-        counts = successes_P[scored_P] * self._evidence, trials_P[scored_P] * self._evidence
-        if self._round == 0:
-            waiting_K = index_P[unscored_P & (not ends)]
-            posterior.observe(index_P[scored_P], *counts, waiting_K=waiting_K)
-            return
-        first_P = scored_P & (last.trials_P == trials_P)
-        posterior.decay(index_P[first_P], posterior.decay_chosen)
-        posterior.add(index_P[scored_P], *counts)
-        if ends:
-            posterior.decay(index_P[unscored_P], posterior.decay_rest)
+        scored_P = trials_P > 0
+        index_P = last.index_P[scored_P]
+        first_P = ~np.isin(index_P, self._visited_K)
+        self.posterior.decay(index_P[first_P])
+        self.posterior.add(
+            index_P, successes_P[scored_P] * self._evidence, trials_P[scored_P] * self._evidence
+        )
+        self._visited_K = np.concatenate([self._visited_K, index_P[first_P]])
+        if ends and self._training_step is None:
+            self._decay_others()
+
+    def _decay_others(self) -> None:
+        """End a training step: prompts that it did not visit decay as not chosen."""
+        self.posterior.decay_others(self._visited_K)
+        self._visited_K = self._visited_K[:0]
 
     def _scales(self, last: OpenStep, order_P: IntArray) -> list[FloatArray]:
         """What the allocator is given of the step's prompts, taken in `order_P`."""

@@ -24,8 +24,9 @@ class BetaPosterior:
         not chosen   alpha <- decay_rest alpha,    beta <- decay_rest beta
 
     The +1/+1 prior sits outside the decay, so a prompt that is ignored returns to Beta(1, 1),
-    knowing nothing, and becomes worth a visit again. Time is counted in selection rounds, not in
-    optimizer steps (project default; the paper does not say).
+    knowing nothing, and becomes worth a visit again. Time is counted in training steps: a prompt
+    decays once in each, however many rounds or refills the step makes (project default; the paper
+    does not say).
 
     (VADE, arXiv:2511.18902. The paper's figure implies decays of 0.2 and 0.999; that these are
     its training values is a guess. For chosen prompts the same update as MoPPS, arXiv:2507.04632,
@@ -59,61 +60,51 @@ class BetaPosterior:
         self.alpha_D = np.zeros(num_prompts)
         self.beta_D = np.zeros(num_prompts)
 
-    def observe(
-        self,
-        index_P: ArrayLike,
-        successes_P: ArrayLike,
-        trials_P: ArrayLike,
-        *,
-        waiting_K: ArrayLike = (),
-    ) -> None:
-        """Take in one selection round: decay everything once, then add the counts.
+    def observe(self, index_P: ArrayLike, successes_P: ArrayLike, trials_P: ArrayLike) -> None:
+        """Take in a whole training step: decay everything once, then add the counts.
+
+        A step of several rounds calls `decay`, `add` and `decay_others` instead, as `Planner` does.
 
         Args:
             index_P: (P,) distinct rows that were rolled out; none at all only decays.
             successes_P: (P,) successes, 0 <= successes <= trials; fractional rewards may be summed.
             trials_P: (P,) rollouts they were counted in.
-            waiting_K: (K,) other rows, of which more is to come before it is known whether they
-                count as chosen: they keep their counts, and `decay` is called later.
 
         Raises:
             ValueError: if a row is repeated or out of range, or counts are not as above.
         """
         index_P, successes_P, failures_P = self._counts(index_P, successes_P, trials_P)
-        waiting_K = self._rows("waiting_K", waiting_K)
-        if np.isin(waiting_K, index_P).any():
-            raise ValueError(
-                f"waiting_K must be other rows than index_P={index_P.tolist()}, "
-                f"got {waiting_K.tolist()}"
-            )
-        for count_D in (self.alpha_D, self.beta_D):
-            chosen_P, kept_K = count_D[index_P] * self.decay_chosen, count_D[waiting_K]
-            count_D *= self.decay_rest
-            count_D[index_P], count_D[waiting_K] = chosen_P, kept_K
+        self.decay(index_P)
+        self.decay_others(index_P)
         self._add(index_P, successes_P, failures_P)
 
     def add(self, index_P: ArrayLike, successes_P: ArrayLike, trials_P: ArrayLike) -> None:
-        """Take in further rollouts of a round that was observed already: nothing decays.
-
-        Arguments and errors are those of `observe`.
-        """
+        """Take in rollouts without any decay; arguments and errors are those of `observe`."""
         self._add(*self._counts(index_P, successes_P, trials_P))
 
-    def decay(self, index_K: ArrayLike, factor: float) -> None:
-        """Decay rows that `observe` had wait, by `decay_chosen` or `decay_rest`.
+    def decay(self, index_P: ArrayLike) -> None:
+        """Decay the prompts that a training step chose, by `decay_chosen`.
 
         Args:
-            index_K: (K,) distinct rows.
-            factor: in [0, 1].
+            index_P: (P,) distinct rows.
 
         Raises:
-            ValueError: if a row is repeated or out of range, or the factor is outside [0, 1].
+            ValueError: if a row is repeated or out of range.
         """
-        index_K = self._rows("index_K", index_K)
-        if not 0 <= factor <= 1:
-            raise ValueError(f"factor must be in [0, 1], got {factor}")
-        self.alpha_D[index_K] *= factor
-        self.beta_D[index_K] *= factor
+        index_P = self._rows("index_P", index_P)
+        self.alpha_D[index_P] *= self.decay_chosen
+        self.beta_D[index_P] *= self.decay_chosen
+
+    def decay_others(self, index_P: ArrayLike) -> None:
+        """Decay all prompts but those that a training step chose, by `decay_rest`.
+
+        Arguments and errors are those of `decay`.
+        """
+        index_P = self._rows("index_P", index_P)
+        for count_D in (self.alpha_D, self.beta_D):
+            chosen_P = count_D[index_P]
+            count_D *= self.decay_rest
+            count_D[index_P] = chosen_P
 
     def parameters(self, index: ArrayLike | None = None) -> tuple[FloatArray, FloatArray]:
         """Both parameters of the Beta, a = alpha + 1 and b = beta + 1, of `index` or of all."""

@@ -88,6 +88,7 @@ class Sampling:
             return visit, self._groups(visit)
 
         if self.buffer is not None:
+            self.planner.begin(version)  # so that the posterior decays once for all selections
             return self.buffer.fill(
                 some, self.prompts, self.ledger, version=version, at_least=self._at_least
             )

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from samplers.calibration import log_predictive, randomised_pit
+from samplers import allocation
+from samplers.calibration import calibration, log_predictive, randomised_pit
+from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
-from samplers.selection import ThompsonSelector
+from samplers.selection import ThompsonSelector, UniformSelector
 
 
 def test_log_predictive_by_hand_and_against_scipy():
@@ -119,6 +121,71 @@ def test_log_loss_prefers_the_decay_that_fits():
         losses[decay] = np.concatenate(loss)
     error = sum(loss.var() / len(loss) for loss in losses.values()) ** 0.5
     assert losses[1.0].mean() - losses[0.5].mean() > 4 * error
+
+
+def test_what_is_logged_by_hand():
+    # Beta(1, 1) predicts 1/9 for each of 0..8. With u from the generator the PIT of r of 8 is
+    # (r + u) / 9: below .1 for r = 0 and u < .9, above .9 for r = 8 and u > .1.
+    u_P = np.random.default_rng(3).random(4)
+    found = calibration(
+        np.ones(5), np.ones(5), [0, 8, 4, 0, 1], [8, 8, 0, 8, 8], generator=np.random.default_rng(3)
+    )
+    ends = [u_P[0] < 0.9, u_P[1] > 0.1, u_P[2] < 0.9, False]
+    assert found["calibration_pit_ends"] == np.mean(ends)
+    assert found["calibration_log_score"] == pytest.approx(np.log(1 / 9))
+
+
+def test_what_has_no_such_probability_is_not_logged():
+    generator = np.random.default_rng(0)
+    assert calibration([1.0], [1.0], [0.5], [4], generator=generator) == {}
+    assert calibration([1.0], [1.0], [0.0], [0], generator=generator) == {}
+
+
+def planner_of(rate_D, *, decay, **settings):
+    keys = [f"key {i}" for i in range(len(rate_D))]
+    planner = Planner(
+        BetaPosterior(len(keys), decay_chosen=decay, decay_rest=1),
+        UniformSelector(len(keys), seed=0, keys=keys),
+        allocation.uniform,
+        keys=keys,
+        prompts_per_step=len(keys),
+        rollouts_per_step=8 * len(keys),
+        **settings,
+    )
+
+    def step(rate_D):
+        while True:
+            proposal = planner.propose()
+            rate_N = np.repeat(rate_D[proposal.index_P], proposal.budget_P)
+            planner.observe(proposal, proposal.seed_N / 2.0**63 < rate_N, proposal.prompt_N)
+            if not planner.is_open:
+                return planner.metrics()
+
+    return step
+
+
+def test_the_planner_logs_the_calibration_of_what_it_knew_before_the_step():
+    rate_D = np.random.default_rng(0).random(2000)
+    step = planner_of(rate_D, decay=1)
+    # From Beta(1, 1) on rates that are uniform: calibrated, also once it has learned. 2000 groups at
+    # .2: standard error .009.
+    first, second = step(rate_D), step(rate_D)
+    for metrics in (first, second):
+        assert abs(metrics["planner/calibration_pit_ends"] - 0.2) < 4 * 0.009
+    assert first["planner/calibration_log_score"] == pytest.approx(np.log(1 / 9))
+    assert second["planner/calibration_log_score"] > np.log(1 / 9) + 0.2
+    # Rates that moved since: overconfident.
+    moved = step(1 - rate_D)
+    assert moved["planner/calibration_pit_ends"] > 0.5
+    assert moved["planner/calibration_log_score"] < second["planner/calibration_log_score"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"evidence": 0.5}, {"stopping": lambda counts: counts.left_P > 0, "wave": 4}]
+)
+def test_counts_that_are_not_beta_binomial_are_not_judged(settings):
+    metrics = planner_of(np.full(4, 0.5), decay=1, **settings)(np.full(4, 0.5))
+    assert not [name for name in metrics if "calibration" in name]
 
 
 @pytest.mark.parametrize(

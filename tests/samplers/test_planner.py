@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -195,9 +196,10 @@ def test_the_posterior_decays_once_a_step_and_counts_every_scored_rollout():
     pilots = planner.propose()
     # Two of eight pilots were not scored, both of row 1: it decays with its first scored round.
     planner.observe(pilots, [1, 1, 0, 0, 1, 0], [0, 0, 2, 2, 3, 3])
-    assert planner.posterior.alpha_D[[0, 1, 2, 3, 9]].tolist() == [0.5 * 8 + 2, 6, 0, 1, 7.92]
+    assert planner.posterior.alpha_D[[0, 1, 2, 3, 9]].tolist() == [0.5 * 8 + 2, 6, 0, 1, 8]
     rest = planner.propose()
     planner.observe(rest, np.ones(len(rest.seed_N)), rest.prompt_N)
+    assert planner.posterior.alpha_D[9] == 7.92  # not chosen: at the end of the step
     expected = np.array([6, 0.5 * 6, 0, 1]) + rest.budget_P
     assert planner.posterior.alpha_D[:4].tolist() == expected.tolist()
     assert planner.posterior.beta_D[[0, 1, 2, 3, 9]].tolist() == [0, 0, 2, 1, 0]
@@ -543,8 +545,12 @@ def test_metrics_by_hand():
     planner.observe_gradient_norms([3], [2.0])
     # Row 0 holds Beta(1 + 1, 1 + 38 / 2), rows 1 to 3 Beta(1, 4), (4, 1), (2, 3).
     mean = (2 / 22 + 1 / 5 + 4 / 5 + 2 / 5 + 6 * 0.5) / 10
-    assert planner.metrics() == pytest.approx(
+    metrics = planner.metrics()
+    assert 0 <= metrics.pop("planner/calibration_pit_ends") <= 1  # see test_calibration.py
+    assert metrics == pytest.approx(
         {
+            # Row 0 passed its only rollout, which Beta(1, 39) gives 1/40; each of 0..3 of 3 has 1/4.
+            "planner/calibration_log_score": (math.log(1 / 40) + 3 * math.log(1 / 4)) / 4,
             "planner/posterior_mean": mean,
             "planner/coverage": 0.4,
             "planner/prompts_visited": 4,

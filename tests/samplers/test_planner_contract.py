@@ -25,10 +25,20 @@ class Rows:
         pass
 
 
-def make(*, allocate=allocation.uniform, decays=(0.2, 0.999), **settings):
+class Chosen(Rows):
+    """The rows of `calls`, one entry per selection."""
+
+    def __init__(self):
+        self.calls = []
+
+    def select(self, num_prompts, *, generator, exclude=()):
+        return np.array(self.calls.pop(0))
+
+
+def make(*, allocate=allocation.uniform, decays=(0.2, 0.999), selector=None, **settings):
     posterior = BetaPosterior(len(KEYS), decay_chosen=decays[0], decay_rest=decays[1])
     settings = {"prompts_per_step": 2, "rollouts_per_step": 16} | settings
-    return Planner(posterior, Rows(), allocate, keys=KEYS, **settings)
+    return Planner(posterior, selector or Rows(), allocate, keys=KEYS, **settings)
 
 
 def same(one, other):
@@ -114,6 +124,74 @@ def test_what_is_still_to_decay_survives_a_restart(settings, kill):
     resumed.load_state_dict(killed.state_dict())
     advance(resumed, range(kill, 6))
     assert same(resumed.state_dict(), whole.state_dict())
+
+
+def refilled(planner, training_step, selections, *, scored=(True, True)):
+    """A training step of several selections, in which rows pass if their seed is even."""
+    planner.begin(training_step)
+    for index_P in selections:
+        planner.selector.calls.append(index_P)
+        while True:
+            proposal = planner.propose()
+            rows_N = np.repeat(scored, proposal.budget_P)
+            passed_N = (proposal.seed_N % 2).astype(float)
+            planner.observe(proposal, passed_N[rows_N], proposal.prompt_N[rows_N])
+            if not planner.is_open:
+                break
+
+
+@pytest.mark.parametrize("settings", [{}, *ROUNDS])
+def test_selections_of_one_training_step_decay_once(settings):
+    planner = make(decays=(0.5, 0.75), **settings, selector=Chosen())
+    planner.posterior.add(range(6), [8] * 6, [8] * 6)
+    alpha_D, beta_D = planner.posterior.alpha_D, planner.posterior.beta_D
+    refilled(planner, 0, [[0, 1], [2, 3], [1, 4]])
+    trials_D = np.array([1, 2, 1, 1, 1, 0]) * 8
+    remembered_D = np.array([4, 4, 4, 4, 4, 8])
+    assert (alpha_D + beta_D).tolist() == (remembered_D + trials_D).tolist()
+    before_D = alpha_D.copy()
+    planner.begin(0)  # again: nothing happens
+    assert (alpha_D == before_D).all()
+    planner.begin(1)  # row 5 was not chosen
+    assert alpha_D.tolist() == [*before_D[:5], 6]
+    refilled(planner, 1, [[5, 0]], scored=(True, False))  # nothing of row 0 is scored
+    planner.begin(2)
+    assert alpha_D[1] == 0.75 * before_D[1] and alpha_D[0] == 0.75 * before_D[0]
+    assert alpha_D[5] + beta_D[5] == 0.5 * 6 + 8
+
+
+def test_one_selection_a_training_step_learns_the_same_begun_or_not():
+    one, other = (make(selector=Chosen()) for _ in range(2))
+    for step, index_P in enumerate([[0, 1], [2, 3], [0, 4]]):
+        refilled(one, step, [index_P])
+        other.selector.calls.append(index_P)
+        proposal = other.propose()
+        other.observe(proposal, (proposal.seed_N % 2).astype(float), proposal.prompt_N)
+    one.begin(3)
+    assert one.posterior.alpha_D.tolist() == other.posterior.alpha_D.tolist()
+    assert one.posterior.beta_D.tolist() == other.posterior.beta_D.tolist()
+
+
+def test_a_training_step_that_was_killed_between_its_selections_goes_on():
+    whole, killed, resumed = (make(selector=Chosen()) for _ in range(3))
+    refilled(whole, 0, [[0, 1], [2, 3], [1, 4]])
+    refilled(killed, 0, [[0, 1]])
+    resumed.load_state_dict(killed.state_dict())
+    refilled(resumed, 0, [[2, 3], [1, 4]])
+    for planner in (whole, resumed):
+        planner.begin(1)
+    assert same(resumed.state_dict(), whole.state_dict())
+
+
+def test_a_training_step_begins_in_order_and_between_selections():
+    planner = make()
+    planner.begin(3)
+    with pytest.raises(ValueError, match="training step 2 cannot begin after training step 3"):
+        planner.begin(2)
+    planner.propose()
+    with pytest.raises(ValueError, match="observe all rounds of the open step 0 first"):
+        planner.begin(4)
+    planner.begin(3)
 
 
 # -- norms and lengths
@@ -358,9 +436,8 @@ def test_rows_that_are_no_integers_are_refused(rows):
         lambda: planner.observe_lengths(rows, [2.0]),
         lambda: planner.observe_gradient_norms(rows, [2.0]),
         lambda: posterior.observe(rows, [1], [1]),
-        lambda: posterior.observe([0], [1], [1], waiting_K=rows),
         lambda: posterior.add(rows, [1], [1]),
-        lambda: posterior.decay(rows, 0.5),
+        lambda: posterior.decay(rows),
         lambda: posterior.mean(rows),
     ):
         with pytest.raises(ValueError, match="must be integers, got"):

@@ -194,27 +194,29 @@ def test_settings_and_states_that_cannot_be_are_refused():
         BetaPosterior(1).load_state_dict({"alpha_D": np.ones(1), "beta_D": -np.ones(1)})
 
 
-def test_rows_that_wait_keep_their_counts_until_they_are_decayed():
-    posterior = BetaPosterior(4, decay_chosen=0.5, decay_rest=0.75)
-    posterior.add([0, 1, 2, 3], [8, 8, 8, 8], [12, 12, 12, 12])
-    posterior.observe([0], [1], [1], waiting_K=[2, 1])
-    assert posterior.alpha_D.tolist() == [5, 8, 8, 6]
-    assert posterior.beta_D.tolist() == [2, 4, 4, 3]
-    posterior.decay([2], 0.5)
-    posterior.decay([], 0)
-    assert posterior.alpha_D.tolist() == [5, 8, 4, 6]
-    assert posterior.beta_D.tolist() == [2, 4, 2, 3]
+def test_the_parts_of_a_training_step_are_the_whole_of_it():
+    whole, parts = (BetaPosterior(4, decay_chosen=0.5, decay_rest=0.75) for _ in range(2))
+    for posterior in (whole, parts):
+        posterior.add([0, 1, 2, 3], [8, 8, 8, 8], [12, 12, 12, 12])
+    whole.observe([0, 2], [1, 2], [1, 2])
+    parts.decay([0])
+    parts.add([0], [1], [1])
+    # Until the step ends the others keep their counts.
+    assert parts.alpha_D.tolist() == [5, 8, 8, 8]
+    parts.decay([2])
+    parts.add([2], [2], [2])
+    parts.decay([])
+    parts.decay_others([0, 2])
+    assert parts.alpha_D.tolist() == whole.alpha_D.tolist() == [5, 6, 6, 6]
+    assert parts.beta_D.tolist() == whole.beta_D.tolist() == [2, 3, 2, 3]
 
 
-def test_what_cannot_wait_or_decay_is_refused():
+def test_rows_that_cannot_decay_are_refused():
     posterior = BetaPosterior(4)
     posterior.add([0], [8], [8])
-    with pytest.raises(ValueError, match=r"waiting_K must be other rows than index_P=\[0\], got"):
-        posterior.observe([0], [1], [1], waiting_K=[1, 0])
-    with pytest.raises(ValueError, match=r"waiting_K must be in \[0, 4\), got \[4\]"):
-        posterior.observe([0], [1], [1], waiting_K=[4])
-    with pytest.raises(ValueError, match=r"index_K must be distinct, got \[0, 0\]"):
-        posterior.decay([0, 0], 0.5)
-    with pytest.raises(ValueError, match=r"factor must be in \[0, 1\], got 1.5"):
-        posterior.decay([0], 1.5)
+    for decay in (posterior.decay, posterior.decay_others):
+        with pytest.raises(ValueError, match=r"index_P must be in \[0, 4\), got \[4\]"):
+            decay([4])
+        with pytest.raises(ValueError, match=r"index_P must be distinct, got \[0, 0\]"):
+            decay([0, 0])
     assert posterior.alpha_D.tolist() == [8, 0, 0, 0]
