@@ -187,8 +187,14 @@ def peek(name: str, arguments: Sequence[str] | None = None) -> str | None:
             if name in settings:
                 return settings[name]
             base = settings.get(BASE)
-            path = path.parent / base if isinstance(base, str) else None
+            path = _base_of(path, base) if isinstance(base, str) else None
     return None
+
+
+def _base_of(path: Path, base: str) -> Path:
+    """The file that `base` names: one beside the file that says it, else a recipe of that name."""
+    beside, recipe = path.parent / base, recipe_file(base)
+    return recipe if recipe.is_file() and not beside.is_file() else beside
 
 
 def _words(arguments: Sequence[str] | None) -> list[str]:
@@ -201,8 +207,9 @@ def _words(arguments: Sequence[str] | None) -> list[str]:
 def _read_files(path: Path, hints: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
     """The settings of a file and of the files that it is based on, and which file each is of.
 
-    `base: other.yaml` names a file from the folder of the one that has it; what a file says goes before
-    what its base says. What fits the base's own data or rewards alone is not taken beside others.
+    `base: other.yaml` names a file from the folder of the one that has it, and `base: arithmetic/grpo`
+    a recipe. What a file says goes before what its base says. What fits the base's own data or rewards
+    alone is not taken beside others.
 
     Raises:
         ConfigError: if a file is based on itself.
@@ -223,7 +230,7 @@ def _read_files(path: Path, hints: dict[str, Any]) -> tuple[dict[str, Any], dict
         for name, value in read.items():
             if name not in settings:
                 settings[name], files[name] = value, following
-        following = None if base is None else following.parent / base
+        following = None if base is None else _base_of(following, base)
     return settings, files
 
 

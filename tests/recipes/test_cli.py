@@ -22,6 +22,7 @@ def test_recipes_are_listed_with_a_line_each(capsys):
     names = [line.split()[0] for line in lines]
     assert {"arithmetic/everything", "images/peers/flow_grpo", "math/gvm_raft"} <= set(names)
     assert not [name for name in names if name.startswith("accelerate")]
+    assert not [name for name in names if "/_" in name]  # what recipes are based on
     assert all(len(line.split()) > 3 for line in lines)
 
 
@@ -58,6 +59,15 @@ def test_prompts_that_a_recipe_names_are_found_from_anywhere(tmp_path, monkeypat
         ValueError, match="no file or folder 'recipes/images/prompts/nothing.jsonl'"
     ):
         load_rows("recipes/images/prompts/nothing.jsonl")
+
+
+def test_a_file_of_ones_own_may_be_based_on_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("base: arithmetic/grpo\n")
+    assert peek("task", ["--config", "mine.yaml"]) == "arithmetic"
+    (tmp_path / "arithmetic").mkdir()
+    (tmp_path / "arithmetic" / "grpo").write_text("task: mine\n")
+    assert peek("task", ["--config", "mine.yaml"]) == "mine"
 
 
 def test_a_recipe_is_copied_with_what_it_is_based_on(tmp_path, monkeypatch, capsys):
