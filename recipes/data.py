@@ -30,9 +30,18 @@ from .where import package_file
 
 
 def embedded_task(recipe: RecipeArguments, *, seed: int) -> Any:
-    """What the embedded task `recipe.task` prepares; the main process goes first and writes files."""
+    """What the embedded task `recipe.task` prepares; the main process goes first and writes files.
+
+    Raises:
+        ConfigError: if a library that the task needs is missing.
+    """
     assert recipe.task is not None
-    prepare = import_module(TASKS[recipe.policy][recipe.task], __package__).prepare
+    try:
+        prepare = import_module(TASKS[recipe.policy][recipe.task], __package__).prepare
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"task {recipe.task!r} needs {error.name}: pip install 'apportion[recipes]'"
+        ) from error
     with PartialState().main_process_first():
         return prepare(recipe.task_settings or {}, seed=seed)
 

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 if not __package__:  # run as a script: this folder is on the path, in the place of its parent
@@ -44,7 +45,7 @@ from samplers.refill import RefillError
 from . import language
 from .arguments import TASKS, RecipeArguments, check_model, check_recipe, task_settings
 from .config import ConfigError, parse, peek
-from .threads import set_threads
+from .devices import set_threads, use_one_gpu
 
 EXPECTED = (
     *(ConfigError, ValueError, OSError, RewardError, NoSignalError, FloatingPointError),
@@ -64,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> RolloutTrainer:
         raise ConfigError(f"task {task!r} trains a diffusion model: write policy: diffusion too")
     settings: type[RolloutConfig] = RolloutConfig
     if is_diffusion:
+        if find_spec("diffusers") is None:
+            raise ConfigError(
+                "policy: diffusion needs diffusers: pip install 'apportion[diffusion]'"
+            )
         from rl.config.diffusion import DenoisingConfig
 
         settings = DenoisingConfig
@@ -77,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> RolloutTrainer:
     check_recipe(recipe, config)
     state = PartialState()
     set_threads(recipe.num_threads, state)
+    use_one_gpu(config)
     if is_diffusion:
         from .diffusion import make_trainer  # diffusers is loaded only where it is needed
 

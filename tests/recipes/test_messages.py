@@ -9,7 +9,7 @@ import pytest
 import yaml
 from trl import ModelConfig
 
-from recipes import threads
+from recipes import devices, train
 from recipes.arguments import TASKS, RecipeArguments
 from recipes.config import ConfigError, parse, peek
 from recipes.language import load_tokenizer, prepare
@@ -55,7 +55,7 @@ def test_the_math_recipe_takes_rows_of_prompt_and_answer(prompts, model_folder):
 
 
 def test_the_command_of_the_math_readme_brings_its_template(tmp_path, model_folder):
-    command = (MATH / "README.md").read_text().split("accelerate launch")[1].split("\n\n")[0]
+    command = (MATH / "README.md").read_text().split("apportion train")[1].split("\n\n")[0]
     template = command.split('--prompt_template "')[1].split('"')[0]
     assert "openai/gsm8k" in command and "{question}" in template
     path = tmp_path / "gsm8k.jsonl"
@@ -258,19 +258,39 @@ def test_errors_of_refills_and_missing_packages_end_a_run_with_a_message_alone()
     assert RefillError in EXPECTED and ImportError in EXPECTED
 
 
-# Threads
+def test_a_library_that_a_task_or_a_policy_lacks_is_told_with_its_extra(monkeypatch, tmp_path):
+    run = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--report_to", "none"]
+    monkeypatch.setitem(TASKS["language"], "arithmetic", "nosuch.task")
+    with pytest.raises(ConfigError, match=r"'arithmetic' needs nosuch: .*apportion\[recipes\]'"):
+        main(["--task", "arithmetic", *run])
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"diffusion needs diffusers: .*apportion\[diffusion\]'"):
+        main(["--policy", "diffusion", *run])
+
+
+# Threads and GPUs
 
 
 def test_threads_follow_what_the_process_may_use_and_what_was_asked(monkeypatch):
     for name in [n for n in os.environ if n.startswith("ACCELERATE_") or n == "LOCAL_WORLD_SIZE"]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
-    assert threads.available_cpus() == 1
+    assert devices.available_cpus() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert threads._asked_threads() == 7
+    assert devices._asked_threads() == 7
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert threads._asked_threads() == 1
+    assert devices._asked_threads() == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # a launcher, which sets 1 by itself
-    assert threads._asked_threads() is None
+    assert devices._asked_threads() is None
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
-    assert threads._asked_threads() is None
+    assert devices._asked_threads() is None
+
+
+def test_a_lone_process_uses_one_gpu_and_says_how_to_use_all(tmp_path, capsys):
+    config = RolloutConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    devices.use_one_gpu(config)
+    assert config.n_gpu <= 1 and not capsys.readouterr().err
+    config._n_gpu = 4  # as transformers sets it where it sees four
+    devices.use_one_gpu(config)
+    assert config.n_gpu == 1
+    assert "--num_processes 4 -m recipes.train" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""How many CPU threads a process computes with."""
+"""What a process computes on: its CPU threads, and one GPU of several."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from transformers import TrainingArguments
 
 
 def available_cpus() -> int:
@@ -43,3 +44,18 @@ def set_threads(num_threads: int | None, state: PartialState) -> None:
             f"{state.num_processes} process(es), {threads} CPU thread(s) each, device {state.device}",
             file=sys.stderr,
         )
+
+
+def use_one_gpu(config: TrainingArguments) -> None:
+    """Train on one GPU if a lone process sees several, and say how to use them all.
+
+    transformers would wrap the model in `nn.DataParallel`, which copies it in every call and which
+    rollouts do not go through. With several processes each has its GPU already.
+    """
+    if config.n_gpu > 1:
+        print(
+            f"warning: one of {config.n_gpu} GPUs is used. To use all: accelerate launch "
+            f"--multi_gpu --num_processes {config.n_gpu} -m {__package__}.train --config ...",
+            file=sys.stderr,
+        )
+        config._n_gpu = 1
