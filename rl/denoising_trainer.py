@@ -75,7 +75,8 @@ class DenoisingTrainer(RolloutTrainer):
                 set_scheduler(model, rule)
         device = args.reward_device or args.device
         reward_funcs = load_image_rewards(reward_funcs, args.reward_weights, device=device)
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
+        settings: Any = args  # a sibling of RolloutConfig
+        super().__init__(model, reward_funcs, settings, train_dataset, eval_dataset, **kwargs)
         self.evaluations = 0
         """Of the denoiser for training rollouts so far, in rows; a guidance pair is one."""
         _warn_of_missing_columns(self.prompts, self.eval_prompts)

@@ -97,6 +97,7 @@ class RolloutTrainer(Trainer):
 
     args: RolloutConfig
     policy: Policy
+    objective: Objective
     loss_is_scaled_for_ga = True  # the denominators are ours
     saves_processor = True
     """Whether the processing class is saved with every checkpoint."""

@@ -42,14 +42,23 @@ class ScoredDecisions:
 class Policy(Protocol):
     """The model that trains, together with how it generates and how its rollouts are rewarded."""
 
-    engine: Engine
-    """Generates the rollouts."""
-    reference: Reference | None
-    """The model behind `reference_logprobs`; None if there is none, or none is needed."""
-    validations: Mapping[str, tuple[int, Any]]
-    """By the name of each validation: rollouts of each held-out prompt, and how they are drawn."""
     whole: Whole
     """The unwrapped model with whole weights; every rank enters and leaves together."""
+
+    @property
+    def engine(self) -> Engine[Any, Any]:
+        """What generates the rollouts."""
+        ...
+
+    @property
+    def reference(self) -> Reference | None:
+        """The model behind `reference_logprobs`; None if there is none, or none is needed."""
+        ...
+
+    @property
+    def validations(self) -> Mapping[str, tuple[int, Any]]:
+        """By the name of each validation: rollouts of each held-out prompt, and how they are drawn."""
+        ...
 
     @property
     def in_eval(self) -> bool:

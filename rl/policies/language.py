@@ -109,7 +109,7 @@ class LanguagePolicy:
             fused=config.fused_logprobs,
             autocast=accelerator.mixed_precision != "no",
         )
-        self.micro_batches = micro_batches_of(config)
+        self._micro_batches: Callable[[Any], list[Tensor]] = micro_batches_of(config)
         self.pivot: EntropyPivot | None = None
         """Of the last step's entropies, around which the next step's temperature moves."""
         self._loaded_version: int | None = None  # of the weights the engine has
@@ -232,6 +232,10 @@ class LanguagePolicy:
     def trainable(self, rollouts: Rollouts) -> Tensor:
         """(N, T) bool: every token the policy drew."""
         return rollouts.mask_NT
+
+    def micro_batches(self, rollouts: Rollouts) -> list[Tensor]:
+        """Rows that are scored together: by their number, or by their tokens."""
+        return self._micro_batches(rollouts)
 
     def cut(self, rollouts: Rollouts) -> list[Rollouts]:
         """The micro-batches of an update."""

@@ -50,10 +50,11 @@ def denoising_objective_of(
     rows = {prompt.key: row for row, prompt in enumerate(prompts)}
     credit: Any = credit_of(config, rows, history)
     loss_function, loss_columns = denoising_loss(config), {"elements": "elements"}
+    own: Any = config  # functions of the user's own are called alike for both kinds of policy
     if advantage is not None:
-        credit = advantage_of(config, advantage)
+        credit = advantage_of(own, advantage)
     if loss is not None:
-        loss_function, loss_columns = checked_loss(config, loss), loss_columns_of(config, loss)
+        loss_function, loss_columns = checked_loss(own, loss), loss_columns_of(own, loss)
     keep: Any = keep_of(config)
     return Objective(
         config=config,

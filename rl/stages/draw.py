@@ -27,7 +27,7 @@ from rollouts.batch import Rollouts, concatenate
 from rollouts.prompts import Prompt
 from rollouts.rewards.contract import RewardError, RewardResult
 from samplers.ledger import Ledger
-from samplers.planner import Planner
+from samplers.planner import Planner, Proposal
 
 logger = logging.get_logger(__name__)
 
@@ -104,7 +104,8 @@ class Sampling:
             which: passed to `Planner.propose`: how many prompts, and which not.
         """
         planner, ledger = self.planner, self.ledger
-        proposals, rounds = [], []
+        proposals: list[Proposal] = []
+        rounds: list[Scored] = []
         while not proposals or planner.is_open:
             proposal = planner.propose(**which)
             prompts = [self.prompts[i] for i in proposal.index_P]

@@ -27,6 +27,7 @@ from rl.config.methods import (
     trains_everywhere,
 )
 from rl.config.own import is_own
+from rl.config.settings import LanguageSettings
 from rl.objective import weights
 from rl.policies.contract import ScoredDecisions
 from rl.stages.records import Batch, Groups
@@ -196,7 +197,7 @@ def has_signal(rollouts: Rollouts) -> Tensor:
 
 
 def objective_of(
-    config: Settings, *, advantage: Advantage | None = None, loss: Loss | None = None
+    config: LanguageSettings, *, advantage: Advantage | None = None, loss: Loss | None = None
 ) -> Objective:
     """The objective that `config` names, for a language model.
 
@@ -247,7 +248,7 @@ def method_of_run(config: Settings, stage: str, own: Callable[..., Any] | None) 
     return method_of(config, stage) if own is None else own_method(config, stage, own)
 
 
-def checked_loss(config: Settings, own: Loss | None) -> Loss:
+def checked_loss(config: Any, own: Loss | None) -> Loss:
     """The loss that `config` names, or the caller's own, of which each answer is checked.
 
     Raises:

@@ -102,6 +102,33 @@ def test_the_kl_is_to_the_policy_before_training_and_a_mean_over_what_trains(tmp
     assert float(statistics["kl_tokens"]) == int(rows.mask_NT.sum())
 
 
+@pytest.mark.parametrize("share", [1, 3])
+def test_of_several_updates_each_divides_loss_and_kl_and_bonus_by_its_share(tmp_path, share):
+    """Three updates have a third of the rows each, so that each divides by a third of the sums."""
+    changes = {"beta": 0.3, "kl": "k2", "entropy_coef": 0.2}
+    made = tiny.trainer(tmp_path, model=tiny.model(dtype=torch.float64), **settings(**changes))
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # away from the reference
+        for weight in made.model.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=noise, dtype=weight.dtype))
+    batch = tiny.prepare(made, tiny.collect(made))
+    rows = replace(batch.rollouts, advantage_N=torch.ones_like(batch.rollouts.advantage_N))
+    score = made.policy.score(made.model, rows, entropy=True)
+    whole, _ = made.objective.loss(batch, rows, score, share=share)
+    only_loss = replace(made.objective, kl_function=None)
+    loss, _ = only_loss.loss(batch, rows, replace(score, entropy_NT=None), share=share)
+    # At ratio 1 the surrogate is minus the weighted advantage; the engine records float32.
+    surrogate = float(rows.weight_NT.sum()) / batch.denominator
+    assert loss.item() == pytest.approx(-share * surrogate, rel=1e-6) and surrogate > 0.3
+    kl_NT = (score.logprob_NT - rows.reference_logprob_NT) ** 2 / 2
+    kl_weight_NT = rows.weight_NT if rows.kl_weight_NT is None else rows.kl_weight_NT
+    kl = 0.3 * (kl_weight_NT * kl_NT).sum() / batch.kl_denominator
+    bonus = 0.2 * score.entropy_NT[rows.bonus_NT].sum() / batch.bonus_denominator
+    expected = share * float((kl - bonus).detach())
+    assert float((whole - loss).detach()) == pytest.approx(expected, rel=1e-6)
+    assert float(kl.detach()) > 1e-3 and float(bonus.detach()) > 1e-3
+
+
 def test_the_kl_lowers_rewards_and_not_what_the_planner_learns(tmp_path):
     made = tiny.trainer(tmp_path, **settings(reward_kl=0.5))
     plain = tiny.trainer(tmp_path, **settings())

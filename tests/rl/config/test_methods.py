@@ -278,6 +278,21 @@ def test_a_prompts_weight_is_shared_by_the_rows_that_train_or_by_those_drawn(
     assert torch.allclose(batch.weight_K, torch.full_like(batch.weight_K, share))
 
 
+def test_rows_that_share_the_weight_of_all_drawn_ones_are_divided_by_that_of_all(tmp_path):
+    """Sum over all rows of weight * length, dropped ones included; else it is that of the kept rows."""
+    settings = settings_of("rows balanced") | {"length_weight": "token_mean"}
+    found = {}
+    for weight_rows in ("drawn", "trained"):
+        made = tiny.trainer(tmp_path / weight_rows, **settings, weight_rows=weight_rows)
+        found[weight_rows] = tiny.collect(made)
+    drawn = found["drawn"].visits[0].rounds[0].rollouts
+    assert len(drawn) > len(found["drawn"].rollouts)
+    assert found["drawn"].denominator == pytest.approx(float(drawn.length_N.sum()) / 6)
+    assert found["drawn"].original_denominator == found["drawn"].denominator
+    assert found["trained"].original_denominator == found["drawn"].denominator
+    assert abs(found["trained"].denominator - found["drawn"].denominator) > 0.1
+
+
 def test_d3s_keeps_its_share_by_schedule_and_leaves_advantages_alone(tmp_path):
     for progress, keep in [(0, 6), (2, 15), (4, 24)]:
         made = tiny.trainer(tmp_path / str(progress), **settings_of("rows d3s"))
