@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-EDGES = np.array([0, 1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1])
-"""Groups that are mixed are counted at the nearest of these, but never at 0 or 1."""
 USED, WASTED = "#009E73", "#D55E00"
 
 
@@ -28,7 +26,10 @@ def groups_of(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def rollouts_by_share(folder: Path) -> np.ndarray:
-    """Rollouts a step, on average, of groups of which no rollout passed, an eighth, ..., all."""
+    """Rollouts a step, on average, of groups of which no rollout passed, an eighth, ..., all.
+
+    A mixed group counts at the nearest eighth that is neither none nor all.
+    """
     budget_G, passed_G, num_steps = groups_of(folder)
     mixed_G = (passed_G > 0) & (passed_G < budget_G)
     share_G = passed_G / np.maximum(budget_G, 1)

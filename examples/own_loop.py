@@ -17,9 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project besi
 from rl.objective.advantages import leave_one_out
 from rl.objective.losses import clipped_surrogate
 from rl.objective.weights import objective_weight
-from samplers import allocation, downsampling
-from samplers.planner import Planner
-from samplers.posterior import BetaPosterior
+from samplers import BetaPosterior, Planner, allocation, downsampling
 from samplers.selection import ThompsonSelector
 
 
