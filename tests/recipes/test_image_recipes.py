@@ -35,7 +35,8 @@ def test_a_recipe_parses_and_its_plan_holds_to_the_end(path, tmp_path):
     if recipe.task is None:
         for name in (recipe.dataset_name, recipe.validation_name):
             assert (IMAGES.parents[1] / name).is_file()
-        assert set(lora_config(model).target_modules) == set(ATTENTION)
+        named = model.lora_target_modules or ATTENTION
+        assert set(lora_config(model).target_modules) == set(named)
 
 
 def test_there_is_a_recipe_for_every_method():
