@@ -131,3 +131,12 @@ def test_files_that_a_page_names_exist(page):
     rooms = "samplers|rollouts|rl|recipes|tests|benchmarks|examples|docs"
     named = re.findall(rf"`((?:{rooms})/[\w/.-]+\.\w+)`", text)
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_short_names_of_files_in_the_table_of_papers_exist():
+    missing, folder = [], ""
+    for name in re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "papers.md").read_text()):
+        folder = name.rpartition("/")[0] or folder
+        if not (ROOT / folder / name.rpartition("/")[2]).is_file():
+            missing.append(name)
+    assert missing == []
