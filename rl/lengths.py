@@ -1,4 +1,4 @@
-"""How long a rollout of a prompt is expected to be, from the lengths seen: what dealing goes by.
+"""Estimate how long a rollout of each prompt will be, so that ranks get equal work.
 
 Expectations decide which rank generates a rollout, never which rollouts are made. Axes: P prompts,
 N rollouts, S prompts seen.
@@ -48,7 +48,7 @@ class ExpectedLengths:
         """Learn the lengths of rollouts.
 
         Args:
-            keys: P prompt keys; prompts of which there is no rollout are told too, in the order of
+            keys: P prompt keys; prompts without a rollout are given too, in the order of
                 the step, so that the state depends neither on who made which rollout nor on when.
             prompt_N: (N,) each row's place in `keys`.
             length_N: (N,) integer tokens of each row.

@@ -1,4 +1,4 @@
-"""The only file that knows ranks: deal work, gather rows, balance by tokens.
+"""Deal work to ranks, gather rows, balance by tokens: the only file that knows ranks.
 
 Decisions are made from gathered columns, identically on every rank, so that one process, several
 processes and any micro-batch size give the same update. A rank that fails says so at the next gather,

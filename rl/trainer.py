@@ -38,7 +38,7 @@ from rl.run.end import (
     num_steps,
     spent_budgets,
 )
-from rl.run.origins import DECIDED, adapter_settings, origins
+from rl.run.origins import DECIDED, adapter_settings, described, origins
 from rl.run.progress import ProgressLine
 from rl.run.termination import Terminated, Termination
 from rl.run.tracker_runs import TrackerRuns
@@ -177,6 +177,8 @@ class RolloutTrainer(Trainer):
             rewards,
             has_reference=self.policy.reference is not None or bool(args.beta),
         )
+        own = {"advantage": advantage, "loss": loss, "selector": selector, "allocate": allocate}
+        self._origins |= {f"own_{n}": described(f) for n, f in own.items() if f is not None}
         self.steps_since_log: list[dict[str, float]] = []
         self._empty_steps = 0
         self._saved_step = 0

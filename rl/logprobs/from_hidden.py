@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies from hidden states, with no (N, T, V) tensor of any type.
+"""Compute log-probs and entropies from hidden states, without any (N, T, V) tensor.
 
 The logits of a step are usually its largest tensor: 8 rows of 2048 tokens over a vocabulary of
 152k are 5 GB in bfloat16, and as much again for their gradient. Here the model's head multiplies a

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of recorded rollouts under the model being trained.
+"""Compute log-probs and entropies of recorded rollouts from the logits of the trained model.
 
 A row is laid out as [left padding | prompt | completion | right padding], so that all completions
 of a micro-batch start in one column and only their logits are asked for. Padding reaches the

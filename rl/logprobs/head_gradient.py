@@ -1,4 +1,4 @@
-"""Gradient norms at the language-model head, in closed form and without the V x C gradient.
+"""Compute gradient norms at the LM head in closed form, without the V x C gradient.
 
 For one rollout with head inputs h_t, head weight W, bias b, logits z_t = (W h_t + b) / tau and
 log p = sum_t log softmax(z_t)[y_t],

@@ -1,4 +1,4 @@
-"""Micro-batches: which rows go through the model together.
+"""Choose which rows go through the model together.
 
 Rows of like length share a micro-batch, because every row is padded to the longest: prompts to the
 longest prompt on the left, completions to the longest completion on the right. How

@@ -1,4 +1,4 @@
-"""The reference policy: what the KL term holds the trained one close to."""
+"""Keep the reference policy, which the KL term holds the trained policy close to."""
 
 from __future__ import annotations
 

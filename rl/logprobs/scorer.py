@@ -1,4 +1,4 @@
-"""Log-probabilities by the way that suits the model: from its logits, or without ever having them."""
+"""Choose how to compute log-probs: from logits, or fused with the LM head."""
 
 from __future__ import annotations
 

@@ -51,9 +51,9 @@ def denoiser_of(pipeline: Any) -> tuple[str, torch.nn.Module]:
 def choose_trained(pipeline: Any, denoiser: Any, peft_config: Any) -> None:
     """Let one thing alone have gradients: a new adapter, the one that is loaded, or the denoiser.
 
-    What the pipeline does at first is what it did: beside a new adapter, one that is loaded is added
-    to the weights, and so is that of a text encoder in any case, which a saved pipeline could not
-    hold otherwise. Both are told by a warning.
+    The pipeline's output does not change: if a new adapter is added, one that is loaded already is
+    merged into the weights. So is the adapter of a text encoder, always, because a saved pipeline
+    could not hold it otherwise. Both give a warning.
 
     Args:
         pipeline: whose other components never train.
@@ -117,20 +117,22 @@ def _layers(module: torch.nn.Module) -> list[BaseTunerLayer]:
 def _to_train(denoiser: Any) -> str:
     """The one loaded adapter that acts, fully and by itself."""
     layers, names = _layers(denoiser), active(denoiser)
-    told = f"the {type(denoiser).__name__} has the adapter {' and '.join(map(repr, names))} loaded"
+    loaded = (
+        f"the {type(denoiser).__name__} has the adapter {' and '.join(map(repr, names))} loaded"
+    )
     if any(layer.merged for layer in layers):
         raise ValueError(
-            f"{told}, and fused into its weights, so that it has no gradient: call unfuse_lora() of "
+            f"{loaded}, and fused into its weights, so that it has no gradient: call unfuse_lora() of "
             "the pipeline to train it, or unload_lora_weights() to keep it in the weights"
         )
     if any(layer.disable_adapters for layer in layers):
         raise ValueError(
-            f"{told}, and switched off: call enable_lora() of the pipeline to train it, or "
+            f"{loaded}, and switched off: call enable_lora() of the pipeline to train it, or "
             "unload_lora_weights() to train without it"
         )
     if len(names) != 1:
         raise ValueError(
-            f"{told}, and one alone can train: call fuse_lora(adapter_names=[...]) and "
+            f"{loaded}, and one alone can train: call fuse_lora(adapter_names=[...]) and "
             "delete_adapters([...]) of the pipeline for those that are to stay as they are, or give a "
             "peft_config, beside which all are added to the weights"
         )
@@ -140,7 +142,7 @@ def _to_train(denoiser: Any) -> str:
             alpha, rank, scale = layer.lora_alpha[name], layer.r[name], layer.scaling[name]
             if not any(math.isclose(scale, alpha / root) for root in (rank, math.sqrt(rank))):
                 raise ValueError(
-                    f"{told} with a weight other than 1, which no saved LoRA keeps: call "
+                    f"{loaded} with a weight other than 1, which no saved LoRA keeps: call "
                     f"set_adapters({name!r}) of the pipeline, or give a peft_config, beside which it "
                     "is added to the weights as it is"
                 )

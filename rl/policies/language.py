@@ -26,7 +26,7 @@ from rl.objective.hapo import EntropyPivot
 from rl.policies.contract import ScoredDecisions, Whole
 from rl.policies.loading import warn_of_rounding
 from rollouts.batch import Rollouts, TokenRollouts
-from rollouts.engines.contract import Engine, SamplingParams
+from rollouts.engines.contract import Engine, GeneratesTogether, Rests, SamplingParams
 from rollouts.engines.model_limits import num_embeddings
 from rollouts.engines.transformers import TransformersEngine
 from rollouts.prompts import Prompt
@@ -165,7 +165,7 @@ class LanguagePolicy:
     @property
     def _generates_together(self) -> bool:
         """Whether every rank must call the engine, also for no rows (vLLM over several processes)."""
-        return bool(getattr(self.engine, "generates_together", False))
+        return isinstance(self.engine, GeneratesTogether) and self.engine.generates_together
 
     def load_weights(self, model: Any, *, version: int) -> None:
         """Give the engine the weights of `version`, unless it has them. Every rank calls this."""
@@ -175,7 +175,7 @@ class LanguagePolicy:
 
     def rest(self) -> None:
         """Let the engine free its memory, if it can; it loads the weights before it generates again."""
-        if hasattr(self.engine, "rest"):
+        if isinstance(self.engine, Rests):
             self.engine.rest()
         self._loaded_version = None
 

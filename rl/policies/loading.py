@@ -99,7 +99,7 @@ def _with_adapter(policy: Any, peft_config: Any) -> PreTrainedModel:
 
 
 def require_trainable(policy: torch.nn.Module) -> None:
-    """Say before any rollout that nothing would be learnt.
+    """Refuse, before any rollout, a model of which nothing trains.
 
     Raises:
         ValueError: if no weight has `requires_grad`.

@@ -1,4 +1,4 @@
-"""Pipelines to train: read from a folder or the hub, with a scheduler that the noise rule needs."""
+"""Read pipelines from a folder or the hub, with a scheduler that the noise rule can use."""
 
 from __future__ import annotations
 

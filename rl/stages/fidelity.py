@@ -133,7 +133,7 @@ class Fidelity:
 
 
 def settle(policy: Policy, ranks: Ranks) -> None:
-    """Choose how the trainer runs the model, before the first rollout; once. Every rank calls this.
+    """Choose once, before the first rollout, how the trainer runs the model. Every rank calls this.
 
     In training mode with padding on the left, as fast kernels want it, if that gives the
     log-probabilities of a plain forward pass in evaluation mode over each row by itself; else with

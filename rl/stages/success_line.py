@@ -1,4 +1,4 @@
-"""Whether `success_above` tells any rollouts apart: a line beside all rewards is told, once."""
+"""Warn once if `success_above` lies beside all rewards, so that no rollout differs from another."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 class SuccessLine:
     """Looks at the first rewards of training and of validation, and warns if all pass, or none.
 
-    A recipe's line is in the unit of its own reward; under another reward every rollout passes from
-    the start, or none ever does, so that pass rates say nothing, nor do budgets that go by them.
-    Rewards that are all equal are left alone: a line cannot split them.
+    A recipe's `success_above` is in the unit of its own reward. Under another reward every rollout
+    passes from the start, or none ever does, so that pass rates, and budgets that depend on them, mean
+    nothing. Rewards that are all equal are skipped: no threshold can split them.
 
     Args:
-        above: `success_above`, or None, with which there is nothing to tell.
+        above: `success_above`, or None, which never warns.
         least: rollouts of training to wait for.
     """
 
@@ -23,12 +23,12 @@ class SuccessLine:
         self.above = above
         self.least = least
         self._trained: list[float] = []
-        self._is_told = above is None
+        self._is_done = above is None
         self._has_trained = self._has_validated = False
 
     def trained(self, reward_N: np.ndarray) -> None:
-        """Rewards of a training step; once there are `least`, they are judged."""
-        if self._is_told or self._has_trained:
+        """Take the rewards of a training step; judge them once there are `least`."""
+        if self._is_done or self._has_trained:
             return
         self._trained += np.asarray(reward_N, dtype=np.float64).tolist()
         if len(self._trained) >= self.least:
@@ -37,8 +37,8 @@ class SuccessLine:
             self._trained = []
 
     def validated(self, reward_N: np.ndarray) -> None:
-        """Rewards of a validation; the first is judged."""
-        if self._is_told or self._has_validated:
+        """Judge the rewards of the first validation."""
+        if self._is_done or self._has_validated:
             return
         self._has_validated = True
         self._judge(np.asarray(reward_N, dtype=np.float64), "of the first validation")
@@ -49,7 +49,7 @@ class SuccessLine:
         low, high = float(reward_N.min()), float(reward_N.max())
         if low == high or low <= self.above < high:  # type: ignore[operator]
             return
-        self._is_told = True
+        self._is_done = True
         which = "all pass" if low > self.above else "none passes"  # type: ignore[operator]
         warnings.warn(
             f"success_above={self.above:g}: the first {len(reward_N)} rollouts {what} have rewards "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ from rollouts.prompts import Prompt
 
 __all__ = [
     "Engine",
+    "GeneratesTogether",
     "Prompt",
+    "Rests",
     "SamplingParams",
     "end_of_sequence_ids",
     "num_positions",
@@ -136,6 +138,25 @@ class Engine(Protocol[Params, Made]):
 
     def load_weights(self, model: Any) -> None:
         """Generate with the weights of `model` from now on."""
+        ...
+
+
+@runtime_checkable
+class Rests(Protocol):
+    """What an engine has besides, if it can give memory back while the trainer updates."""
+
+    def rest(self) -> None:
+        """Generation is over until `load_weights` is called again."""
+        ...
+
+
+@runtime_checkable
+class GeneratesTogether(Protocol):
+    """What an engine has besides, if several processes share it."""
+
+    @property
+    def generates_together(self) -> bool:
+        """Whether every process must call `generate`, also for no rows."""
         ...
 
 

@@ -1,5 +1,7 @@
 """A user's own advantage, loss, selector and allocator, given to the trainer."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,8 @@ def test_an_own_advantage_is_given_the_columns_it_names_and_may_differ_between_t
 
     weights, _ = own(tmp_path / "own", {"max_steps": 1}, advantage=by_place)
     assert seen["rows"] == 36
+    about = json.loads((tmp_path / "own" / "run.json").read_text())
+    assert about["origins"]["own_advantage"].startswith(f"by_place ({__file__}, ")
     plain, _ = own(tmp_path / "plain", {"max_steps": 1}, advantage=centred_by_a_stranger)
     assert any(not torch.equal(weights[name], plain[name]) for name in plain)
 
