@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> RolloutTrainer:
     is_diffusion = peek("policy", arguments) == "diffusion"
     if not is_diffusion and (task := peek("task", arguments)) in TASKS["diffusion"]:
         raise ConfigError(f"task {task!r} trains a diffusion model: write policy: diffusion too")
-    settings: type[RolloutConfig] = RolloutConfig
+    settings: type = RolloutConfig
     if is_diffusion:
         if find_spec("diffusers") is None:
             raise ConfigError(
