@@ -13,16 +13,26 @@ if TYPE_CHECKING:  # the same names for editors and type checkers
     from rl.config.diffusion import DenoisingConfig
     from rl.config.language import RolloutConfig
     from rl.denoising_trainer import DenoisingTrainer
+    from rl.objective.check import check_advantage, check_loss
     from rl.trainer import RolloutTrainer
 
 __distribution__ = "apportion"
-__all__ = ["DenoisingConfig", "DenoisingTrainer", "RolloutConfig", "RolloutTrainer"]
+__all__ = [
+    "DenoisingConfig",
+    "DenoisingTrainer",
+    "RolloutConfig",
+    "RolloutTrainer",
+    "check_advantage",
+    "check_loss",
+]
 
 _MODULE_OF = {
     "DenoisingConfig": "config.diffusion",
     "DenoisingTrainer": "denoising_trainer",
     "RolloutConfig": "config.language",
     "RolloutTrainer": "trainer",
+    "check_advantage": "objective.check",
+    "check_loss": "objective.check",
 }
 
 check_ours("rollouts", "prompts.py")

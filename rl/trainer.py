@@ -38,7 +38,7 @@ from rl.run.end import (
     num_steps,
     spent_budgets,
 )
-from rl.run.origins import DECIDED, adapter_settings, described, origins
+from rl.run.origins import DECIDED, adapter_settings, origins, own_functions
 from rl.run.progress import ProgressLine
 from rl.run.termination import Terminated, Termination
 from rl.run.tracker_runs import TrackerRuns
@@ -176,9 +176,10 @@ class RolloutTrainer(Trainer):
             self.eval_prompts,
             rewards,
             has_reference=self.policy.reference is not None or bool(args.beta),
+            own=own_functions(
+                args, advantage=advantage, loss=loss, selector=selector, allocator=allocate
+            ),
         )
-        own = {"advantage": advantage, "loss": loss, "selector": selector, "allocate": allocate}
-        self._origins |= {f"own_{n}": described(f) for n, f in own.items() if f is not None}
         self.steps_since_log: list[dict[str, float]] = []
         self._empty_steps = 0
         self._saved_step = 0
@@ -475,6 +476,7 @@ class RolloutTrainer(Trainer):
         """This run against the one it goes on from, or would write over; the main process asks."""
         of_run = (self.args, self.prompts, self.eval_prompts, self.prompt_report)
         more: dict[str, Any] = {"origins": self._origins, "recipe": self.recipe}
+        more["adapters"] = self._adapters
         step = state.get("step", 0)
         self._about = tracking.about(*of_run, **more, from_step=step)
         run = self.run_folder.folder if folder is None else folder.parent

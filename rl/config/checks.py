@@ -20,6 +20,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
+from rl.config.check_own import check_own
 from rl.config.declared import choices_of, takes_own
 from rl.config.diffusion_settings import DiffusionSettings
 from rl.config.methods import (
@@ -215,6 +216,7 @@ def check_shared(config: Settings) -> None:
         raise ValueError(f"log_floor must lie in (0, 1], got {config.log_floor}")
     if config.reward_timeout is not None and not config.reward_timeout > 0:
         raise ValueError(f"reward_timeout must be positive, got {config.reward_timeout}")
+    check_own(config)
     _selection(config)
     _stopping_and_rows(config)
     _rewards(config)

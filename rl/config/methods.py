@@ -9,6 +9,7 @@ Axes: D data set, P prompts, N rollouts (flat rows), K rows kept, T tokens.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -20,7 +21,16 @@ import torch
 from transformers.utils import logging
 
 from rl.config.diffusion_settings import DiffusionSettings
-from rl.config.own import choice, is_own, load_own, parameters
+from rl.config.own import (
+    choice,
+    is_own,
+    kept_rows,
+    kept_tokens,
+    load_own,
+    nearest,
+    own_advantage,
+    parameters,
+)
 from rl.config.settings import LanguageSettings
 from rl.logprobs import micro_batches
 from rl.logprobs.from_logits import ends
@@ -33,6 +43,7 @@ from rl.objective import (
     token_selection,
     tree_advantages,
 )
+from rl.objective.check import check_advantage, check_loss
 from rl.objective.kl import kl_loss
 from rollouts.batch import Rollouts, TokenRollouts
 from samplers import allocation, downsampling, stopping
@@ -796,8 +807,11 @@ def advantage_of(
     """`advantage(rollouts, prompts)` of a batch with rewards, as `config` names it.
 
     Args:
-        own: a function of your own, `f(reward_N, prompt_N, ...)`, in the place of the named one; see
-            `rl.config.check_own.check_advantage`.
+        own: a function of your own, `f(reward_N, prompt_N, ...)`, in the place of the named one.
+
+    Raises:
+        ValueError: if a function of the user's own breaks its contract; see
+            `rl.objective.check.check_advantage`.
     """
     method = _method_or_own(config, "advantage", own)
     if own is None and config.multi_objective_aggregation != "sum_then_normalize":
@@ -805,6 +819,9 @@ def advantage_of(
     assert isinstance(method, AdvantageMethod)
     function = partial(_set(method.function), **_bound(config, method))
     columns, by_success = method.columns, method.by_success
+    if own is not None or is_own(method.name):
+        any_order = not isinstance(config, DiffusionSettings)
+        kept_to(partial(check_advantage, any_order=any_order), config, method)
 
     def advantage(rollouts: Rollouts, _: Any = None) -> torch.Tensor:
         more = {name: _column(rollouts, column) for name, column in columns.items()}
@@ -829,24 +846,6 @@ def _of_functions(config: LanguageSettings) -> Callable[[Rollouts, Any], torch.T
         return function(reward_NF, rollouts.prompt_N, weight_F=weight_F)
 
     return advantage
-
-
-def own_advantage(advantage: Any, rollouts: Rollouts, *, name: str) -> torch.Tensor:
-    """What a function of the user's own gave, if it can be trained on.
-
-    Raises:
-        ValueError: naming the function, if it is no float tensor of one row per rollout.
-        FloatingPointError: if it is not finite.
-    """
-    shapes = [(len(rollouts),), tuple(rollouts.mask_NT.shape)]
-    if not isinstance(advantage, torch.Tensor) or tuple(advantage.shape) not in shapes:
-        got = tuple(advantage.shape) if isinstance(advantage, torch.Tensor) else type(advantage)
-        raise ValueError(f"advantage {name} must return a tensor of shape {shapes[0]}, got {got}")
-    if not advantage.dtype.is_floating_point:
-        raise ValueError(f"advantage {name} must return floats, got {advantage.dtype}")
-    if not bool(advantage.isfinite().all()):
-        raise FloatingPointError(f"advantage {name} is not finite")
-    return advantage.detach()
 
 
 def successes(rollouts: Rollouts) -> torch.Tensor:
@@ -955,8 +954,7 @@ def down_sampler_of(config: Settings) -> Callable[[Rollouts, float], torch.Tenso
             ends = {"initial": config.row_fraction_initial, "final": config.row_fraction_final}
             more["row_fraction"] = downsampling.row_fraction(progress, **ends)
         columns = {n: _row_column(rollouts, column) for n, column in method.columns.items()}
-        kept = function(**columns, **more, **bound)
-        return torch.from_numpy(np.asarray(kept, dtype=np.int64))
+        return kept_rows(function(**columns, **more, **bound), len(rollouts), name=method.name)
 
     return rows
 
@@ -1016,7 +1014,7 @@ def token_selector_of(config: LanguageSettings) -> Callable[[Rollouts, float], t
             ends = {"initial": config.token_fraction_initial, "final": config.token_fraction_final}
             more["fraction"] = downsampling.token_fraction(progress, **ends)
         columns = {n: _token_column(rollouts, column) for n, column in method.columns.items()}
-        return function(**columns, **more, **bound)
+        return kept_tokens(function(**columns, **more, **bound), rollouts, name=method.name)
 
     return kept
 
@@ -1198,8 +1196,18 @@ def default_correction(config: LanguageSettings) -> str:
 
 
 def loss_of(config: LanguageSettings, own: Callable[..., Any] | None = None) -> Callable:
-    """The loss named by `config`, its clips bound; `own` is a function in the place of the named one."""
+    """The loss named by `config`, its clips bound.
+
+    Args:
+        own: a function of your own in the place of the named one.
+
+    Raises:
+        ValueError: if a function of the user's own breaks its contract; see
+            `rl.objective.check.check_loss`.
+    """
     method = _method_or_own(config, "loss", own)
+    if own is not None or is_own(method.name):
+        kept_to(check_loss, config, method)
     bound = _bound(config, method)
     return partial(_set(method.function), **bound) if bound else _set(method.function)
 
@@ -1276,16 +1284,53 @@ METHODS: dict[str, Mapping[str, Method]] = {
 }
 """Setting that names a method -> the records it may name."""
 
-OWN_STAGES: dict[str, type[Method]] = {
-    "selector": SelectorMethod,
-    "allocator": AllocatorMethod,
-    "stopping": Method,
-    "advantage": AdvantageMethod,
-    "down_sampling": DownSamplingMethod,
-    "token_selection": Method,
-    "loss": LossMethod,
+
+@dataclass(frozen=True, kw_only=True)
+class OwnStage:
+    """What a function of the user's own is given in a stage."""
+
+    record: type[Method]
+    """The kind of record that it gets."""
+    positional: int = 0
+    """How many arguments come first, whatever the parameters are called."""
+    given: tuple[str, ...] = ()
+    """What it may name besides columns and settings."""
+    columns: tuple[str, ...] = ()
+    """Columns that it may name besides `COLUMNS`."""
+
+
+OWN_STAGES: dict[str, OwnStage] = {
+    "selector": OwnStage(
+        record=SelectorMethod, given=("posterior", "keys", "num_prompts", "column_D")
+    ),
+    "allocator": OwnStage(record=AllocatorMethod, positional=2, given=("minimum", "maximum")),
+    "stopping": OwnStage(record=Method, positional=1),
+    "advantage": OwnStage(record=AdvantageMethod, positional=2, columns=("reference_logprob_NT",)),
+    "down_sampling": OwnStage(
+        record=DownSamplingMethod,
+        given=("progress", "row_fraction"),
+        columns=("advantage_N", "passed_N"),
+    ),
+    "token_selection": OwnStage(
+        record=Method, given=("fraction",), columns=("advantage", "advantage_N", "entropy_NT")
+    ),
+    "loss": OwnStage(
+        record=LossMethod,
+        positional=4,
+        given=("denominator",),
+        columns=("entropy_NT", "reference_logprob_NT", "heterogeneity_NT", "elements"),
+    ),
 }
-"""Stages that take `path/to/file.py:function` -> the kind of record that such a function gets."""
+"""Stages that take `path/to/file.py:function`."""
+
+COLUMNS = (
+    *("reward_N", "reward_NF", "success_N", "prompt_N", "length_N", "truncated_N", "stratum_N"),
+    *("seed_N", "mask_NT", "token_NT", "logprob_NT"),
+)
+"""Columns of rollouts that a function of the user's own may name in every stage that has rollouts."""
+
+BY_PLANNER = ("selector", "allocator", "stopping")
+"""Stages before there are rollouts."""
 
 
 def method_of(config: Any, stage: str) -> Any:
@@ -1296,7 +1341,7 @@ def method_of(config: Any, stage: str) -> Any:
     """
     name = getattr(config, stage) or ""
     if stage in OWN_STAGES and is_own(name):
-        return own_method(config, stage, load_own(name, what=stage), name=name)
+        return own_method(config, stage, load_own(name, what=stage), name)
     if name not in METHODS[stage]:
         choice(stage, name, METHODS[stage])
     return METHODS[stage][name]
@@ -1307,44 +1352,55 @@ def own_method(config: Any, stage: str, function: Callable[..., Any], name: str 
 
     A parameter with the name of a column of the rollouts is given that, and one with the name of a
     setting its value, beside what every function of the stage is given.
+
+    Raises:
+        ValueError: naming a parameter without default that nothing here has.
     """
-    columns = {*COLUMNS, *MORE_COLUMNS.get(stage, ())} - {*GIVEN.get(stage, ())}
-    known = {*parameters(function)}
+    name = name or getattr(function, "__name__", type(function).__name__)
+    known = inspect.signature(function).parameters
+    names = [*known][OWN_STAGES[stage].positional :]
+    columns = [n for n in names if n in COLUMNS or n in OWN_STAGES[stage].columns]
+    settings = {f.name for f in fields(config)}
+    for each in names:
+        empty = known[each].default is inspect.Parameter.empty
+        variadic = known[each].kind in (
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        )
+        if empty and not variadic and each not in (*columns, *settings, *OWN_STAGES[stage].given):
+            here = [*OWN_STAGES[stage].given, *([] if stage in BY_PLANNER else COLUMNS)]
+            here += OWN_STAGES[stage].columns
+            raise ValueError(
+                f"{stage} {name} wants {each!r}, which is none of {', '.join(here)}, and no setting."
+                f"{nearest(each, [*here, *settings])}"
+            )
+    reads = stage in ("allocator", "stopping") or {"posterior", "success_N", "passed_N"} & {*names}
     more: dict[str, Any] = {"by_std": True} if stage == "allocator" else {}
-    reads = stage in ("allocator", "stopping") or {"posterior", "success_N", "passed_N"} & known
-    return OWN_STAGES[stage](
-        name=name or getattr(function, "__name__", type(function).__name__),
+    return OWN_STAGES[stage].record(
+        name=name,
         function=function,
         help="A function of your own.",
-        columns={} if stage in BY_PLANNER else {n: n for n in sorted(columns & known)},
-        settings={f.name: f.name for f in fields(config) if f.name in known},
+        columns={} if stage in BY_PLANNER else {n: n for n in columns},
+        settings={n: n for n in names if n in settings and n not in columns},
         reads_success=bool(reads),
         **more,
     )
 
 
+def kept_to(check: Callable[..., None], config: Any, method: Method) -> None:
+    """Test a function of the user's own on made-up rollouts.
+
+    Raises:
+        ValueError: saying which part of its contract it breaks.
+    """
+    try:
+        check(_set(method.function), **_bound(config, method))
+    except AssertionError as error:
+        raise ValueError(f"{method.name} is not what a run needs: {error}") from error
+
+
 def _method_or_own(config: Any, stage: str, own: Callable[..., Any] | None) -> Any:
     return method_of(config, stage) if own is None else own_method(config, stage, own)
-
-
-COLUMNS = (
-    *("prompt_N", "mask_NT", "logprob_NT", "reward_N", "reward_NF", "success_N", "advantage_N"),
-    *("advantage_NT", "entropy_NT", "old_logprob_NT", "reference_logprob_NT", "heterogeneity_NT"),
-    *("length_N", "truncated_N", "token_NT", "stratum_N", "seed_N"),
-)
-"""Columns of rollouts that a function of the user's own may name."""
-
-MORE_COLUMNS = {"down_sampling": ("passed_N",), "token_selection": ("advantage",)}
-"""What functions of a stage may name besides."""
-
-GIVEN = {
-    "advantage": ("reward_N", "prompt_N"),
-    "loss": ("logprob_NT", "old_logprob_NT", "advantage_N", "weight_NT", "denominator"),
-}
-"""What functions of a stage are given in their first places, whatever the parameters are called."""
-
-BY_PLANNER = ("selector", "allocator", "stopping")
-"""Stages before there are rollouts."""
 
 
 def reads_success(config: Any) -> dict[str, str]:

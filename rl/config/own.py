@@ -1,4 +1,7 @@
-"""Names of methods, and functions of the user's own: `path/to/file.py:function`."""
+"""Names of methods, and functions of the user's own: `path/to/file.py:function`.
+
+Axes: N rollouts, K rows kept, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from rollouts.batch import Rollouts
 from rollouts.from_file import load_function
 
 _loaded: dict[tuple[str, int], Callable[..., Any]] = {}
@@ -60,3 +67,53 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the parameters of a function that may still be given."""
     given = function.keywords if isinstance(function, partial) else {}
     return tuple(name for name in inspect.signature(function).parameters if name not in given)
+
+
+def own_advantage(advantage: Any, rollouts: Rollouts, *, name: str) -> torch.Tensor:
+    """What a function of the user's own gave, if it can be trained on.
+
+    Raises:
+        ValueError: naming the function, if it is no float tensor of one row per rollout.
+        FloatingPointError: if it is not finite.
+    """
+    shapes = [(len(rollouts),), tuple(rollouts.mask_NT.shape)]
+    if not isinstance(advantage, torch.Tensor) or tuple(advantage.shape) not in shapes:
+        got = tuple(advantage.shape) if isinstance(advantage, torch.Tensor) else type(advantage)
+        raise ValueError(f"advantage {name} must return a tensor of shape {shapes[0]}, got {got}")
+    if not advantage.dtype.is_floating_point:
+        raise ValueError(f"advantage {name} must return floats, got {advantage.dtype}")
+    if not bool(advantage.isfinite().all()):
+        raise FloatingPointError(f"advantage {name} is not finite")
+    return advantage.detach()
+
+
+def kept_rows(kept: Any, num_rows: int, *, name: str) -> torch.Tensor:
+    """The rows that a down-sampler kept, if they can be trained on.
+
+    Raises:
+        ValueError: naming it, if they are not increasing rows of the batch.
+    """
+    rows_K = np.asarray(kept)
+    good = rows_K.ndim == 1 and rows_K.dtype.kind in "iu"
+    good = good and bool((np.diff(rows_K) > 0).all())
+    if not good or (len(rows_K) and not 0 <= rows_K[0] <= rows_K[-1] < num_rows):
+        raise ValueError(
+            f"down_sampling {name} must give increasing rows of {num_rows}, got {rows_K!r}"
+        )
+    return torch.from_numpy(rows_K.astype(np.int64))
+
+
+def kept_tokens(kept_NT: Any, rollouts: Rollouts, *, name: str) -> torch.Tensor:
+    """The tokens that a selection kept, if they can be trained on.
+
+    Raises:
+        ValueError: naming it, if they are not (N, T) bool, True on tokens of the policy alone.
+    """
+    mask_NT = rollouts.mask_NT
+    good = isinstance(kept_NT, torch.Tensor) and kept_NT.dtype == torch.bool
+    if not good or kept_NT.shape != mask_NT.shape or bool((kept_NT & ~mask_NT).any()):
+        raise ValueError(
+            f"token_selection {name} must give (N, T) bool of shape {tuple(mask_NT.shape)}, True on "
+            f"tokens where mask_NT is alone, got {kept_NT!r}"
+        )
+    return kept_NT

@@ -1,4 +1,4 @@
-"""What a run is made of besides its settings: model, adapters, prompts, rewards, libraries.
+"""What a run is made of besides its settings: model, adapters, prompts, functions, libraries.
 
 Written to `run.json` and into every checkpoint, and compared when a run is resumed. What is too long
 to write is a digest of 32 hexadecimal digits. Axes: P prompts.
@@ -11,13 +11,15 @@ import hashlib
 import inspect
 import json
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rl.config.methods import OWN_STAGES, method_of
+from rl.config.own import is_own
 from rollouts.prompts import Prompt
 
 LIBRARIES = (
@@ -25,8 +27,12 @@ LIBRARIES = (
     *("numpy", "safetensors", "deepspeed", "vllm", "apportion"),
 )
 
-DECIDED = ("weights", "weights_not_saved")
-"""Origins without which no checkpoint of a run can be read as what it was."""
+DECIDED = ("weights", "weights_not_saved", "sampling_functions")
+"""Origins that a resumed run must share: without them its checkpoint is not what it was, or the rollouts
+are not."""
+
+SAMPLING = ("selector", "allocator", "stopping")
+"""Stages that decide which rollouts are made."""
 
 
 def origins(
@@ -36,19 +42,22 @@ def origins(
     rewards: Sequence[Callable[..., Any]],
     *,
     has_reference: bool,
+    own: Mapping[str, Callable[..., Any]] | None = None,
 ) -> dict[str, Any]:
     """Names and digests of everything that `rewards` of rollouts of `model` depend on.
 
     Args:
         model: before any training.
         has_reference: whether the run compares with the model as it is now.
+        own: functions of the user's own, by the stage that they are in; see `own_functions`.
 
     Returns:
         `model`, its name or folder; `model_config` and `weights`, digests of its configuration and of
         the names and shapes of its weights; `weights_not_saved`, a digest of the first values of
         weights that a checkpoint does not hold (those below an adapter, or of the reference), or
         None; `prompts` and `validation`, digests of what the policy and the rewards read; `rewards`,
-        a list of what `described` says.
+        a list of what `described` says; `sampling_functions` and `training_functions`, the same of
+        the user's own by stage, or None.
     """
     adapted = bool(getattr(model, "peft_config", None))
     unsaved: list[torch.nn.Parameter] = []
@@ -62,7 +71,22 @@ def origins(
         "prompts": _content(prompts),
         "validation": _content(held_out) if held_out else None,
         "rewards": [described(reward) for reward in rewards],
+        "sampling_functions": _described(own, lambda stage: stage in SAMPLING),
+        "training_functions": _described(own, lambda stage: stage not in SAMPLING),
     }
+
+
+def own_functions(config: Any, **given: Callable[..., Any] | None) -> dict[str, Callable[..., Any]]:
+    """Functions of the user's own by their stage: those that settings name, and those that are given."""
+    stages = [stage for stage in OWN_STAGES if is_own(getattr(config, stage, None))]
+    named = {stage: method_of(config, stage).function for stage in stages}
+    return named | {stage: f for stage, f in given.items() if f is not None}
+
+
+def _described(
+    own: Mapping[str, Callable[..., Any]] | None, which: Callable[[str], bool]
+) -> dict[str, str] | None:
+    return {stage: described(f) for stage, f in (own or {}).items() if which(stage)} or None
 
 
 def described(reward: Any) -> str:

@@ -135,6 +135,7 @@ def about(
     *,
     origins: dict[str, Any],
     recipe: dict[str, Any],
+    adapters: dict[str, Any] | None = None,
     from_step: int,
 ) -> dict[str, Any]:
     """What `run.json` says of a run, as plain values; trackers get it beside the settings.
@@ -144,6 +145,7 @@ def about(
         prompts, held_out, report: the data.
         origins: as `rl.run.origins` gives them.
         recipe: settings besides `args` by which model, data and rewards were found.
+        adapters: what the model's adapters are like, as `rl.run.origins.adapter_settings` gives it.
         from_step: the step the run goes on from.
     """
     args.of_run = {}
@@ -151,6 +153,7 @@ def about(
         "settings": args.to_dict(),
         "recipe": recipe,
         "origins": origins,
+        "adapters": adapters or {},
         "data_fingerprint": data_fingerprint([prompt.key for prompt in prompts]),
         "prompts": len(prompts),
         "validation_prompts": len(held_out),
@@ -165,7 +168,10 @@ def about(
     found = json.loads(json.dumps(found, default=str))
     args.of_run = {
         f"run/{name}": value if isinstance(value, (str, int, float)) else json.dumps(value)
-        for part in (found["recipe"], found["origins"], {n: found[n] for n in TRACKED})
+        for part in (
+            *(found["adapters"], found["recipe"], found["origins"]),
+            {n: found[n] for n in TRACKED},
+        )
         for name, value in part.items()
         if value is not None
     }

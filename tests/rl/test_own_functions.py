@@ -117,7 +117,7 @@ def bare_loss(logprob_NT, old_NT, credit, weight_NT, *, denominator):
 
 
 def of_reference(logprob_NT, old_NT, credit, weight_NT, *, denominator, reference_logprob_NT):
-    return logprob_NT.sum() / denominator, {}
+    return (weight_NT * (logprob_NT - reference_logprob_NT)).sum() / denominator, {}
 
 
 class Selects:
@@ -128,10 +128,13 @@ class Selects:
 @pytest.mark.parametrize(
     ("functions", "message"),
     [
-        ({"advantage": short}, r"advantage short must return a tensor of shape \(36,\).*\(3,\)"),
-        ({"advantage": undefined}, "advantage undefined is not finite"),
-        ({"loss": loss_of_rows}, r"loss loss_of_rows must return a scalar tensor, got \("),
-        ({"loss": bare_loss}, "loss bare_loss must return a scalar loss and a dict .*got Tensor"),
+        ({"advantage": short}, r"advantage short, groups .*gave shape \(3,\) for 10 rollouts"),
+        ({"advantage": undefined}, "advantage undefined, groups .*is not finite"),
+        (
+            {"loss": loss_of_rows},
+            "loss loss_of_rows in float64: the loss must be a scalar of floats",
+        ),
+        ({"loss": bare_loss}, "loss bare_loss in float64: must return the loss and a dict"),
         ({"loss": of_reference}, "loss of_reference reads reference_logprob_NT.*write beta"),
         ({"selector": Selects()}, "selector=Selects must be a Selector .* has no state_dict, load"),
         ({"planner": print, "allocate": short}, "planner makes its own selector and allocator"),
