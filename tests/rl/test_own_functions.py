@@ -95,7 +95,7 @@ def test_an_own_advantage_is_given_the_columns_it_names_and_may_differ_between_t
     weights, _ = own(tmp_path / "own", {"max_steps": 1}, advantage=by_place)
     assert seen["rows"] == 36
     about = json.loads((tmp_path / "own" / "run.json").read_text())
-    assert about["origins"]["own_advantage"].startswith(f"by_place ({__file__}, ")
+    assert about["origins"]["training_functions"]["advantage"].startswith(f"by_place ({__file__}, ")
     plain, _ = own(tmp_path / "plain", {"max_steps": 1}, advantage=centred_by_a_stranger)
     assert any(not torch.equal(weights[name], plain[name]) for name in plain)
 
