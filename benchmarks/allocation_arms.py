@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from benchmarks import arms
+from benchmarks import arms, summaries
 from samplers import allocation
 from samplers.keys import stable_hash
 
@@ -181,10 +181,8 @@ def main() -> None:
         f"--seeds {options.seeds} --max_steps {options.max_steps} --config {options.config}",
         "manifest": results[0]["manifest"],
         "summary": table,
-        "runs": [{k: v for k, v in r.items() if k != "manifest"} for r in results],
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1))
+    summaries.write(options.output, document)
     arms.show(table, baseline="uniform")
 
 

@@ -33,7 +33,6 @@ is asserted.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -53,6 +52,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from benchmarks import summaries
 from rollouts.batch import DenoisingRollouts, concatenate
 from rollouts.diffusion.engine import DiffusersEngine
 from rollouts.prompts import Prompt
@@ -396,8 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "speed": speed,
         "mismatch": ratio,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n")
+    summaries.write(output, report)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +24,10 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import summaries
 from rollouts.engines.contract import Prompt, SamplingParams
 from rollouts.engines.transformers import TransformersEngine
 
@@ -176,8 +181,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in build_model(torch.float32, "cpu").parameters()),
         "results": results,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    summaries.write(arguments.output, report)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from benchmarks import arms
+from benchmarks import arms, summaries
 
 ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     # name: what it is, recipe, settings that differ from it
@@ -195,10 +195,8 @@ def main() -> None:
         "command": f"python benchmarks/image_arms.py --arms {' '.join(options.arms)} "
         f"--seeds {options.seeds} --evaluations {options.evaluations}",
         "summary": table,
-        "runs": results,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1))
+    summaries.write(options.output, document)
     for row in table:
         p = row["pass_rate"]
         delta = row.get("minus_ddpo")

@@ -33,6 +33,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from benchmarks import summaries
 from benchmarks.engine import NUM_ENDS, PROMPT_LENGTH, VOCABULARY, build_model, build_tokenizer
 from rl.config.language import RolloutConfig
 from rl.lengths import ExpectedLengths
@@ -210,7 +211,7 @@ def main() -> None:
             f"{case['cpu_ratio_median']:.2f}"
         )
     if not arguments.quick:
-        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        summaries.write(RESULT, result)
 
 
 if __name__ == "__main__":

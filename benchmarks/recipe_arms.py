@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import arms
+from benchmarks import arms, summaries
 
 BY_STD = {"advantage": "grpo", "budget_min": 1}  # as grpo.yaml, although budgets differ
 EARLY = {"stopping": "early", "stopping_wave": 4, "posterior_decay_chosen": 0.8} | BY_STD
@@ -144,10 +144,8 @@ def main() -> None:
         f"--seeds {options.seeds} --tokens {options.tokens}",
         "manifest": results[0]["manifest"],
         "summary": table,
-        "runs": [{k: v for k, v in r.items() if k != "manifest"} for r in results],
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1))
+    summaries.write(options.output, document)
     arms.show(table, baseline="grpo")
 
 

@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from benchmarks import summaries
 from samplers import allocation
 from samplers.downsampling import max_variance
 from samplers.posterior import BetaPosterior
@@ -226,8 +227,7 @@ def main() -> None:
         "results": results,
         "growth": growth,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    summaries.write(arguments.output, report)
 
 
 if __name__ == "__main__":

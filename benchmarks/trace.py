@@ -53,6 +53,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import summaries
 from benchmarks.trace_arms import (
     ALLOCATIONS,
     DOWNSAMPLERS,
@@ -417,6 +418,27 @@ def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
+NAMES = ("pool", "trace", "arm", "recipe", "what")
+BRIEF = (
+    *("pass_rate", "pass_rate_curve", "held_out", "held_out_curve", "coverage", "updates"),
+    *("rollouts", "trained_share", "mixed", "excess_nats", "variance_over_uniform"),
+    *("variance_over_oracle", "oracle_over_uniform", "pass_rate_minus_uniform"),
+    *("pass_rate_curve_minus_uniform", "held_out_minus_uniform", "held_out_curve_minus_uniform"),
+    *("mixed_minus_uniform", "rollouts_over_uniform"),
+)
+"""Figures of a row that stand in benchmarks/results; --runs has every figure of every run."""
+
+
+def brief(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `summarise` as it is recorded: each figure of `BRIEF` as [mean, standard error]."""
+    figures = {
+        name: [row[name]["mean"], row[name]["se"]]
+        for name in BRIEF
+        if name in row and row[name]["mean"] is not None
+    }
+    return {name: row[name] for name in NAMES} | {"seeds": len(row["seeds"])} | figures
+
+
 def _spread(values: list[float]) -> dict[str, float | None]:
     if not values:
         return {"mean": None, "se": None, "min": None, "max": None}
@@ -535,10 +557,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     results_path = ROOT / "benchmarks" / "results"
     parser.add_argument("--output", type=Path, help="default: trace.json or trace_recipes.json")
+    parser.add_argument("--runs", type=Path, help="every run; default: runs/trace/, not if --quick")
     options = parser.parse_args()
     name = "trace_recipes.json" if options.recipes else "trace.json"
     if not options.quick:
         options.output = options.output or results_path / name
+        options.runs = options.runs or ROOT / "runs" / "trace" / f"{Path(name).stem}.jsonl"
     if options.recipes:
         options.arms, options.traces = list(RECIPES.values()), options.traces or ["learning"]
 
@@ -576,17 +600,19 @@ def main() -> None:
                 break
             results += processes.map(_run, block, chunksize=2)
             print(f"block {number}: {len(results)} runs", file=sys.stderr, flush=True)
+    if options.runs is not None:
+        options.runs.parent.mkdir(parents=True, exist_ok=True)
+        options.runs.write_text("".join(json.dumps(run) + "\n" for run in results))
     table = summarise(results)
     document = {
         "command": "python benchmarks/trace.py " + " ".join(sys.argv[1:]),
         "settings": asdict(settings),
         "assumes": __doc__,
         "seconds": round(time.perf_counter() - start, 1),
-        "summary": table,
+        "summary": [brief(row) for row in table],
     }
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(document, indent=1) + "\n")
+        summaries.write(options.output, document)
         draw(table, options.output.with_suffix(".png"))
     show(table)
 

@@ -58,6 +58,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 import torch
 from torch import Tensor, nn
 
+from benchmarks import summaries
 from rl.logprobs.from_hidden import fused_logprobs, fused_statistics, refusal
 from rl.logprobs.from_logits import completion_logprobs, ends
 from rl.logprobs.micro_batches import by_rows, by_tokens, padding_share
@@ -76,6 +77,10 @@ CUDA_CASES: dict[str, dict[str, Any]] = {
     "0.6B, even": {"vocabulary": 151936, "width": 1024, "layers": 28, "ragged": False},
     "0.6B, ragged": {"vocabulary": 151936, "width": 1024, "layers": 28, "ragged": True},
 }
+QUICK_CASES: dict[str, dict[str, Any]] = {
+    "tiny, ragged": {"vocabulary": 256, "width": 32, "layers": 1, "ragged": True},
+}
+QUICK_SIZES = (4, 2, 8, 32)
 SIZES = {"cpu": (16, 4, 32, 128), "cuda": (64, 8, 128, 1024)}
 """Rows, rows of a micro-batch, tokens of a prompt, tokens of the longest completion."""
 TOLERANCE = 1e-4
@@ -384,8 +389,7 @@ def child(arguments: argparse.Namespace) -> None:
     cases = CUDA_CASES if arguments.device == "cuda" else CASES
     sizes = SIZES[arguments.device]
     if arguments.quick:
-        cases = {"small, ragged": CASES["small, ragged"]}
-        sizes = SIZES["cpu"]
+        cases, sizes = QUICK_CASES, QUICK_SIZES
     for name, case in cases.items():
         result = measure(
             name,
@@ -466,8 +470,7 @@ def main() -> None:
     }
     name = "update_cuda.json" if arguments.device == "cuda" else "update.json"
     output = arguments.output or Path(__file__).parent / "results" / name
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n")
+    summaries.write(output, report)
 
 
 if __name__ == "__main__":

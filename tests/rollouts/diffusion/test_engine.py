@@ -176,8 +176,8 @@ def test_samples_do_not_depend_on_batch_order_or_size():
     prompts = image_prompts(3)
     seeds = torch.arange(18).view(3, 6)
     order = [2, 0, 1]
+    ours = engine(batch_size=1).generate(prompts, [6] * 3, seeds_N=seeds.flatten(), **settings)
     for batch_size, same in ((1, torch.equal), (4, None), (16, None)):
-        ours = engine(batch_size=1).generate(prompts, [6] * 3, seeds_N=seeds.flatten(), **settings)
         other = engine(batch_size=batch_size).generate(
             [prompts[p] for p in order], [6] * 3, seeds_N=seeds[order].flatten(), **settings
         )

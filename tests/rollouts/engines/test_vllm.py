@@ -67,10 +67,12 @@ def colocated(model, monkeypatch, *, sleep=False):
     return VLLMEngine(generation, tiny_tokenizer()), generation.llm
 
 
+@pytest.mark.slow
 def test_it_keeps_the_contract_of_engines(served, model):
     check_engine(on_server(served, model, concurrency=8), PROMPTS, PARAMS)
 
 
+@pytest.mark.slow
 def test_colocated_it_keeps_the_contract_of_engines(model, monkeypatch):
     check_engine(colocated(model, monkeypatch)[0], PROMPTS, PARAMS)
 

@@ -133,6 +133,7 @@ def test_from_another_thread_a_slow_call_is_left_behind():
     assert found[0].failed == {0: "reward: took longer than 0.2 s"}
 
 
+@pytest.mark.slow
 def test_code_that_cannot_be_interrupted_is_killed_with_a_message():
     code = """
         import rollouts.rewards.watchdog
