@@ -1,4 +1,4 @@
-"""GVM-RAFT against RAFT and its ablations at equal total generated rollouts, pilots counted.
+"""Compare GVM-RAFT with RAFT and its ablations at equal generated rollouts, pilots counted.
 
     python benchmarks/allocation_arms.py                 # every arm, 5 seeds, two processes at a time
     python benchmarks/allocation_arms.py --arms uniform gvm_posterior --seeds 1 --max_steps 20

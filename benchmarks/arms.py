@@ -1,4 +1,4 @@
-"""Runs of recipes side by side: equal but for what is compared, several seeds, paired differences."""
+"""Train arms of a comparison with equal settings and several seeds; summarise paired differences."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_manifests(manifests: dict[str, dict[str, Any]]) -> None:
 
 
 def train(arguments: list[str], planner: Planner = None) -> dict[str, Any]:
-    """One run of a recipe in this process; its figures and its settings.
+    """Train one recipe in this process; return its figures and its settings.
 
     Args:
         arguments: as for `recipes/train.py`.
@@ -107,7 +107,7 @@ def train(arguments: list[str], planner: Planner = None) -> dict[str, Any]:
 def in_processes(
     jobs: list[tuple[str, int]], script: str, options: argparse.Namespace, passed: list[str]
 ) -> list[dict[str, Any]]:
-    """Each (arm, seed) in a process of its own with one thread; what is there already is kept.
+    """Run each (arm, seed) in its own process with one thread; keep results that exist already.
 
     The script is called with `--one ARM SEED` and writes `result.json` into `folder/ARM-seedSEED`.
     """

@@ -1,4 +1,4 @@
-"""Images per second of three ways to branch, at equal finished images, and the ratio before any update.
+"""Measure images per second of three ways to branch, and the importance ratio before any update.
 
     python benchmarks/diffusion.py --quick                         # a minute on one CPU thread
     python benchmarks/diffusion.py --device cuda --dtype bfloat16  # larger models

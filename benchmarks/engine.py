@@ -1,4 +1,4 @@
-"""Tokens per second of TransformersEngine against `model.generate`, as ratios measured in one run.
+"""Measure tokens per second of TransformersEngine as a ratio to `model.generate`.
 
     python -m benchmarks.engine [--quick] [--rounds 5] [--threads 1] [--device cpu]
 

@@ -1,4 +1,4 @@
-"""Diffusion recipes on the digits side by side at equal evaluations of the denoiser.
+"""Compare diffusion recipes on the digits at equal evaluations of the denoiser.
 
     python benchmarks/image_arms.py                      # every arm, 4 seeds, two processes at a time
     python benchmarks/image_arms.py --arms ddpo branch --seeds 1 --evaluations 6000

@@ -1,4 +1,4 @@
-"""Rollouts per second of two processes against one, one thread each, as ratios measured in one run.
+"""Measure rollouts per second of two processes as a ratio to one, with one thread each.
 
     python -m benchmarks.processes [--quick] [--rounds 7]
 

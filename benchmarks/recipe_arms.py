@@ -1,4 +1,4 @@
-"""The recipes of the arithmetic task side by side at equal generated tokens, and their parts alone.
+"""Compare the recipes of the arithmetic task, and their parts, at equal generated tokens.
 
     python benchmarks/recipe_arms.py                     # every arm, 5 seeds, two processes at a time
     python benchmarks/recipe_arms.py --arms grpo vade_grpo --seeds 1 --tokens 40000

@@ -1,4 +1,4 @@
-"""What deciding costs, as ratios to one plain NumPy call on numbers of the same size, in one run.
+"""Measure how long samplers take to decide, as ratios to one plain NumPy call of the same size.
 
     python benchmarks/samplers.py                # a minute or two; writes results/samplers.json
     python benchmarks/samplers.py --quick        # small sizes, nothing written

@@ -1,4 +1,4 @@
-"""What to switch on for a pool of prompts: every sampler against a simulated policy, without a GPU.
+"""Simulate every sampler with a simulated policy, to see what helps which pool of prompts.
 
     python benchmarks/trace.py                    # the mandatory arms, four pools, five seeds
     python benchmarks/trace.py --quick            # a minute: fewer arms, pools, seeds and steps
@@ -10,7 +10,7 @@ The planner, its selectors, allocators and stopping rules, the down-samplers, th
 ledger are the real ones. Only the policy is simulated. What that assumes:
 
 * A prompt's pass rate is logistic, p = sigmoid(start + own + shared). The shared part is a product
-  of skill vectors, non-negative and sparse, so what is learnt on one prompt helps those that share
+  of skill vectors, non-negative and sparse, so training on one prompt helps those that share
   a skill. `transfer` says how much of a gradient is shared; it is made up, not measured.
 * Given the pass rates rollouts are independent, rewards are 0 or 1 and never wrong. Lengths do not
   depend on the prompt or the outcome, so nothing here shows a length bias or a cost per token.
@@ -93,7 +93,7 @@ from samplers.refill import Refill
 
 @dataclass
 class _Step:
-    """Everything of one optimizer step: several waves of a refill, several rounds of each."""
+    """What one training step rolled out: several selections under refill, several rounds of each."""
 
     index: list[IntArray] = field(default_factory=list)
     reward: list[FloatArray] = field(default_factory=list)
@@ -102,7 +102,7 @@ class _Step:
     length: list[IntArray] = field(default_factory=list)
     pilot: list[NDArray[np.bool_]] = field(default_factory=list)
     weight: list[FloatArray] = field(default_factory=list)
-    """(P,) of each wave: what the stopping rule multiplies a group's gradient by."""
+    """(P,) of each selection: what the stopping rule multiplies a group's gradient by."""
     losses: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
 
@@ -191,7 +191,7 @@ class Simulation:
         step = _Step()
         accepted_P = self._refilled(step) if self.refill else None
         if accepted_P is None:
-            self._wave(step)
+            self._select(step)
         index_P, reward_N, prompt_N, length_N, pilot_N = step.columns()
         self.drawn += len(reward_N)
         self.ledger.drawn(len(reward_N), tokens=int(length_N.sum()))
@@ -238,7 +238,7 @@ class Simulation:
         return figures
 
     def _refilled(self, step: _Step) -> NDArray[np.bool_]:
-        """Roll out waves until enough groups have a spread; which groups those are."""
+        """Select and roll out until enough groups have a spread; return which groups those are."""
         refill = self.refill
         assert refill is not None
         row_of = {key: row for row, key in enumerate(self.keys)}
@@ -248,7 +248,7 @@ class Simulation:
         while refill.missing:
             exclude = [row_of[group.key] for group in refill.held]
             first_round, first_place = len(step.reward), len(number_P)
-            proposal = self._wave(step, num_prompts=refill.missing, exclude=exclude)
+            proposal = self._select(step, num_prompts=refill.missing, exclude=exclude)
             dispatched = zip(proposal.index_P.tolist(), proposal.draw_P.tolist(), strict=True)
             numbers = [refill.dispatch(self.keys[row], draw) for row, draw in dispatched]
             reward_N, place_N, length_N = (
@@ -262,8 +262,8 @@ class Simulation:
         accepted = {group.number for group in refill.end().accepted}
         return np.array([number in accepted for number in number_P])
 
-    def _wave(self, step: _Step, **more: Any) -> Proposal:
-        """Roll out one selection, all its rounds; the last of them."""
+    def _select(self, step: _Step, **more: Any) -> Proposal:
+        """Roll out all rounds of one selection; return the last proposal."""
         planner, rate_D = self.planner, self.policy.rate_D
         first_place = sum(len(index) for index in step.index)
         a_P = b_P = np.empty(0)
@@ -303,7 +303,7 @@ class Simulation:
         mean_N: FloatArray,
         pilot_N: NDArray[np.bool_],
     ) -> None:
-        """Tell the ledger what became of every row."""
+        """Enter in the ledger what became of every row."""
         trained_N = np.zeros(len(reward_N), dtype=bool)
         trained_N[rows_K] = True
         fates = {
@@ -326,7 +326,7 @@ class Simulation:
     def _variances(
         self, index_P: IntArray, prompt_N: IntArray, total: int, rate_D: FloatArray
     ) -> dict[str, float]:
-        """Of the budgets, of even ones and of the best ones for the step's prompts."""
+        """Gradient variance of the step's budgets, of even ones and of the best ones."""
         if self.refill or self.arm.stopping != "none":
             return {}  # group sizes depend on outcomes: c / n is not their variance
         objective = self.allocation.objective

@@ -1,4 +1,4 @@
-"""The arms of `benchmarks/trace.py`: what selects, allocates, stops and down-samples in each.
+"""Define the arms of `benchmarks/trace.py`: what selects, allocates, stops and down-samples.
 
 Axes: N rollouts of a step, K rows kept.
 """

@@ -1,4 +1,4 @@
-"""Time and memory of an update against TRL's GRPOTrainer, on the very same rows, in one run.
+"""Measure time and memory of an update as ratios to TRL's GRPOTrainer on the same rows.
 
     python benchmarks/update.py                  # about three minutes; writes results/update.json
     python benchmarks/update.py --quick          # one small case, nothing written

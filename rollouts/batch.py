@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from rollouts.step_plan import StepPlan
 
 Condition = Tensor | list[Tensor]
-"""What is told of P prompts: (P, ...), or a list of P tensors whose lengths may differ."""
+"""Conditions of P prompts: (P, ...), or a list of P tensors whose lengths may differ."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,7 +234,7 @@ class StateTree:
     plan: StepPlan
     """Where noise was drawn, and where the tree branches."""
     conditions: Mapping[str, Condition]
-    """(P, ...) each, or a list of P tensors of different lengths: what the pipeline was told of every
+    """(P, ...) each, or a list of P tensors of different lengths: the pipeline's conditions of every
     prompt, by the name of its argument."""
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What one step of training does along a denoising chain: where it draws, branches and trains.
+"""Plan a training step along a denoising chain: where it draws noise, branches and trains.
 
 An edge is one denoising step, numbered 0 .. T-1 from noise to image; it leads from state i to
 state i + 1. A stochastic edge draws its noise and has a log-probability, any other follows the

@@ -1,4 +1,4 @@
-"""Down-sampling: which of the rollouts that were made reach the loss.
+"""Down-sampling: choose which of the generated rollouts reach the loss.
 
 Every function maps a value per row (a reward or an advantage) to the rows that stay: int64,
 increasing, without repeats. Nothing is modified; the caller takes those rows of every column, the

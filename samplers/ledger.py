@@ -1,4 +1,4 @@
-"""The ledger: what was generated, and what became of every rollout and every token of it.
+"""The ledger: account for every rollout and every token that was generated.
 
     drawn + taken = trained + filtered + surplus + failed + buffered
 

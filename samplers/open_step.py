@@ -1,4 +1,4 @@
-"""What the planner knows of the step at hand, and of prompts from step to step.
+"""The state of the planner's open step, and numbers it remembers of prompts between steps.
 
 Axes: D prompts of the data set, P prompts of the step, N rollouts of a round, K measured prompts.
 """
@@ -20,7 +20,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class OpenStep:
-    """The step's prompts and what has been seen of them; grows with each observed round."""
+    """The step's prompts and their counts so far; each observed round adds to them."""
 
     step: int
     index_P: IntArray
@@ -129,7 +129,7 @@ class OpenStep:
         return metrics
 
     def copy(self) -> "OpenStep":
-        """The same, with arrays of its own."""
+        """A copy with arrays of its own."""
         return OpenStep(**self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
@@ -175,11 +175,11 @@ class Measured:
             self.measured_D = read_only(measured_D, copy=False)
 
     def open_step(self) -> None:
-        """From here on what was measured so far is used."""
+        """Use what was measured so far from here on."""
         self.used_D = self.measured_D
 
     def load(self, used_D: ArrayLike, measured_D: ArrayLike) -> None:
-        """Go on with these arrays, of a state."""
+        """Restore these arrays from a state."""
         self.used_D, self.measured_D = (
             read_only(np.asarray(each, dtype=np.float64)) for each in (used_D, measured_D)
         )
@@ -241,7 +241,7 @@ def check_counts(
 
 
 def checked_answer(answer: Any, num_prompts: int) -> tuple[NDArray[np.bool_], FloatArray | None]:
-    """What a stopping rule says, if it is what it may say: who goes on, and with what weights."""
+    """Check a stopping rule's answer: who goes on, and with what weights."""
     if isinstance(answer, tuple) and len(answer) != 2:
         raise ValueError(
             f"the stopping rule must give booleans, or booleans and weights, got {len(answer)} columns"

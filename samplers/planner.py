@@ -1,4 +1,4 @@
-"""The planner: which prompts, how many rollouts of each, and what is learnt from their rewards.
+"""The planner: choose prompts, divide the rollout budget, and update the posterior from rewards.
 
 One posterior is read by the selector, by the scale that feeds the allocator and by the stopping
 rule, and written by `observe`. What is decided at a step depends on earlier steps only; with pilots
@@ -53,7 +53,7 @@ _STATE = (
 
 
 class Planner:
-    """Selector, allocator and posterior at work together, one step after another.
+    """Run selector, allocator and posterior together, one step after another.
 
     ::
 
@@ -89,7 +89,7 @@ class Planner:
             pilots, `plug_in_std` and `leave_one_out`, the prompts' gradients weigh .682 and .888 in
             expectation instead of 1. With the accepted mean of GVM's EM they may be pooled.
         stopping: the rule, for example one of `stopping.py`; not together with pilots.
-        wave: rollouts of one prompt between two questions to the rule.
+        wave: rollouts of one prompt in a round, after which the rule is asked.
         run_seed: of selection and rollouts.
         success_above: a reward above it is a success. None reads rewards as fractions of full marks,
             and from the first reward outside [0, full_marks] on compares them with the mean of
@@ -97,7 +97,7 @@ class Planner:
             be 0, full marks, or read by a line.
         full_marks: the largest reward there is: `success.full_marks` of the rewards' weights.
         evidence: what a rollout counts as in the posterior, above 0 and at most 1: siblings that share
-            the beginning of a denoising chain tell less than as many independent rollouts.
+            the beginning of a denoising chain are less evidence than as many independent rollouts.
 
     Raises:
         ValueError: if settings contradict each other or the data set.
@@ -136,11 +136,11 @@ class Planner:
         )
         if (stopping is None) != (wave is None) or (wave is not None and wave < 1):
             raise ValueError(
-                f"a stopping rule and a wave of at least 1 go together, got "
+                f"a stopping rule needs a wave of at least 1, and a wave needs a rule; got "
                 f"stopping={stopping} and wave={wave}"
             )
         if stopping is not None and pilot:
-            raise ValueError(f"a stopping rule has waves of its own; pilot must be 0, got {pilot}")
+            raise ValueError(f"a stopping rule makes its own rounds; pilot must be 0, got {pilot}")
         if not 0 < evidence <= 1:
             raise ValueError(f"evidence must be above 0 and at most 1, got {evidence}")
         self.posterior = posterior
@@ -162,8 +162,8 @@ class Planner:
         self._run_seed = run_seed
         self._success = Success(above=success_above, full_marks=full_marks)
         self._evidence = evidence
-        # A budget that cannot be spent, or a scale that cannot be computed, is told now and not
-        # after the first rollouts.
+        # Refuse a budget that cannot be spent, or a scale that cannot be computed, before the first
+        # rollouts.
         if scale is None and estimate == "pilot":
             raise ValueError("estimate='pilot' needs a scale that takes counts, got scale=None")
         even_P = np.ones(prompts_per_step)
@@ -319,7 +319,7 @@ class Planner:
         return success_N
 
     def success(self, reward_N: ArrayLike, *, full_marks_N: ArrayLike | None = None) -> FloatArray:
-        """(N,) successes of rewards that are not learnt from, such as those of validation.
+        """(N,) successes of rewards that the planner does not observe, such as those of validation.
 
         They are read as those observed last; arguments as for `observe`.
         """
@@ -502,7 +502,7 @@ class Planner:
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Of the keys, which takes a third of a second for a million."""
+        """Fingerprint of the keys; computed once, as a million take a third of a second."""
         return fingerprint(self.keys)
 
     def _open_step(self, num_prompts: int, exclude: NDArray[Any]) -> OpenStep:
@@ -558,7 +558,7 @@ class Planner:
         return budget_P
 
     def _all_stopped(self, last: OpenStep) -> bool:
-        """Ask the stopping rule, if there is one, who goes on; whether nobody does."""
+        """Ask the stopping rule which prompts go on; return whether none does."""
         if self._stopping is None or last.active_P is None:
             return False
         draws = zip(last.index_P.tolist(), last.draw_P.tolist(), strict=True)
@@ -599,7 +599,7 @@ class Planner:
         self._visited_K = self._visited_K[:0]
 
     def _scales(self, last: OpenStep, order_P: IntArray) -> list[FloatArray]:
-        """What the allocator is given of the step's prompts, taken in `order_P`."""
+        """The allocator's arguments for the step's prompts, in the order `order_P`."""
         if self._estimate == "posterior":
             parameters = self.posterior.parameters(last.index_P[order_P])
             return self._columns(*parameters, step=last.step)
@@ -611,7 +611,7 @@ class Planner:
         return [std_P]
 
     def _columns(self, a_P: FloatArray, b_P: FloatArray, *, step: int) -> list[FloatArray]:
-        """The scale of these parameters, or they themselves where there is none."""
+        """The scale of these parameters; without a scale the parameters themselves."""
         if self._scale is None:
             return [a_P, b_P]
         drawn = (
@@ -633,7 +633,7 @@ class Planner:
             )
 
     def _total(self, num_prompts: int) -> int:
-        """What the allocator spends on a step of so many prompts."""
+        """Rollouts that the allocator divides among `num_prompts` prompts."""
         rollouts, rest = divmod(self.rollouts_per_step * num_prompts, self.prompts_per_step)
         if rest:
             raise ValueError(
@@ -643,7 +643,7 @@ class Planner:
         return rollouts - self._discarded * num_prompts
 
     def _spend(self, *column_P: FloatArray) -> IntArray:
-        """(P,) n_i, checked: a user's own allocator may be wrong."""
+        """(P,) budgets n_i from the allocator, checked: a user's own may be wrong."""
         num_prompts = len(column_P[0])
         total = self._total(num_prompts)
         budget_P = np.asarray(

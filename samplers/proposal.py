@@ -1,4 +1,4 @@
-"""What passes between the planner and whoever makes the rollouts.
+"""Proposals of the planner, and checks of the rewards that answer them.
 
 Axes: D prompts of the data set, P prompts of the step, N rollouts of the round.
 """
@@ -32,7 +32,7 @@ class Proposal:
     """0, 1 for the rollouts that follow the pilots, or counting on under a stopping rule."""
     is_last: bool
     """Whether the step is sure to end when this round is observed. A stopping rule may end it
-    earlier; `Planner.is_open` tells."""
+    earlier: see `Planner.is_open`."""
     index_P: IntArray
     """(P,) rows of the data set, distinct, in the selector's order."""
     budget_P: IntArray
@@ -80,7 +80,7 @@ def admit(reward_n: ArrayLike, success_n: ArrayLike | None = None) -> Decision:
 
     Args:
         reward_n: (n,) finite rewards of one group, at least one.
-        success_n: (n,) their successes, `Success.of`, of which 1 is a pass; this only tells
+        success_n: (n,) their successes, `Success.of`, of which 1 is a pass; this only separates
             "all_pass" from "all_fail". Default: rewards of at least 1 pass.
 
     Returns:

@@ -53,7 +53,7 @@ class Filled:
     num_padded: int
     """Groups of weight 0 that the loss divides by as well: those missing under "pad", else 0."""
     discarded: tuple[Group, ...]
-    """Mixed groups that are given up: too old, or surplus where no buffer is kept."""
+    """Mixed groups that are discarded: too old, or surplus where no buffer is kept."""
 
 
 class RefillError(RuntimeError):
@@ -135,8 +135,8 @@ class Refill:
     def missing(self) -> int:
         """Groups to dispatch now: those still wanted, as far as the cap allows.
 
-        A group in flight counts as one that will be kept, so nothing is refilled before its wave is
-        over.
+        A group in flight counts as one that will be kept, so nothing is refilled before its selection
+        is over.
         """
         self._opened()
         hoped = sum(group.reason == "" or group.kept is True for group in self._groups)
@@ -149,7 +149,7 @@ class Refill:
         return (*self._buffer, *self._groups)
 
     def begin(self, step: int) -> None:
-        """Open an optimizer step; surplus drawn more than `max_age` steps ago is given up.
+        """Open a training step; discard surplus drawn more than `max_age` steps ago.
 
         Raises:
             ValueError: if a step is open, or this one does not come after the last.
@@ -197,7 +197,7 @@ class Refill:
         failed: int = 0,
         failed_tokens: int = 0,
     ) -> Decision | None:
-        """Say what became of a group; groups finish in any order.
+        """Enter a group's rewards; groups finish in any order.
 
         Args:
             number: as `dispatch` returned it.
@@ -250,7 +250,7 @@ class Refill:
         return decision
 
     def end(self, *, data_ended: bool = False) -> Filled:
-        """Close the step: who is accepted, who waits for a later step, who is given up.
+        """Close the step: accept groups, keep some for a later step, discard the rest.
 
         Args:
             data_ended: nothing is left to draw, so the rule for the cap applies before it.
@@ -264,7 +264,7 @@ class Refill:
         step = self._opened()
         in_flight = [group.number for group in self._groups if not group.reason]
         if in_flight:
-            raise ValueError(f"groups {in_flight} of step {step} are in flight: await whole waves")
+            raise ValueError(f"groups {in_flight} of step {step} are in flight: finish them first")
         if self.missing and not data_ended:
             raise ValueError(f"step {step} lacks {self.missing} groups that may still be drawn")
         mixed = [*self._buffer, *(group for group in self._groups if group.kept)]
@@ -307,7 +307,7 @@ class Refill:
         )
 
     def drain(self) -> tuple[Group, ...]:
-        """Give up the buffer at the end of a run; its groups, now counted as discarded.
+        """Empty the buffer at the end of a run; return its groups, now counted as discarded.
 
         Raises:
             ValueError: if a step is open.

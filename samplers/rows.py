@@ -1,4 +1,4 @@
-"""Rows that a caller names, and names in a state that is loaded, checked. Axis: K rows."""
+"""Check rows that a caller names, and the names in a state that is loaded. Axis: K rows."""
 
 from collections.abc import Iterable, Mapping
 from numbers import Integral
@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def integer_rows(name: str, index_K: ArrayLike) -> NDArray[np.int64]:
-    """The rows as int64, of any shape; what is no integer is a ValueError.
+    """The rows as int64, of any shape; raise ValueError if they are not integers.
 
     Casting would take 1.7 for row 1, and a mask for rows 0 and 1. An empty list is no rows.
     """

@@ -1,4 +1,4 @@
-"""States of planner, ledger, refill and posterior in one file, which holds nothing that executes.
+"""Save states of planner, ledger, refill and posterior in one file that cannot execute anything.
 
 NumPy's own format for arrays, JSON for the rest; both in one zip (`.npz`). For who uses `samplers`
 alone: checkpoints of the trainers have their own form.
@@ -91,7 +91,7 @@ def _plain(value: Any, place: str, arrays: dict[str, NDArray[Any]]) -> Any:
             if not isinstance(key, str):
                 raise TypeError(f"{place} has the key {key!r}; keys must be strings")
         plain = {key: _plain(item, f"{place}[{key!r}]", arrays) for key, item in value.items()}
-        # A dict that looks like a mark of this file is told apart from one.
+        # A dict that looks like a mark of this file is marked as none.
         return {_DICT: plain} if len(plain) == 1 and {*plain} <= {_ARRAY, _FLOAT, _DICT} else plain
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{place}[{i}]", arrays) for i, item in enumerate(value)]
@@ -117,7 +117,7 @@ def _rebuilt(value: Any, columns: Any) -> Any:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last, where the system knows how to."""
+    """Sync a folder so that a rename in it survives a crash, where the system can."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

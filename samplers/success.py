@@ -1,4 +1,4 @@
-"""Success: every reward is read as a number in [0, 1], in one way everywhere.
+"""Read every reward as a success in [0, 1], in the same way everywhere.
 
 Posteriors, stopping rules, pass rates, and what a group is called (all pass, all fail) read these
 numbers and no reward. Axes: N rollouts.
@@ -98,7 +98,7 @@ class Success:
         return self._line if self.above is None else self.above
 
     def begin_step(self) -> None:
-        """A step begins: the rewards of the one before count in the mean from here on."""
+        """Begin a step: rewards of the step before count in the mean from here on."""
         self._before, self._step = self._before.and_also(self._step), Seen()
         self._line = self._before.mean if self._is_relative and self._before.count else None
 
@@ -121,7 +121,7 @@ class Success:
         return self.of(reward_N, full_marks_N)
 
     def of(self, reward_N: FloatArray, full_marks_N: ArrayLike | None = None) -> FloatArray:
-        """(N,) successes of rewards that are not learnt from, as those observed last were read.
+        """(N,) successes of rewards that are not observed, read as those observed last.
 
         Rewards out of range are compared with the mean of all that was observed; with their own
         mean if nothing was. Arguments are those of `observe`.
@@ -166,7 +166,7 @@ class Success:
     def _outside(
         self, reward_N: FloatArray, full_marks_N: ArrayLike | None
     ) -> tuple[float, float] | None:
-        """The first reward that is no fraction of its full marks, and these; None if all are."""
+        """The first reward outside [0, full marks] with its full marks; None if all are inside."""
         marks_N = self._marks(reward_N, full_marks_N)
         margin_N = ROUNDING * np.where(marks_N > 0, marks_N, 0.0)
         outside_N = (reward_N < -margin_N) | (reward_N > marks_N + margin_N)

@@ -122,7 +122,7 @@ def centred(reward_N: Tensor, prompt_N: Tensor) -> Tensor:
 
 
 def leave_one_out(reward_N: Tensor, prompt_N: Tensor) -> Tensor:
-    """Reward minus the mean reward of the prompt's other rollouts.
+    """The leave-one-out advantage: reward minus the mean reward of the prompt's other rollouts.
 
         A_i = r_i - mean_{j != i} r_j = n / (n - 1) * (r_i - mean_j r_j)
 
@@ -413,7 +413,7 @@ def stratified(
     reaches across prompts.
 
     alpha = 1 is an ablation: where the stratum decides the reward, A_SAN is 0 everywhere and the
-    choice of the stratum is not learnt. The label is the policy's own doing, so as a baseline it
+    choice of the stratum is not trained. The label is the policy's own doing, so as a baseline it
     depends on the action and the gradient is not the unbiased one of `leave_one_out`. alpha = 0.6
     is reported for one base model; what small strata get is a project default, not from the paper, and
     kind of std and eps are `grpo`'s.

@@ -1,4 +1,4 @@
-"""HAPO: what a token's entropy changes in its advantage and its clip. (arXiv:2509.16591.)
+"""HAPO: a token's entropy changes its advantage and its clip range. (arXiv:2509.16591.)
 
 Every token has a signed heterogeneity h in [-1, 1], from the entropies of the whole step: 0 at
 their 0.8 quantile, 1 at the highest, -1 at the lowest. Four parts use it or go with it:

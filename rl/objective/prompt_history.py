@@ -1,8 +1,8 @@
-"""What a prompt's earlier rewards say about its new ones, and the memory of them.
+"""Compare a prompt's new rewards with its earlier ones, which `PromptHistory` remembers.
 
 Prompts of image models come back often, with few samples each time; a baseline over several steps
 is then known better than one over the step alone. Both published forms are here as pure functions
-of the new rewards and a `PromptHistory`, which is asked first and told afterwards:
+of the new rewards and a `PromptHistory`, which observes the new rewards afterwards:
 
     history = PromptHistory(steps=8)
     z_N = history_standardised(reward_N, row_N, history)     # for selection, by its sign
@@ -10,7 +10,7 @@ of the new rewards and a `PromptHistory`, which is asked first and told afterwar
     history.observe(reward_N, row_N)
 
 The key is the row of the data set, not of the batch: a prompt drawn twice in a step is one prompt
-here. Every process asks and tells all rows of the step, so that histories stay equal.
+here. Every process observes all rows of the step, so that histories stay equal.
 
 Axes: N rollouts.
 """

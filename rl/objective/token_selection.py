@@ -1,4 +1,4 @@
-"""Which decisions of the kept rows train: those of large |advantage| times entropy, or of entropy.
+"""Select which decisions of the kept rows train: by |advantage| times entropy, or by entropy.
 
 Selection is a pure function of all rows of the step, gathered from all processes, so it depends
 neither on their number nor on micro-batches; `step_weights.after_selection` turns its result into

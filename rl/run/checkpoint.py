@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and hold nothing that can execute.
+"""Save and load checkpoints that are whole or absent, and hold nothing that can execute.
 
 A checkpoint is written under a temporary name, described by a manifest of sizes and checksums,
 synced and renamed. One whose manifest is missing or wrong is torn: it is named in a warning and the

@@ -1,4 +1,4 @@
-"""How long a run is: in steps, by what it spent on rollouts, or until it stops learning."""
+"""End a run: after its steps, when its budget is spent, or when validation stops improving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of samples in a run folder, and how unlike each other samples of one prompt are."""
+"""Save pictures of samples in the run folder, and measure how much samples of one prompt differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Show how far a run is, what it earns and what it costs: a live line, or a line per log in a file.
+"""Show a run's progress, rewards and cost: a live line, or one line per log in a file.
 
 Step or budget, time left, reward and validation come first and always; further figures follow as far as
 the line is wide, whole or not at all.

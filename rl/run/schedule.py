@@ -1,4 +1,4 @@
-"""The optimizer of a run that goes on, with the settings of now and not those of its checkpoint."""
+"""Give a resumed run's optimizer the current settings instead of its checkpoint's."""
 
 from __future__ import annotations
 

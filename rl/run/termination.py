@@ -1,4 +1,4 @@
-"""A run that is asked to end by SIGTERM: it finishes its step, saves it, and says it is unfinished.
+"""On SIGTERM, finish the training step, save a checkpoint and report that the run is unfinished.
 
 Between two steps what the planner knows and what the weights have learnt belong together, and only
 there. So nothing is saved in the middle of a step, as transformers' own callback does.

@@ -1,4 +1,4 @@
-"""A resumed run goes on in the run of its tracker: which one that is stands in the run folder.
+"""Let a resumed run continue its tracker's run, whose id is kept in the run folder.
 
 Of Weights & Biases the id is kept, of Trackio the name. TensorBoard reads a folder, which stays the
 same; other trackers start a run of their own.

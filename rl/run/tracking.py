@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, its log lines, its tables of completions.
+"""Write a run's folder: run.json, log lines and tables of completions.
 
 A run folder holds `run.json` (settings, data fingerprint), `metrics.jsonl` (every log line),
 `steps.jsonl` (every decision: prompts, draws, budgets, reward sums), `completions/*.parquet`, and the
@@ -289,7 +289,7 @@ def _are_changes(value: Any) -> bool:
 
 
 def _cut(path: Path, from_step: int) -> None:
-    """Keep the lines up to `from_step`; one torn by a kill, or damaged since, goes too, and is told."""
+    """Keep the log lines up to `from_step`; drop torn or damaged lines with a warning."""
     _make_way(path)
     if not path.exists():
         return
@@ -315,7 +315,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _make_way(path: Path, *, for_folder: bool = False) -> None:
-    """Rename what cannot be the file, or the folder, that a run has under that name; it is told."""
+    """Rename what cannot be the run's file or folder of that name, with a warning."""
     if for_folder:
         usable = path.is_dir() or not os.path.lexists(path)
     elif path.is_file():

@@ -1,4 +1,4 @@
-"""Where a denoising chain should branch: how much of the reward is still open at each step.
+"""Measure where a denoising chain should branch: how much the reward still varies after each step.
 
 Branching late shares evaluations, but siblings that part late look alike. How late is too late is a
 property of the model and the reward, so it is measured. Axes: P prompts, N rollouts.
@@ -31,7 +31,7 @@ class BranchPoint:
     within_share_se: float | None
     """Standard error of w over prompts, of `share_errors`. None without w, or for too few prompts."""
     informative_share: float
-    """Branches whose rewards are not all equal. The others tell siblings nothing."""
+    """Branches whose rewards are not all equal. The others carry no gradient."""
     informative_share_se: float | None
     """Likewise, of the informative share."""
     effective_count: float | None

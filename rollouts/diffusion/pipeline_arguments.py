@@ -1,4 +1,4 @@
-"""Which arguments of a pipeline's call a caller may give, and where each acts.
+"""Check which arguments of a pipeline's call a caller may give, and where each acts.
 
 The engine encodes prompts once and hands the pipeline embeddings, so an argument that only says how a
 prompt is encoded would do nothing in the call. Here every argument reaches what it is for, or is

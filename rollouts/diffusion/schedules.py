@@ -1,4 +1,4 @@
-"""Step schedules: which denoising steps a step of training draws noise at, or trains.
+"""Step schedules: at which denoising steps a training step draws noise, and which it trains.
 
 A schedule maps the number of the training step to increasing indices of denoising steps, edges
 0 .. num_steps - 1 from noise to image. It is a function of integers alone: a resumed run asks

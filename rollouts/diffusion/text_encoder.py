@@ -1,4 +1,4 @@
-"""What a diffusers pipeline's own text encoders make of prompts. Axes: P prompts."""
+"""Encode prompts with a diffusers pipeline's own text encoders. Axes: P prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape of a batch of denoising trees: which rows are asked for, their noise, their states.
+"""Lay out a batch of denoising trees: requested rows, their noise and their states.
 
 States are numbered step by step; within a step by root, then down the tree, so that the states below
 one state are neighbours. `span[step]` is the number of finished samples below a state of that step:

@@ -1,4 +1,4 @@
-"""A temperature for every decoding step: hotter where the policy is undecided, colder where not.
+"""Adapt the temperature to each decoding step: hotter where the policy is undecided.
 
     T_t = T (1 + tau h_t),    h_t = heterogeneity of the entropy H_t at the temperature T
 
@@ -45,7 +45,7 @@ def signed_heterogeneity(
         entropy: nats, of any shape.
         log_quantile: the pivot, in logarithms of nats.
         above, below: distance from the pivot to the highest and to the lowest, >= 0. On a side
-            without any spread nothing tells what is far, and h is 0 there.
+            without any spread there is no scale, and h is 0 there.
         signed: False for |h|, which is what the released code computes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A test of the engine contract, for engines of your own. Run it once, in a test.
+"""Test an engine of your own against the engine contract. Run it once, in a test.
 
 Axes: P prompts, N rollouts, T decisions (tokens or denoising steps).
 """

@@ -1,4 +1,4 @@
-"""The engine contract: what an engine is asked, and what it returns.
+"""The engine contract: what an engine receives and what it returns.
 
 An engine turns prompts, a budget per prompt and a seed per rollout into rollouts. It never decides a
 budget. `rollouts/engines/check.py` tests an engine of your own against this contract.

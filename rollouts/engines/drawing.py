@@ -1,4 +1,4 @@
-"""Drawing one token per rollout from its logits, by a uniform number that its seed determines.
+"""Draw one token per rollout from its logits, by a uniform number that its seed determines.
 
 Axes: N rollouts, V vocabulary.
 """

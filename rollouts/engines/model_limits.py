@@ -1,4 +1,4 @@
-"""What a language model of transformers cannot be asked, told before anything is generated."""
+"""Refuse, before anything is generated, what a language model of transformers cannot do."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def num_embeddings(model: Any) -> int | None:
 
 
 def refuse_virtual_tokens(model: Any) -> None:
-    """Refuse adapters of PEFT that put learnt tokens before the prompt.
+    """Refuse adapters of PEFT that put trained tokens before the prompt.
 
     Raises:
         ValueError: naming the kind.

@@ -1,4 +1,4 @@
-"""A few random tokens, on which two ways of running one model are compared.
+"""Make a few random tokens, to compare two ways of running one model.
 
 Axes: R rows, L positions, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""An engine on any causal language model of transformers, sharing its weights with the trainer.
+"""Generate with any causal language model of transformers, sharing its weights with the trainer.
 
 Three things make it faster than `model.generate`: a prompt is prefilled once and its key-value
 cache shared by its rollouts, finished rollouts leave the batch, and the cache grows in

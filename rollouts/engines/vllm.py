@@ -1,4 +1,4 @@
-"""An engine on vLLM, through TRL: a server of its own, or beside the trainer on the same GPU.
+"""Generate with vLLM, through TRL: on a server, or beside the trainer on the same GPU.
 
 A rollout is one request for one completion with a seed of its own, so budgets may be as uneven as they
 like; vLLM's scheduler batches them, and its prefix cache (on by default) makes the prompt's prefill

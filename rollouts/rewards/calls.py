@@ -1,4 +1,4 @@
-"""One call of a reward function: in limited time, and from what it returns to numbers.
+"""Call a reward function within a time limit and turn what it returns into numbers.
 
 A call runs in one of four ways:
 
@@ -362,7 +362,7 @@ class EventLoop:
             raise
 
     def is_alive(self) -> bool:
-        """Whether the loop can be used; one that a coroutine blocks is told to exit."""
+        """Whether the loop can be used; ask a loop that a coroutine blocks to exit."""
         if self._owner != os.getpid():  # of the process that this one was forked from
             return False
         if self._is_in_doubt:

@@ -1,4 +1,4 @@
-"""A sequence classifier with one output as a reward: a reward model, as TRL takes it.
+"""Use a sequence classifier with one output as a reward model, as TRL does.
 
     RolloutTrainer(model, [ClassifierReward.load("folder-or-hub-id"), "format_answer"], ...)
 

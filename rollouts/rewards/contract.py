@@ -1,4 +1,4 @@
-"""Rewards: from completions to one number per rollout, and never a number for a failure.
+"""Score rollouts: one number per rollout, and never a number for a failure.
 
 A reward function is called as TRL calls it:
 

@@ -1,4 +1,4 @@
-"""Image rewards that need no weights, and how a setting names one.
+"""Image rewards without model weights, and how a setting names one.
 
 An image reward is
 

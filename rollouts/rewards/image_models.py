@@ -110,7 +110,7 @@ class ClipScore:
 
 
 class PickScore(ClipScore):
-    """What people preferred among images of one prompt, as a CLIP learnt it; about 15 to 25.
+    """What people preferred among images of one prompt, as a CLIP model predicts it; about 15 to 25.
 
         exp(logit_scale) cos
 
@@ -253,7 +253,7 @@ class ImageRewardScore:
 
 
 class HumanPreference:
-    """HPSv2: what people prefer, as a CLIP ViT-H-14 learnt it; about 0.2 to 0.4.
+    """HPSv2: what people prefer, as a CLIP ViT-H-14 predicts it; about 0.2 to 0.4.
 
         cos of the embeddings of image and prompt
 
@@ -325,7 +325,7 @@ MODEL_REWARDS: dict[str, Callable[..., ImageReward]] = {
     "image_reward": ImageRewardScore.load,
 }
 """Names of rewards that are read from the hub, for `load_image_reward(spec, more=MODEL_REWARDS)`;
-each takes `device=`, which is the CPU unless told otherwise.
+each takes `device=`, by default the CPU.
 `Aesthetic` and `HumanPreference` need a file: load them in a reward file of one's own."""
 
 

@@ -1,4 +1,4 @@
-"""Image rewards about what is where: shapes, relations, counts, places; and how varied images are.
+"""Image rewards for shapes, relations, counts and places, and measures of how varied images are.
 
 What a row asks for stands in its metadata, or is read from its prompt: one whole word, in lower or
 upper case. A prompt that names none, or several, is an error, not a reward of 0.

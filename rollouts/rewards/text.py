@@ -1,4 +1,4 @@
-"""Reward functions that need no weights, and how a setting names one.
+"""Text rewards without model weights, and how a setting names one.
 
 Each has TRL's signature (`rollouts.rewards.contract`) and gives rewards in [0, 1], but for the penalty
 `soft_overlong`. Columns such as `answer` are those of the data set. All but the mathematics take time

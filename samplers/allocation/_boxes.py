@@ -1,4 +1,4 @@
-"""What allocators are given, checked: numbers per prompt and boxes of counts. Axes: P prompts."""
+"""Check what allocators are given: numbers per prompt and bounds of counts. Axes: P prompts."""
 
 import operator
 from typing import Any

@@ -1,4 +1,4 @@
-"""The exact greedy: one unit after another to whoever gains most, without taking them in turn.
+"""The exact greedy: give each unit to the prompt that gains most, without a loop over units.
 
 If every prompt's next unit gains no more than its last, handing out one unit at a time to the
 largest gain is optimal (Fox, 1966), and what comes out is simply the best units there are. So a

@@ -1,4 +1,4 @@
-"""Rollouts that come in branches: budgets in multiples of a branch, and what siblings tell.
+"""Rollouts in branches: budgets in multiples of a branch, and how much evidence siblings are.
 
 The k leaves of a branch share the beginning of a denoising chain, so they are made together and
 their rewards are correlated. Axes: P prompts.

@@ -1,4 +1,4 @@
-"""Scale functions: from each prompt's success posterior to what one more rollout could tell.
+"""Scale functions: how much one more rollout is worth, from each prompt's success posterior.
 
 A scale is the root of the expected cost of a prompt, up to a unit all prompts share; allocators
 spend in proportion to it as far as integers and boxes allow. Each belongs to an objective, see the
@@ -206,7 +206,7 @@ def reinforce_ada_std(a_P: ArrayLike, b_P: ArrayLike, *, epsilon: float = 1e-3) 
 def live(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
     """1 where the mean is positive, 0 where no pilot passed: drop those and share evenly.
 
-    Under a posterior every mean is positive, so this tells prompts apart by pilot counts only.
+    Under a posterior every mean is positive, so this separates prompts by pilot counts only.
     """
     return (_mean(a_P, b_P) > 0).astype(np.float64)
 

@@ -1,4 +1,4 @@
-"""What selectors share: the order of the pool, who may be chosen, and the best of a score.
+"""Shared by selectors: the order of the pool, the candidates, and the best of a score.
 
 Axes: D prompts of the data set, K candidates.
 """

@@ -321,8 +321,11 @@ def test_a_selectors_own_metrics_are_reported():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stopping": at_random}, "a stopping rule and a wave of at least 1 go together"),
-        ({"wave": 2}, "a stopping rule and a wave of at least 1 go together"),
+        (
+            {"stopping": at_random},
+            "a stopping rule needs a wave of at least 1, and a wave needs a rule",
+        ),
+        ({"wave": 2}, "a stopping rule needs a wave of at least 1, and a wave needs a rule"),
         ({"stopping": at_random, "wave": 0}, "wave=0"),
         ({"stopping": at_random, "wave": 1, "pilot": 1}, "pilot must be 0, got 1"),
     ],
