@@ -13,7 +13,7 @@ NAMES = {
     "save_state load_state",
     "rollouts": "Prompt TokenRollouts DenoisingRollouts Rollouts TransformersEngine DiffusersEngine "
     "Engine SamplingParams check_engine",
-    "rl": "RolloutTrainer RolloutConfig DenoisingTrainer DenoisingConfig",
+    "rl": "RolloutTrainer RolloutConfig DenoisingTrainer DenoisingConfig check_advantage check_loss",
 }
 HEAVY = ("torch", "transformers", "trl", "accelerate", "datasets", "diffusers")
 
