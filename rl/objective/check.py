@@ -114,7 +114,7 @@ def check_loss(loss: Callable[..., Any], **settings: Any) -> None:
         )
         same = all(torch.equal(old, new.detach()) for old, new in zip(before, given, strict=True))
         _require(same, f"{where}: changed its arguments")
-        near: dict[str, float] = {"rtol": 1e-9, "atol": 1e-12}
+        near: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12}
         if dtype is torch.float32:
             near = {"rtol": 1e-4, "atol": 1e-6}
         parts, part_sums = torch.zeros_like(whole), dict[str, Tensor]()

@@ -42,7 +42,7 @@ def origins(
     rewards: Sequence[Callable[..., Any]],
     *,
     has_reference: bool,
-    own: Mapping[str, Callable[..., Any]] | None = None,
+    own: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Names and digests of everything that `rewards` of rollouts of `model` depend on.
 
@@ -76,7 +76,7 @@ def origins(
     }
 
 
-def own_functions(config: Any, **given: Callable[..., Any] | None) -> dict[str, Callable[..., Any]]:
+def own_functions(config: Any, **given: Any) -> dict[str, Any]:
     """Functions of the user's own by their stage: those that settings name, and those that are given."""
     stages = [stage for stage in OWN_STAGES if is_own(getattr(config, stage, None))]
     named = {stage: method_of(config, stage).function for stage in stages}
@@ -84,7 +84,7 @@ def own_functions(config: Any, **given: Callable[..., Any] | None) -> dict[str, 
 
 
 def _described(
-    own: Mapping[str, Callable[..., Any]] | None, which: Callable[[str], bool]
+    own: Mapping[str, Any] | None, which: Callable[[str], bool]
 ) -> dict[str, str] | None:
     return {stage: described(f) for stage, f in (own or {}).items() if which(stage)} or None
 
