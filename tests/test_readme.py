@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ show works as it is pasted.
+"""What the README, the pages of docs/ and those of the recipes show works as it is pasted.
 
 Blocks of Python run in the order of their page, in a folder with a model in the place of the
 warm start; a block whose first line names a file (`# my_rules.py`) is first written to it. Command lines
@@ -57,7 +57,7 @@ def settings_of(words):
 WITH_BLOCKS = [page for page in PAGES if blocks_of(page)]
 COMMANDS = [
     pytest.param(page, words, id=f"{name_of(page)}: {' '.join(words)}")
-    for page in PAGES
+    for page in LINKED
     for words in commands_of(page)
 ]
 
