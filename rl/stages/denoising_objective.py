@@ -40,13 +40,7 @@ def denoising_objective_of(
         prompts: of the data set, whose rewards a baseline over several steps remembers.
         advantage, loss: functions of your own, instead of those `config` names.
     """
-    history = None
-    if advantage is not None:
-        pass  # it remembers what it needs itself
-    elif config.baseline == "history":
-        history = PromptHistory(steps=config.history_steps)
-    elif config.baseline == "buffer":
-        history = PromptHistory(rewards=config.history_steps)
+    history = _history_of(config) if advantage is None else None
     rows = {prompt.key: row for row, prompt in enumerate(prompts)}
     credit: Any = credit_of(config, rows, history)
     loss_function, loss_columns = denoising_loss(config), {"elements": "elements"}
@@ -65,6 +59,15 @@ def denoising_objective_of(
         kl_function=denoising_kl(config) if config.beta else None,
         history=history,
     )
+
+
+def _history_of(config: DenoisingConfig) -> PromptHistory | None:
+    """What the baseline remembers of earlier steps; None if it compares within a step."""
+    if config.baseline == "history":
+        return PromptHistory(steps=config.history_steps)
+    if config.baseline == "buffer":
+        return PromptHistory(rewards=config.history_steps)
+    return None
 
 
 def denoising_loss(config: DenoisingConfig) -> Loss:

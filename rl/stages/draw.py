@@ -63,11 +63,10 @@ class Sampling:
         self._max_steps, self._max_tokens = config.max_steps, config.max_generated_tokens
         self._wants_lengths = method_of(config, "allocator").wants_lengths
         self._discards_pilots = discards_pilots(config)
-        self._norm_of_pilots = self._norm_of_step = config.gvm_gradient_norm
-        if self._discards_pilots:  # their norms count at once, those of rows that train do not
-            self._norm_of_step = "none"
-        else:
-            self._norm_of_pilots = "none"
+        # Norms of discarded pilots count at once, those of rows that train from the next step on.
+        kind = config.gvm_gradient_norm
+        self._norm_of_pilots = kind if self._discards_pilots else "none"
+        self._norm_of_step = "none" if self._discards_pilots else kind
         self._has_warned_of_unrewarded = False
 
     def draw(self, policy: Policy, *, version: int) -> tuple[Groups, list[Visit]]:
