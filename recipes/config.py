@@ -181,7 +181,7 @@ def peek(name: str, arguments: Sequence[str] | None = None) -> str | None:
             try:
                 settings = yaml.safe_load(path.read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
-                return None  # told by `parse`
+                return None  # `parse` says what is wrong
             if not isinstance(settings, dict):
                 return None
             if name in settings:

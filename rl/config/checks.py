@@ -1,4 +1,4 @@
-"""Whether the settings of a run fit each other: refused before anything is loaded.
+"""Refuse settings that do not fit each other, before anything is loaded.
 
 What runs of every policy share; `rl/config/language_checks.py` and `rl/config/denoising_checks.py` have
 the rest.

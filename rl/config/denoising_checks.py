@@ -1,4 +1,4 @@
-"""Whether the settings of a diffusion run can learn anything: told before anything is loaded."""
+"""Refuse settings of a diffusion run under which nothing can be learned, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_numbers(config: DiffusionSettings) -> None:
 
 
 def check_kl(config: DiffusionSettings, *, asked: str | None) -> None:
-    """Refuse a KL that the noise rule does not have; tell of one that beta: 0 leaves out.
+    """Refuse a KL that the noise rule does not have; warn of one that beta: 0 leaves out.
 
     Raises:
         ValueError: for an unknown `kl_reduction`, or flow_grpo under a rule that is no SDE.

@@ -70,7 +70,7 @@ class DenoisingConfig(DiffusionSettings):
         look_at_unused_weights(self)
 
     def _read_plan(self) -> list[StepPlan]:
-        """Make `plan` plain and give the plans of all steps: one that could not be run is told now."""
+        """Make `plan` plain and return the plans of all steps; refuse one that could not be run."""
         plan = self.plan = _plain(
             "plan", self.plan, "a mapping such as {num_steps: 20, rule: ddim, level: 1.0}"
         )

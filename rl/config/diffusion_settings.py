@@ -42,7 +42,7 @@ class DiffusionSettings(SharedSettings):
         "partial",
         0,
     )
-    max_completion_length, temperature, stop, engine = 256, 1.0, None, "transformers"
+    max_completion_length, engine = 256, "transformers"
     adaptive_temperature_tau, hapo_quantile, hapo_sign = 0.0, 0.8, "signed"
     mask_truncated_completions, token_selection, top_entropy_quantile = False, "none", 1.0
     token_denominator, entropy_coef, reward_kl, kl_rows = "kept_tokens", 0.0, 0.0, "trained"

@@ -1,4 +1,4 @@
-"""Whether the settings of a language model's run fit each other: refused before anything is loaded."""
+"""Refuse settings of a language model's run that do not fit each other, before anything is loaded."""
 
 from __future__ import annotations
 
