@@ -88,7 +88,7 @@ class RolloutTrainer(Trainer):
         loss: a function of your own: `loss(logprob_NT, old_logprob_NT, advantage, weight_NT, *,
             denominator, **columns)` returns a scalar, divided by `denominator` and by nothing else, and
             a dict of summed statistics.
-        selector: a `Selector` of your own, or `make(keys, posterior)` that returns one.
+        selector: a `Selector` of your own, or `make(posterior, keys)` that returns one.
         allocate: an `Allocator` of your own.
 
     Raises:
@@ -116,7 +116,7 @@ class RolloutTrainer(Trainer):
         reward_processing_classes: Any = None,
         advantage: Advantage | None = None,
         loss: Loss | None = None,
-        selector: Selector | Callable[[list[str], BetaPosterior], Selector] | None = None,
+        selector: Selector | Callable[[BetaPosterior, list[str]], Selector] | None = None,
         allocate: Allocator | None = None,
         **kwargs: Any,
     ) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rl.config.methods import OWN_STAGES, Settings, allocator_of, method_of, stopping_of
+from rl.config.build import allocator_of, stopping_of
+from rl.config.methods import OWN_STAGES, Settings, method_of
 from rl.config.own import is_own
 from samplers.stopping import Counts
 

@@ -20,16 +20,12 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
+from rl.config.budgets import compares_within_group, what_budgets_change
+from rl.config.build import allocator_of
 from rl.config.check_own import check_own
 from rl.config.declared import choices_of, takes_own
 from rl.config.diffusion_settings import DiffusionSettings
-from rl.config.methods import (
-    Settings,
-    allocator_of,
-    compares_within_group,
-    method_of,
-    what_budgets_change,
-)
+from rl.config.methods import Settings, method_of
 from rl.config.own import choice, is_own, nearest
 
 ALSO_BOOLEAN = ("scale_rewards",)

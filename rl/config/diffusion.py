@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from rl.config.budgets import least_budget
 from rl.config.checks import check_shared, warn_of_budgets
 from rl.config.declare import ROLLOUTS
 from rl.config.declared import decides, says_where, warn_of_idle
@@ -14,7 +15,7 @@ from rl.config.denoising_checks import check_credit, check_kl, check_numbers
 from rl.config.denoising_plans import that_vary
 from rl.config.diffusion_settings import DiffusionSettings
 from rl.config.fill_in import fill_in_shared, look_at_unused_weights
-from rl.config.methods import BASELINES, least_budget, method_of
+from rl.config.methods import BASELINES, method_of
 from rollouts.step_plan import StepPlan
 
 CREDITS: dict[str, Any] = {

@@ -5,19 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rl.config.budgets import least_budget, preset_advantage
 from rl.config.checks import as_mapping
 from rl.config.declare import ROLLOUTS
 from rl.config.declared import decides, says_where, warn_of_idle
 from rl.config.fill_in import fill_in_shared, look_at_unused_weights
 from rl.config.generation_kwargs import apply_generation_kwargs
 from rl.config.language_checks import check_language
-from rl.config.methods import (
-    PRESETS,
-    default_correction,
-    least_budget,
-    method_of,
-    preset_advantage,
-)
+from rl.config.methods import PRESETS, default_correction, method_of
 from rl.config.own import choice
 from rl.config.settings import LanguageSettings
 

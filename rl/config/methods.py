@@ -1,4 +1,4 @@
-"""Every method by the name that YAML gives it: one record each, and what builds a stage from its name.
+"""Every method by the name that YAML gives it, one record each.
 
 A record says what a method is, which settings are its own, what it needs and what it does to the
 objective. Choices in `--help`, checks, the table of docs/methods.md and the stages read these records: a
@@ -10,30 +10,16 @@ Axes: D data set, P prompts, N rollouts (flat rows), K rows kept, T tokens.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
 from transformers.utils import logging
 
 from rl.config.diffusion_settings import DiffusionSettings
-from rl.config.own import (
-    choice,
-    is_own,
-    kept_rows,
-    kept_tokens,
-    load_own,
-    nearest,
-    own_advantage,
-    parameters,
-)
+from rl.config.own import choice, is_own, load_own, nearest
 from rl.config.settings import LanguageSettings
-from rl.logprobs import micro_batches
-from rl.logprobs.from_logits import ends
 from rl.objective import (
     advantages,
     hapo,
@@ -43,14 +29,9 @@ from rl.objective import (
     token_selection,
     tree_advantages,
 )
-from rl.objective.check import check_advantage, check_loss
-from rl.objective.kl import kl_loss
-from rollouts.batch import Rollouts, TokenRollouts
 from samplers import allocation, downsampling, stopping
-from samplers.posterior import BetaPosterior
 from samplers.selection import (
     PosteriorMeanSelector,
-    Selector,
     ThompsonSelector,
     UniformSelector,
     mopps,
@@ -203,7 +184,7 @@ def _named(*methods: M) -> dict[str, M]:
     return {method.name: method for method in methods}
 
 
-def _set(value: T | None) -> T:
+def required(value: T | None) -> T:
     """A setting that `validate` has seen to."""
     assert value is not None
     return value
@@ -270,34 +251,6 @@ SELECTORS: dict[str, SelectorMethod] = _named(
         help="Takes prompts of good scores whose embeddings lie far apart.",
     ),
 )
-
-
-def selector_of(
-    config: Settings,
-    posterior: BetaPosterior,
-    keys: list[str],
-    columns: Callable[[str], list[Any]] | None = None,
-) -> Selector:
-    """The selector named by `config`, over the prompts of these keys.
-
-    Its function is given what its parameters name: `posterior`, `keys`, `num_prompts`, the column of
-    `selection_column` as `column_D` (numbers as `pass_rate_D`, lists as `embedding_DC`), and settings.
-
-    Raises:
-        ValueError: if it reads a column, and the data set's are not given.
-    """
-    method = SELECTORS.get(config.selector) or method_of(config, "selector")
-    given: dict[str, Any] = {"posterior": posterior, "keys": keys, "num_prompts": len(keys)}
-    wanted = parameters(_set(method.function))
-    if reads := {"column_D", "pass_rate_D", "embedding_DC"} & {*wanted}:
-        if columns is None:
-            raise ValueError(f"selector {config.selector!r} needs the columns of the data set")
-        column_D: Any = columns(config.selection_column or "")
-        if "embedding_DC" in reads:
-            column_D = np.stack([np.asarray(row, dtype=np.float64) for row in column_D])
-        given |= dict.fromkeys(reads, column_D)
-    given = {name: value for name, value in given.items() if name in wanted}
-    return _set(method.function)(**given, **_bound(config, method))
 
 
 # -- how many rollouts each prompt gets
@@ -442,28 +395,6 @@ PILOT_USES: dict[str, PilotUse] = _named(
 )
 
 
-def allocator_of(config: Settings) -> tuple[Callable, Callable | None]:
-    """The integer solver and the scale function (a_P, b_P) -> std_P named by `config`."""
-    method = method_of(config, "allocator")
-    assert isinstance(method, AllocatorMethod)
-    solve, scale = _set(method.function), method.scale
-    if method.by_std:
-        scale = _set(SCALES[config.allocation_scale].function)
-    if method.pilot_scale is not None and config.pilot_estimate == "pilot":
-        scale = method.pilot_scale
-    for name, value in _bound(config, method).items():
-        if scale is not None and name in parameters(scale):
-            scale = partial(scale, **{name: value})
-        else:
-            solve = partial(solve, **{name: value})
-    return solve, scale
-
-
-def discards_pilots(config: Settings) -> bool:
-    """Whether a step's first rollouts of each prompt are counted and not trained on."""
-    return config.pilot_rollouts > 0 and not PILOT_USES[config.pilot_use].trains
-
-
 # -- when a group ends before its budget
 
 _ENDS = "ends groups by what they have earned"
@@ -512,21 +443,10 @@ STOPPINGS: dict[str, Method] = _named(
 )
 
 
-def stopping_of(config: Settings) -> stopping.Stopping | None:
-    """The stopping rule named by `config`; None: every group has its budget."""
-    method = method_of(config, "stopping")
-    if method.function is None:
-        return None
-    bound = _bound(config, method)
-    if is_own(method.name):  # the rule itself
-        return partial(method.function, **bound) if bound else method.function
-    return method.function(**bound)
-
-
 # -- advantages of full groups
 
-_MEAN = "weighs a prompt of n rollouts by (n - 1) / n"
-_STD = "weighs a prompt of n rollouts by what its std is likely to be, which depends on n"
+MEAN = "weighs a prompt of n rollouts by (n - 1) / n"
+STD = "weighs a prompt of n rollouts by what its std is likely to be, which depends on n"
 _STDS = {"std_correction": "correction", "std_eps": "eps"}
 _WHITENED = "REINFORCE++, arXiv:2501.03262"
 
@@ -543,7 +463,7 @@ ADVANTAGES: dict[str, AdvantageMethod] = _named(
         function=advantages.grpo,
         settings=_STDS | {"scale_rewards": "scale"},
         within_group=True,
-        budgets=_STD,
+        budgets=STD,
         source="GRPO, arXiv:2402.03300",
         help="Reward minus the prompt's mean, divided by the prompt's std.",
     ),
@@ -551,7 +471,7 @@ ADVANTAGES: dict[str, AdvantageMethod] = _named(
         name="centred",
         function=advantages.centred,
         within_group=True,
-        budgets=_MEAN,
+        budgets=MEAN,
         source="Dr.GRPO, arXiv:2503.20783",
         help="Reward minus the prompt's mean.",
     ),
@@ -589,7 +509,7 @@ ADVANTAGES: dict[str, AdvantageMethod] = _named(
         function=advantages.batch_scaled,
         settings=_STDS,
         within_group=True,
-        budgets=_MEAN,
+        budgets=MEAN,
         source=_WHITENED,
         help="Reward minus the prompt's mean, divided by the step's std.",
     ),
@@ -599,7 +519,7 @@ ADVANTAGES: dict[str, AdvantageMethod] = _named(
         columns={"stratum_N": "stratum_N"},
         settings=_STDS | {"stratum_alpha": "alpha", "stratum_fallback": "fallback"},
         within_group=True,
-        budgets=_STD,
+        budgets=STD,
         source="Stratified GRPO, arXiv:2510.06214",
         help="Grpo among rollouts that used tools alike, blended with grpo of the prompt.",
     ),
@@ -608,7 +528,7 @@ ADVANTAGES: dict[str, AdvantageMethod] = _named(
         function=hapo.token_level_group,
         columns={"length_N": "length_N"},
         within_group=True,
-        budgets=_STD,
+        budgets=STD,
         source="HAPO, arXiv:2509.16591",
         help="Reward minus the mean over the prompt's tokens, divided by their std.",
     ),
@@ -636,7 +556,7 @@ BASELINES: dict[str, BaselineMethod] = _named(
         name="prompt",
         function=advantages.centred,
         within="prompt",
-        budgets=_MEAN,
+        budgets=MEAN,
         help="The mean of the prompt's samples.",
     ),
     BaselineMethod(
@@ -720,152 +640,6 @@ def scale_of(config: LanguageSettings) -> str:
     return known.get(given.lower() if isinstance(given, str) else given, str(given))
 
 
-def preset_advantage(config: LanguageSettings, named: str) -> str:
-    """The advantage where none is written: the preset's, unless other settings decide.
-
-    `scale_rewards` says which of `grpo` and `centred` it is. Else, where budgets differ, both give
-    way to `leave_one_out`, under which these do not change the objective; a warning says so.
-    """
-    if named not in ("grpo", "centred"):
-        return named
-    if config.scale_rewards is not None:
-        return "centred" if scale_of(config) == "none" else "grpo"
-    differ = differing_budgets(config)
-    keeps = config.down_sampling != "pods" and config.objective != "flat"
-    if not differ or not keeps or config.multi_objective_aggregation != "sum_then_normalize":
-        return named
-    warnings.warn(
-        f"advantage is 'leave_one_out' here: budgets differ by {differ}, and {named!r}, the default, "
-        f"{ADVANTAGES[named].budgets}, so that budgets would change the objective; write advantage: "
-        f"{named} if that is meant",
-        stacklevel=2,
-    )
-    return "leave_one_out"
-
-
-def differing_budgets(config: Settings) -> str:
-    """What gives the prompts of a step different numbers of rollouts; empty: nothing does."""
-    if config.allocator != "uniform":
-        return f"allocator {config.allocator!r}"
-    return f"stopping {config.stopping!r}" if config.stopping != "none" else ""
-
-
-def least_budget(config: Settings) -> int:
-    """The default of `budget_min`: 2 where rollouts are compared and the allocator may give fewer."""
-    allocator, most = ALLOCATORS.get(config.allocator), config.rollouts_per_prompt
-    least = max(1, allocator.minimum) if allocator is not None else 1
-    if config.allocator == "uniform" or not compares_within_group(config):
-        return least
-    # Of a branch there are always several, and numbers out of range are refused elsewhere.
-    if isinstance(config, DiffusionSettings) or not isinstance(most, int):
-        return least
-    return max(least, min(2, most, config.budget_max or 2))
-
-
-def compares_within_group(config: Settings) -> bool:
-    """Whether a prompt's only rollout gets no advantage; a diffusion model's baseline may see more."""
-    if isinstance(config, DiffusionSettings):
-        return config.baseline == "prompt"
-    method = ADVANTAGES.get(config.advantage or "")
-    return method is not None and method.within_group
-
-
-def what_budgets_change(config: Settings) -> list[str]:
-    """Why the objective depends on how many rollouts each prompt gets; empty where it does not.
-
-    `flat` is what the budgets make of it by its definition, and nothing more is said of it.
-    """
-    differ = differing_budgets(config)
-    if not differ and config.rollouts_per_step % config.prompts_per_step:
-        differ = f"rollouts_multiple_of={config.rollouts_multiple_of}"
-    if not differ or config.objective == "flat":
-        return []
-    found, within = [], compares_within_group(config)
-    if isinstance(config, DiffusionSettings):
-        if within:
-            found.append(f"baseline {config.baseline!r} {_MEAN}")
-    elif (effect := method_of(config, "advantage").budgets) is not None:
-        of_batch = config.advantage == "grpo" and scale_of(config) == "batch"
-        found.append(f"advantage {config.advantage!r} {_MEAN if of_batch else effect}")
-    if (effect := OBJECTIVES[config.objective or ""].budgets) is not None:
-        found.append(f"objective {config.objective!r} {effect}")
-    least = _set(config.budget_min)
-    if config.allocator != "uniform" and least < 1:
-        found.append(f"budget_min={least} lets a prompt have no rollout, which takes it out")
-    elif config.allocator != "uniform" and least == 1 and within:
-        found.append("budget_min=1 lets a prompt have one rollout, which has no advantage")
-    if (effect := method_of(config, "stopping").budgets) is not None:
-        found.append(f"stopping {config.stopping!r} {effect}")
-    if config.allocator != "uniform" and config.pilot_rollouts and not discards_pilots(config):
-        found.append("pilots that are pooled decide their own prompt's budget")
-    return [f"budgets differ by {differ}", *found] if found else []
-
-
-def advantage_of(
-    config: LanguageSettings, own: Callable[..., torch.Tensor] | None = None
-) -> Callable[[Rollouts, Any], torch.Tensor]:
-    """`advantage(rollouts, prompts)` of a batch with rewards, as `config` names it.
-
-    Args:
-        own: a function of your own, `f(reward_N, prompt_N, ...)`, in the place of the named one.
-
-    Raises:
-        ValueError: if a function of the user's own breaks its contract; see
-            `rl.objective.check.check_advantage`.
-    """
-    method = _method_or_own(config, "advantage", own)
-    if own is None and config.multi_objective_aggregation != "sum_then_normalize":
-        return _of_functions(config)
-    assert isinstance(method, AdvantageMethod)
-    function = partial(_set(method.function), **_bound(config, method))
-    columns, by_success = method.columns, method.by_success
-    if own is not None or is_own(method.name):
-        any_order = not isinstance(config, DiffusionSettings)
-        kept_to(partial(check_advantage, any_order=any_order), config, method)
-
-    def advantage(rollouts: Rollouts, _: Any = None) -> torch.Tensor:
-        more = {name: _column(rollouts, column) for name, column in columns.items()}
-        value_N = successes(rollouts) if by_success else _set(rollouts.reward_N)
-        return function(value_N, rollouts.prompt_N, **more)
-
-    def checked(rollouts: Rollouts, prompts: Any = None) -> torch.Tensor:
-        return own_advantage(advantage(rollouts, prompts), rollouts, name=method.name)
-
-    return advantage if own is None and not is_own(method.name) else checked
-
-
-def _of_functions(config: LanguageSettings) -> Callable[[Rollouts, Any], torch.Tensor]:
-    """The advantage of several rewards, each compared by itself."""
-    method = AGGREGATIONS[config.multi_objective_aggregation]
-    function = partial(_set(method.function), **_bound(config, method))
-
-    def advantage(rollouts: Rollouts, _: Any = None) -> torch.Tensor:
-        reward_NF = _set(rollouts.reward_NF)
-        weights = config.reward_weights or [1.0] * reward_NF.shape[1]
-        weight_F = torch.tensor(weights, dtype=torch.float64)
-        return function(reward_NF, rollouts.prompt_N, weight_F=weight_F)
-
-    return advantage
-
-
-def successes(rollouts: Rollouts) -> torch.Tensor:
-    """How far each row succeeded; its reward, where nobody has read that as a success."""
-    return _set(rollouts.reward_N if rollouts.success_N is None else rollouts.success_N)
-
-
-def _column(rollouts: Rollouts, name: str) -> torch.Tensor | None:
-    value = getattr(rollouts, name)
-    if value is None and name == "stratum_N":
-        # Without tools nobody is set apart, and every rollout of a prompt is a peer.
-        logger.warning_once(
-            "advantage 'stratified' is 'grpo' here: the engine labels no strata (stratum_N is None)"
-        )
-        return torch.zeros_like(rollouts.prompt_N)
-    if name == "reference_logprob_NT":
-        return value  # None where no reward pays for a KL
-    return _set(value)
-
-
 # -- which rows train
 
 _KEEP = {"rows_per_prompt": "keep"}
@@ -938,44 +712,6 @@ DOWN_SAMPLERS: dict[str, DownSamplingMethod] = _named(
 )
 
 
-def down_sampler_of(config: Settings) -> Callable[[Rollouts, float], torch.Tensor]:
-    """`rows(rollouts, progress) -> rows_K`, increasing, of the method named by `config`."""
-    method = method_of(config, "down_sampling")
-    function = method.function
-    if function is None:
-        return lambda rollouts, _: torch.arange(len(rollouts))
-    bound = _bound(config, method)
-    takes_fraction = "row_fraction" in parameters(function)
-    takes_progress = "progress" in parameters(function)
-
-    def rows(rollouts: Rollouts, progress: float) -> torch.Tensor:
-        more: dict[str, Any] = {"progress": progress} if takes_progress else {}
-        if takes_fraction:
-            ends = {"initial": config.row_fraction_initial, "final": config.row_fraction_final}
-            more["row_fraction"] = downsampling.row_fraction(progress, **ends)
-        columns = {n: _row_column(rollouts, column) for n, column in method.columns.items()}
-        return kept_rows(function(**columns, **more, **bound), len(rollouts), name=method.name)
-
-    return rows
-
-
-def _row_column(rollouts: Rollouts, name: str) -> np.ndarray:
-    """A column of the rollouts as NumPy; `passed_N` is 1 for a pass and 0 else."""
-    if name == "passed_N":
-        return (_set(rollouts.success_N) == 1).double().numpy()
-    column = _set(getattr(rollouts, name))
-    return (column.double() if name == "advantage_N" else column).numpy()
-
-
-def advantage_after_of(config: Settings) -> Callable[[Rollouts], torch.Tensor] | None:
-    """PODS compares the rows it keeps with each other, by the unbiased std (arXiv:2504.13818)."""
-    method = method_of(config, "down_sampling")
-    if not (isinstance(method, DownSamplingMethod) and method.compares_again):
-        return None
-    again: Callable = partial(advantages.grpo, **_bound(config, ADVANTAGES["grpo"]))
-    return lambda rollouts: again(_set(rollouts.reward_N), rollouts.prompt_N)
-
-
 # -- which of their tokens train
 
 TOKEN_SELECTIONS: dict[str, Method] = _named(
@@ -997,34 +733,6 @@ TOKEN_SELECTIONS: dict[str, Method] = _named(
         help="The tokens of largest entropy.",
     ),
 )
-
-
-def token_selector_of(config: LanguageSettings) -> Callable[[Rollouts, float], torch.Tensor]:
-    """`kept(rollouts, progress) -> kept_NT` of the method named by `config`."""
-    method = method_of(config, "token_selection")
-    function = method.function
-    if function is None:
-        return lambda rollouts, _: rollouts.mask_NT
-    bound = _bound(config, method)
-    takes_fraction = "fraction" in parameters(function)
-
-    def kept(rollouts: Rollouts, progress: float) -> torch.Tensor:
-        more: dict[str, Any] = {}
-        if takes_fraction:
-            ends = {"initial": config.token_fraction_initial, "final": config.token_fraction_final}
-            more["fraction"] = downsampling.token_fraction(progress, **ends)
-        columns = {n: _token_column(rollouts, column) for n, column in method.columns.items()}
-        return kept_tokens(function(**columns, **more, **bound), rollouts, name=method.name)
-
-    return kept
-
-
-def _token_column(rollouts: Rollouts, name: str) -> torch.Tensor:
-    """A column of the rollouts; `advantage` is the tokens', or the row's where they share one."""
-    if name != "advantage":
-        return _set(getattr(rollouts, name))
-    by_token = rollouts.advantage_NT is not None
-    return _set(rollouts.advantage_NT if by_token else rollouts.advantage_N)
 
 
 # -- losses, and the presets that fill settings left unset
@@ -1195,76 +903,6 @@ def default_correction(config: LanguageSettings) -> str:
     return "token_truncate" if config.loss == "vespo" else "sequence_mask"
 
 
-def loss_of(config: LanguageSettings, own: Callable[..., Any] | None = None) -> Callable:
-    """The loss named by `config`, its clips bound.
-
-    Args:
-        own: a function of your own in the place of the named one.
-
-    Raises:
-        ValueError: if a function of the user's own breaks its contract; see
-            `rl.objective.check.check_loss`.
-    """
-    method = _method_or_own(config, "loss", own)
-    if own is not None or is_own(method.name):
-        kept_to(check_loss, config, method)
-    bound = _bound(config, method)
-    return partial(_set(method.function), **bound) if bound else _set(method.function)
-
-
-def loss_columns_of(
-    config: LanguageSettings, own: Callable[..., Any] | None = None
-) -> dict[str, str]:
-    """Parameters of the loss besides the common ones -> the columns of the rollouts they are given."""
-    method = _method_or_own(config, "loss", own)
-    return dict(method.columns)
-
-
-def kl_ratio_of(config: LanguageSettings) -> str:
-    """`kl_ratio`, where it is left out that of the loss, as in TRL."""
-    loss = LOSSES.get(config.loss or "")
-    return config.kl_ratio or ("sequence" if loss is not None and loss.row_ratio else "token")
-
-
-def kl_of(config: LanguageSettings) -> Callable | None:
-    """`kl(logprob_NT, rows, denominator=...)` named by `config`; None at beta 0."""
-    if not config.beta:
-        return None
-    function = kl_loss(config.kl)
-
-    def kl(logprob_NT: torch.Tensor, rows: Rollouts, *, denominator: float) -> Any:
-        old_NT = rows.logprob_NT if rows.old_logprob_NT is None else rows.old_logprob_NT
-        more = {"old_logprob_NT": old_NT} if config.kl == "k3_weighted" else {}
-        if more and kl_ratio_of(config) == "sequence":
-            more["mask_NT"] = rows.mask_NT
-        weight_NT = _set(rows.weight_NT if rows.kl_weight_NT is None else rows.kl_weight_NT)
-        columns = (_set(rows.reference_logprob_NT), weight_NT)
-        return function(logprob_NT, *columns, denominator=denominator, **more)
-
-    return kl
-
-
-def trains_everywhere(config: Settings) -> bool:
-    """Whether rows without an advantage stay in the batch: their entropies or their KL count."""
-    by_kl = bool(config.beta) and config.kl_rows == "all"
-    return by_kl or bool(config.entropy_coef) or config.top_entropy_quantile < 1
-
-
-def micro_batches_of(config: LanguageSettings) -> Callable[[TokenRollouts], list[torch.Tensor]]:
-    """How rows are cut into micro-batches: by their number, or by their tokens."""
-
-    def by_tokens(rollouts: TokenRollouts) -> list[torch.Tensor]:
-        prompt_K = torch.tensor([len(rollouts.prompt_ids[p]) for p in rollouts.prompt_N.tolist()])
-        return micro_batches.by_tokens(
-            prompt_K.long(), ends(rollouts.mask_NT), _set(config.micro_batch_tokens)
-        )
-
-    if config.micro_batch_tokens is not None:
-        return by_tokens
-    rows = config.per_device_train_batch_size
-    return lambda rollouts: micro_batches.by_rows(ends(rollouts.mask_NT), rows)
-
-
 # -- all of them, and functions of the user's own
 
 METHODS: dict[str, Mapping[str, Method]] = {
@@ -1394,13 +1032,9 @@ def kept_to(check: Callable[..., None], config: Any, method: Method) -> None:
         ValueError: saying which part of its contract it breaks.
     """
     try:
-        check(_set(method.function), **_bound(config, method))
+        check(required(method.function), **settings_of(config, method))
     except AssertionError as error:
         raise ValueError(f"{method.name} is not what a run needs: {error}") from error
-
-
-def _method_or_own(config: Any, stage: str, own: Callable[..., Any] | None) -> Any:
-    return method_of(config, stage) if own is None else own_method(config, stage, own)
 
 
 def reads_success(config: Any) -> dict[str, str]:
@@ -1414,7 +1048,7 @@ def reads_success(config: Any) -> dict[str, str]:
     return found
 
 
-def _bound(config: Any, method: Method) -> dict[str, Any]:
+def settings_of(config: Any, method: Method) -> dict[str, Any]:
     """Settings of a method, by the names of its function's parameters."""
     special = {"scale_rewards": scale_of}
     return {

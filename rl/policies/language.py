@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl.config.language import RolloutConfig
-from rl.config.methods import micro_batches_of
-from rl.logprobs.from_logits import head_inputs
+from rl.logprobs import micro_batches
+from rl.logprobs.from_logits import ends, head_inputs
 from rl.logprobs.head_gradient import head_gradient_norm
 from rl.logprobs.reference import Reference
 from rl.logprobs.scorer import Scorer
@@ -309,3 +309,18 @@ def _vllm(config: RolloutConfig, model: Any, tokenizer: Any, accelerator: Accele
         enable_sleep_mode=config.vllm_enable_sleep_mode,
         filtered_logprobs=config.old_logprobs == "trainer",
     )
+
+
+def micro_batches_of(config: RolloutConfig) -> Callable[[TokenRollouts], list[torch.Tensor]]:
+    """How rows are cut into micro-batches: by their number, or by their tokens."""
+    most = config.micro_batch_tokens
+
+    def by_tokens(rollouts: TokenRollouts) -> list[torch.Tensor]:
+        assert most is not None
+        prompt_K = torch.tensor([len(rollouts.prompt_ids[p]) for p in rollouts.prompt_N.tolist()])
+        return micro_batches.by_tokens(prompt_K.long(), ends(rollouts.mask_NT), most)
+
+    if most is not None:
+        return by_tokens
+    rows = config.per_device_train_batch_size
+    return lambda rollouts: micro_batches.by_rows(ends(rollouts.mask_NT), rows)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from rl.config.build import advantage_of, down_sampler_of, loss_columns_of
 from rl.config.diffusion import CREDITS, DenoisingConfig
-from rl.config.methods import advantage_of, down_sampler_of, loss_columns_of
 from rl.objective import denoising_weights, prompt_history
 from rl.objective.advantages import centred, grpo, leave_one_out
 from rl.objective.losses import clipped_surrogate

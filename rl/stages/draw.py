@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from rl.config.methods import Settings, discards_pilots, method_of
+from rl.config.build import discards_pilots
+from rl.config.methods import Settings, method_of
 from rl.lengths import ExpectedLengths
 from rl.policies.contract import Policy
 from rl.ranks import Ranks

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rl.config.methods import successes
+from rl.config.build import successes
 from rl.logprobs.head_gradient import mean_norm, rms_norm
 from rl.objective.advantages import raft
 from rl.policies.contract import Policy

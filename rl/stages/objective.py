@@ -12,20 +12,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rl.config.methods import (
-    Settings,
+from rl.config.build import (
     advantage_after_of,
     advantage_of,
     down_sampler_of,
     kl_of,
     loss_columns_of,
     loss_of,
-    method_of,
-    own_method,
     successes,
     token_selector_of,
     trains_everywhere,
 )
+from rl.config.methods import Settings, method_of, own_method
 from rl.config.own import is_own
 from rl.config.settings import LanguageSettings
 from rl.objective import weights

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from rl.config.build import allocator_of, selector_of, stopping_of
 from rl.config.diffusion import DenoisingConfig
-from rl.config.methods import Settings, allocator_of, selector_of, stopping_of
+from rl.config.methods import Settings
 from rl.stages.buffer import GroupBuffer
 from rollouts.prompts import Prompt
 from samplers.allocation import Allocator, Scale
@@ -25,7 +26,7 @@ def make_planner(
     keys: list[str],
     *,
     columns: Callable[[str], list[Any]] | None = None,
-    selector: Selector | Callable[[list[str], BetaPosterior], Selector] | None = None,
+    selector: Selector | Callable[[BetaPosterior, list[str]], Selector] | None = None,
     allocate: Allocator | None = None,
     scale: Scale | None = None,
     wrap: Callable[[Allocator], Allocator] = lambda allocator: allocator,
@@ -38,7 +39,7 @@ def make_planner(
         config: the settings.
         keys: one key per data-set row.
         columns: returns a column of the data set by its name, for selectors that need one.
-        selector: a selector of your own, or `make(keys, posterior)` that returns one, instead of the
+        selector: a selector of your own, or `make(posterior, keys)` that returns one, instead of the
             one `config` names.
         allocate, scale: an allocator and a scale of your own, instead of those `config` names.
         wrap: changes the allocator that is used, for example to give budgets in whole branches.
@@ -101,17 +102,17 @@ def _selector(
     posterior: BetaPosterior,
     keys: list[str],
     columns: Callable[[str], list[Any]] | None,
-    own: Selector | Callable[[list[str], BetaPosterior], Selector] | None,
+    own: Selector | Callable[[BetaPosterior, list[str]], Selector] | None,
 ) -> Selector:
     """The caller's own selector, or the one that `config` names."""
     if own is not None:
         is_made = hasattr(own, "select") and not isinstance(own, type)
-        made: Any = own if is_made else own(keys, posterior)  # type: ignore[operator]
+        made: Any = own if is_made else own(posterior, keys)  # type: ignore[operator]
         lacking = [name for name in SELECTOR_METHODS if not hasattr(made, name)]
         if lacking:
             name = getattr(own, "__name__", type(own).__name__)
             raise ValueError(
-                f"selector={name} must be a Selector or return one from (keys, posterior): "
+                f"selector={name} must be a Selector or return one from (posterior, keys): "
                 f"{type(made).__name__} has no {', '.join(lacking)}"
             )
         return made

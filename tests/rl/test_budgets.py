@@ -6,8 +6,10 @@ import warnings
 import pytest
 import torch
 
+from rl.config.budgets import what_budgets_change
+from rl.config.build import advantage_of
 from rl.config.language import RolloutConfig
-from rl.config.methods import ADVANTAGES, OBJECTIVES, advantage_of, what_budgets_change
+from rl.config.methods import ADVANTAGES, OBJECTIVES
 from rl.objective import weights as step_weights
 from rollouts.batch import TokenRollouts
 

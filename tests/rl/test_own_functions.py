@@ -64,7 +64,7 @@ def neyman_by_a_stranger(std_P, total, *, minimum=1, maximum=None):
         ({"allocator": "neyman"}, {"allocate": neyman_by_a_stranger}),
         (
             {"selector": "vade"},
-            {"selector": lambda keys, posterior: ThompsonSelector(posterior, keys=keys)},
+            {"selector": lambda posterior, keys: ThompsonSelector(posterior, keys=keys)},
         ),
     ],
     ids=["advantage", "loss", "allocate", "selector"],

@@ -391,7 +391,7 @@ def test_lengths_reach_the_planner_where_budgets_go_by_them(tmp_path, allocator)
 def test_raft_accepts_by_success_and_not_by_the_range_of_rewards(
     above, success, accepted, objective
 ):
-    from rl.config.methods import advantage_of, successes
+    from rl.config.build import advantage_of, successes
     from rl.objective.weights import objective_weight
     from rollouts.batch import Rollouts
 

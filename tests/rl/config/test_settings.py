@@ -5,9 +5,9 @@ import math
 import pytest
 
 from rl.config import checks as validation
+from rl.config.build import allocator_of, loss_of
 from rl.config.checks import _number_hints
 from rl.config.language import RolloutConfig
-from rl.config.methods import allocator_of, loss_of
 from rl.objective import losses
 from samplers import allocation
 from tests import tiny
