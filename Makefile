@@ -46,8 +46,7 @@ test: setup
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 2 -m "not slow"; tests=$$?; wait $$types && exit $$tests
 
 bench: setup
 	$(BIN)/python benchmarks/engine.py $(BENCH)

@@ -8,6 +8,8 @@ import pytest
 
 from tests import tiny, tiny_denoising
 
+pytestmark = pytest.mark.slow  # whole runs
+
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "metrics.md").read_text()
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
 GRPO = {"trainer": "grpo", "allocator": "uniform"}

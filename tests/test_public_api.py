@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # whole runs
+
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
     "samplers": "Planner BetaPosterior allocation selection stopping downsampling Ledger check_sampler "

@@ -22,6 +22,8 @@ from benchmarks.diffusion import (
     table,
 )
 
+pytestmark = pytest.mark.slow  # whole runs
+
 SMALL = replace(
     SIZES["quick"],
     side=8,

@@ -98,6 +98,7 @@ def test_the_oracle_gains_what_theory_says(pool, a, table):
     assert found == pytest.approx(real, abs=3e-3)
 
 
+@pytest.mark.slow
 def test_a_gradient_has_the_mean_and_the_variance_that_allocation_assumes():
     # No transfer: the prompts' own parameters hold the signal, the shared ones only noise.
     settings = replace(SMALL, transfer=0.0)
@@ -363,6 +364,7 @@ def test_differences_are_paired_by_seed():
     assert row["rollouts_to_threshold"]["seeds"] == 1
 
 
+@pytest.mark.slow
 def test_the_program_writes_a_table_a_picture_and_figures(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     output = tmp_path / "trace.json"

@@ -4,7 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from examples import own_loop
+
+pytestmark = pytest.mark.slow  # whole runs
 
 
 def test_it_learns():

@@ -41,6 +41,7 @@ def generator(seed=0):
     return step_generator(seed, "test", 0)
 
 
+@pytest.mark.slow
 def test_prompts_are_distinct_and_held_out_ones_occur_nowhere_else(rows, solutions):
     train, validation = ([row["prompt"] for row in part] for part in rows)
     assert len(set(train)) == 30 * len(LEVELS)
@@ -59,6 +60,7 @@ def test_the_validation_prompts_do_not_depend_on_how_many_train(rows):
     assert problems(0, train=3, validation=20)[1] == rows[1]
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_and_another_seed_draws_others(rows, solutions):
     assert problems(0, train=30, validation=20) == rows
     assert warm_start_rows(0, size=6000, held_out=rows[1], seed=3) == solutions
@@ -165,6 +167,7 @@ def test_the_tokenizer_gives_every_text_back(rows, solutions):
     assert max(map(len, ids)) <= 48
 
 
+@pytest.mark.slow
 def test_a_prompt_and_its_completion_are_tokenized_apart_as_together(solutions):
     tokenizer = build_tokenizer()
     for row in solutions:

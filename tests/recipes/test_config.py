@@ -121,6 +121,7 @@ def test_variables_of_the_environment_are_set_from_a_mapping_alone(tmp_path, mon
         settings(tmp_path, "env: [1]")
 
 
+@pytest.mark.slow
 def test_files_that_no_editor_meant_are_refused_by_name(tmp_path):
     for content in ("learning_rate: 0.1  # caf\xe9".encode("latin-1"), b"a: " + b"[" * 5000):
         (tmp_path / "odd.yaml").write_bytes(content)

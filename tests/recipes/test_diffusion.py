@@ -13,6 +13,8 @@ from recipes.images import probe as probe_module
 from recipes.train import main
 from tests.tiny_pipelines import add_tiny_text_encoder, add_tiny_vae, tiny_sd
 
+pytestmark = pytest.mark.slow  # whole runs
+
 PLAN = {
     "num_steps": 4,
     "rule": "ddim",

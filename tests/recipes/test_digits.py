@@ -206,6 +206,7 @@ def test_captions_are_replaced_only_when_asked_for():
     assert any(not torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_the_folder_is_an_ordinary_diffusers_folder(folder):
     pipeline = load(folder)
     assert type(pipeline) is StableDiffusionPipeline and pipeline.vae is None
@@ -225,6 +226,7 @@ def test_a_second_call_trains_nothing(folder, monkeypatch, capsys):
     assert "is there already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_settings_and_damage_make_it_anew(tmp_path, capsys):
     place = pretrain(tmp_path / "run", Digits(steps=1, batch_size=2), quiet=True)
     first = load(place).unet.state_dict()

@@ -66,6 +66,7 @@ def tiny_checker():
     )
 
 
+@pytest.mark.slow
 def test_a_safety_checker_is_not_loaded_and_a_line_says_so(tmp_path, capfd):
     folder = save(tmp_path / "checked", checker=tiny_checker())
     capfd.readouterr()

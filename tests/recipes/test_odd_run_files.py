@@ -8,6 +8,8 @@ from recipes.report.report import main
 from recipes.report.run_folder import read_run
 from tests.recipes.report.test_report import fake_run
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 @pytest.fixture
 def folder(tmp_path):

@@ -20,6 +20,8 @@ from rl.config.diffusion import DenoisingConfig
 from rl.objective.denoising_weights import kl_factor
 from tests.tiny_pipelines import add_tiny_vae, embeddings, tiny_pipeline
 
+pytestmark = pytest.mark.slow  # whole runs
+
 PEERS = sorted(
     (Path(__file__).resolve().parents[2] / "recipes" / "images" / "peers").glob("*.yaml")
 )

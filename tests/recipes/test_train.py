@@ -9,6 +9,8 @@ from recipes.config import ConfigError
 from recipes.train import main
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 CHAT = (
     "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}={% endif %}"

@@ -12,6 +12,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 SIZES = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "dff"), 48),

@@ -12,6 +12,8 @@ from transformers import Qwen3Config, Qwen3ForSequenceClassification
 from rl.trainer import RolloutTrainer
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 

@@ -17,6 +17,8 @@ from rl.trainer import RolloutTrainer
 from rollouts.rewards.contract import RewardError
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 Usage = namedtuple("Usage", "total used free")
 
 

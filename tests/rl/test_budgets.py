@@ -13,6 +13,8 @@ from rl.config.methods import ADVANTAGES, OBJECTIVES
 from rl.objective import weights as step_weights
 from rollouts.batch import TokenRollouts
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def config(**settings):
     """A config, and the warnings that it gave."""

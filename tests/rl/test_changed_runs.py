@@ -112,6 +112,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_finished_run_is_not_relabelled(folder, name):
     change, message = CHANGES[name]
@@ -121,6 +122,7 @@ def test_a_finished_run_is_not_relabelled(folder, name):
     assert files_of(folder) == before
 
 
+@pytest.mark.slow
 def test_the_same_command_takes_no_step_and_a_longer_one_goes_on(folder):
     lines = tiny.lines(folder)
     tiny.run(folder, reward=tiny.small_digit, **AGAIN | {"logging_steps": 5})
@@ -140,6 +142,7 @@ def test_a_finished_run_that_is_asked_to_go_on_changed_is_not_relabelled_either(
     assert files_of(folder) == before
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_a_run_is_not_written_over_by_another(tmp_path):
     settings = AGAIN | {"save_strategy": "no", "reward": tiny.small_digit}
     tiny.run(tmp_path, **settings)
@@ -168,6 +171,7 @@ def test_a_model_that_no_checkpoint_fits_is_refused(folder):
         tiny.run(folder, model=other, resume=True, **SETTINGS | {"max_steps": 3})
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_only_on_the_weights_it_was_trained_on(tmp_path):
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     settings = SETTINGS | {"reward": tiny.small_digit, "peft_config": lora}
@@ -192,6 +196,7 @@ def test_run_json_and_trackers_name_what_a_run_is_made_of(finished):
     assert not any(name.startswith("run/") for name in about["settings"])
 
 
+@pytest.mark.slow
 def test_trackers_are_told(tmp_path):
     made = tiny.trainer(tmp_path, reward=tiny.small_digit)
     made.recipe = {"task": "arithmetic", "lora_r": 8, "rewards": ["a.py:b"], "task_settings": None}

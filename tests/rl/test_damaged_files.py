@@ -331,6 +331,7 @@ def test_run_json_and_logs_are_on_disk_before_they_get_their_names(run, monkeypa
     assert not list(run.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_run_with_much_damage_goes_on_as_the_one_without(tmp_path, told):
     settings = {"reward": tiny.small_digit, "save_strategy": "steps", "save_steps": 1}
     settings |= {"trainer": "grpo", "max_steps": 3, "log_level": "warning"}

@@ -6,6 +6,8 @@ import torch
 from tests import tiny_denoising as tiny
 from tests.tiny import lines, step_logs
 
+pytestmark = pytest.mark.slow  # whole runs
+
 torch.set_num_threads(1)
 
 METHODS = {

@@ -19,6 +19,8 @@ from tests.tiny import lines, parameters, step_logs
 from tests.tiny_denoising import equal, start
 from tests.tiny_pipelines import add_tiny_text_encoder, embeddings, tiny_pipeline
 
+pytestmark = pytest.mark.slow  # whole runs
+
 torch.set_num_threads(1)
 
 LORA = dict(r=2, lora_alpha=4, target_modules=["to_q", "to_v"])

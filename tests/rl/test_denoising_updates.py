@@ -8,6 +8,8 @@ from tests import tiny_denoising as tiny
 from tests.tiny import lines, parameters, step_logs
 from tests.tiny_denoising import difference, start
 
+pytestmark = pytest.mark.slow  # whole runs
+
 torch.set_num_threads(1)
 
 

@@ -23,6 +23,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_a_video_model_trains_on_rewards_of_clips_and_of_their_middle_frames(tmp_path):
     around = make("WanPipeline")
     channels = around.transformer.config.in_channels

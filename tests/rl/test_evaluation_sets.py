@@ -15,6 +15,7 @@ def sets():
     return {"easy": tiny.rows("d")[:3], "hard": tiny.rows("e")[:2]}
 
 
+@pytest.mark.slow
 def test_each_set_has_metrics_of_its_own_and_one_of_them_chooses_the_best_model(tmp_path):
     made = tiny.run(
         tmp_path,

@@ -15,6 +15,8 @@ from rl.run import checkpoint, schedule
 from rl.run.termination import Terminated
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 SETTINGS = {
     "reward": tiny.small_digit,
     "trainer": "raft++",

@@ -415,6 +415,7 @@ def test_pooling_turns_the_gradient_if_the_rest_depends_on_content(advantage, ob
     assert multiple(actual, GRAD_PASS_PD[PROMPT]) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [at_least_2_by_count, at_least_2_by_content])
 @pytest.mark.parametrize("share", [0.3, 0.5])
 def test_a_fixed_blend_of_pilots_and_rest_is_unbiased_whatever_the_rule(rule, share):

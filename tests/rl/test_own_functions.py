@@ -56,6 +56,7 @@ def neyman_by_a_stranger(std_P, total, *, minimum=1, maximum=None):
     return allocation.neyman(std_P, total, minimum=minimum, maximum=maximum)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "functions"),
     [
@@ -78,12 +79,14 @@ def test_an_own_function_that_does_the_same_gives_the_same_run_bit_for_bit(
     assert_same(own(tmp_path / "own", without, **functions), named)
 
 
+@pytest.mark.slow
 def test_a_selector_may_be_made_already(tmp_path):
     keys = [prompt.key for prompt in tiny.trainer(tmp_path / "keys").prompts]
     selector = UniformSelector(len(keys), seed=3, keys=keys)
     assert_same(own(tmp_path / "own", {}, selector=selector), own(tmp_path / "named", {}))
 
 
+@pytest.mark.slow
 def test_an_own_advantage_is_given_the_columns_it_names_and_may_differ_between_tokens(tmp_path):
     seen = {}
 
@@ -145,6 +148,7 @@ def test_what_an_own_function_gets_wrong_names_it(tmp_path, functions, message):
         own(tmp_path, {}, **functions)
 
 
+@pytest.mark.slow
 def test_a_diffusion_model_takes_own_functions_too(tmp_path):
     """One that does what baseline `siblings` without a scale does gives the same run."""
 

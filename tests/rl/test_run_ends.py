@@ -15,6 +15,8 @@ from tests import tiny
 from tests.launched import ON_CPU, launch
 from tests.launched import RUNS as RUNS_OF_TWO
 
+pytestmark = pytest.mark.slow  # whole runs
+
 SAVED = {"save_strategy": "steps", "save_steps": 100}
 
 

@@ -7,6 +7,8 @@ from rl.stages import metrics
 from rl.stages.validate import evaluate
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def one_to_five(completions, **_):
     """5 where the completion begins with a digit below 4, else 1."""

@@ -19,6 +19,8 @@ from rl.trainer import NoSignalError, RolloutTrainer
 from rollouts.batch import TokenRollouts
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)

@@ -15,6 +15,8 @@ from rollouts.prompts import Prompt
 from rollouts.rewards.contract import RewardError, score
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def judge(folder):
     """A folder with a reward model."""

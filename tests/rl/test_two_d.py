@@ -12,6 +12,8 @@ from rollouts.prompts import Prompt
 from rollouts.step_plan import StepPlan
 from tests import toy_diffusion as toy
 
+pytestmark = pytest.mark.slow  # whole runs
+
 EVERY_EDGE = tuple(range(20))
 PLAIN = StepPlan(num_steps=20, rule="ddim", level=1.0, stochastic=EVERY_EDGE)
 BRANCHED = StepPlan(

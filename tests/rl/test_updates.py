@@ -13,6 +13,8 @@ from rl.policies.contract import ScoredDecisions
 from rl.step import mini_batches
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def settings(**changes):
     return {

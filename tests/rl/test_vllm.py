@@ -6,6 +6,8 @@ import torch
 from tests import tiny
 from tests.vllm_stand_in import serving
 
+pytestmark = pytest.mark.slow  # whole runs
+
 RUN = {
     "reward": tiny.small_digit,
     "max_steps": 3,

@@ -104,12 +104,14 @@ def test_without_a_kl_long_rows_count_by_their_tokens_in_mean_and_std():
     assert rows.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)], abs=1e-15)
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_reference_without_a_kl(tmp_path):
     settings = {"trainer": "grpo", "advantage": "batch_whitened_tokens", "loss": "gspo"}
     made = tiny.run(tmp_path, reward=tiny.small_digit, max_steps=1, **settings)
     assert made.policy.reference is None and tiny.step_logs(tmp_path)[0]["advantage_abs_mean"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_credits_tokens_apart(tmp_path):
     settings = {"trainer": "grpo", "advantage": "batch_whitened_tokens", "reward_kl": 0.5}
     made = tiny.trainer(tmp_path, reward=tiny.small_digit, **settings)

@@ -134,6 +134,7 @@ def test_built_in_rewards_are_quick_for_texts_that_never_end(piece):
         assert time.process_time() - started < 5.0, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", ["\\(", "\\boxed{", "1+", "$", "{"])
 def test_long_texts_are_no_burden_to_the_mathematics(piece):
     pytest.importorskip("math_verify")

@@ -297,6 +297,7 @@ FAMILIES = [
 NAMES = ["dr_grpo", "knapsack", "knapsack_posterior"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocate", FAMILIES, ids=NAMES)
 @given(
     p=st.lists(st.floats(0.01, 0.99), min_size=1, max_size=8, unique=True),
@@ -385,6 +386,7 @@ def test_reinforce_ada_is_neyman_with_its_own_scale():
             allocation.reinforce_ada_std(p, 1 - p, epsilon=epsilon)
 
 
+@pytest.mark.slow
 def test_a_thompson_scale_is_that_of_a_fresh_draw():
     a, b = np.array([[1.0, 5.0, 1.0], [1.0, 5.0, 9.0]])
     draw = np.random.default_rng(7).beta(a, b)

@@ -114,6 +114,7 @@ class TestMaxVariance:
         again_K = (kept_K - kept_K.mean()) / (kept_K.std(ddof=1) + 1e-4)
         assert again_K == pytest.approx([1.4997] + [-0.4999] * 3, abs=5e-7)
 
+    @pytest.mark.slow
     @given(values=few | many, keep=st.integers(1, 9))
     @settings(max_examples=300, deadline=None)
     def test_no_subset_varies_more(self, values, keep):
@@ -134,6 +135,7 @@ class TestMaxVariance:
             rows = max_variance(values, one_group(values), keep=keep)
             assert values[rows].var() == pytest.approx(best_by_search(values, keep), abs=1e-12)
 
+    @pytest.mark.slow
     @given(values=few | many, keep=st.integers(1, 9))
     @settings(max_examples=200, deadline=None)
     def test_ties_go_as_the_scan_says(self, values, keep):
@@ -163,6 +165,7 @@ class TestMaxVariance:
         if len(set(values)) == len(values):
             assert {order[row] for row in moved} == set(rows.tolist())
 
+    @pytest.mark.slow
     @given(
         values=st.lists(st.integers(-64, 64), min_size=1, max_size=12),
         keep=st.integers(1, 12),
@@ -357,6 +360,7 @@ class TestAcrossTheBatch:
     def test_it_is_max_variance_of_one_group(self, values, keep):
         assert max_variance_batch(values, keep=keep).tolist() == by_scan(values, keep)
 
+    @pytest.mark.slow
     @given(values=few, keep=st.integers(1, 8))
     @settings(max_examples=200, deadline=None)
     def test_a_zero_row_is_kept_only_with_every_negative_or_every_positive(self, values, keep):

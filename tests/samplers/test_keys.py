@@ -24,6 +24,7 @@ def test_by_hand():
     assert f"{stable_hash('é', -12):016x}" == expected
 
 
+@pytest.mark.slow
 def test_the_hash_does_not_depend_on_the_process():
     program = "from samplers.keys import stable_hash; print(stable_hash('prompt é', 5))"
     outputs = {

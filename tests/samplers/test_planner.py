@@ -248,6 +248,7 @@ def test_a_shuffle_of_the_rows_changes_nothing(mode):
     assert expected == found
 
 
+@pytest.mark.slow
 @given(
     order=st.permutations(range(10)),
     counts=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=10, max_size=10),

@@ -62,6 +62,7 @@ def test_later_rounds_add_without_any_decay():
     assert posterior.beta_D.tolist() == [2, 4.5]
 
 
+@pytest.mark.slow
 @given(
     decays=st.tuples(st.floats(0, 0.95), st.floats(0, 1)),
     rounds=st.lists(
@@ -115,6 +116,7 @@ def test_moments_are_the_integrals_they_stand_for():
         assert std[at] ** 2 == pytest.approx(expectation(lambda p: p * (1 - p)), abs=1e-8)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_posterior():
     posterior = with_counts(*COUNTS)
     generator = np.random.default_rng(0)

@@ -189,6 +189,7 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(steps=STEPS, wanted=st.integers(1, 4), max_age=st.integers(0, 3), data=st.data())
 def test_nothing_is_lost_under_failures_caps_and_ends_of_data(steps, wanted, max_age, data):
     at_cap = data.draw(st.sampled_from(["partial", "pad"]))

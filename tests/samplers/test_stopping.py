@@ -370,6 +370,7 @@ def test_early_ends_groups_by_hand():
     assert play(make(stopping.early(threshold=0.44)), ROWS)[0] == [8, 8, 8]
 
 
+@pytest.mark.slow
 def test_by_lot_a_group_goes_on_with_probability_rho():
     rule = stopping.early_unbiased(threshold=1.0, rho=0.25)
     counts = {}

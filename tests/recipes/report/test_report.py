@@ -30,6 +30,8 @@ from recipes.report.run_folder import (
 )
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 PICTURES = ["learning", "budgets", "posterior", "groups"]
 
 

@@ -13,6 +13,8 @@ from samplers.ledger import FATES
 from samplers.refill import RefillError
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def rows():
     """Eight prompts with the columns that some selectors read."""

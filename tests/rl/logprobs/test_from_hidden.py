@@ -241,6 +241,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_no_operation_gives_the_logits_of_all_decisions(monkeypatch, autocast):
     monkeypatch.setattr("rl.logprobs.from_hidden.LEAST", 2)
@@ -362,6 +363,7 @@ def masked():
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

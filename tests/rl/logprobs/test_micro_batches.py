@@ -60,6 +60,7 @@ def test_a_row_longer_than_the_budget_stands_alone():
 rows = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 60)), max_size=40)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(rows, st.integers(1, 400))
 def test_every_row_once_within_the_budget_and_no_fit_left_out(pairs, budget):

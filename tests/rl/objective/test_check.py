@@ -9,6 +9,8 @@ import torch
 from rl import check_advantage, check_loss
 from rl.config.methods import ADVANTAGES, LOSSES
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_every_advantage_of_ours_keeps_the_contract(name):

@@ -400,6 +400,7 @@ def assert_within(mean_T, error_T, expected):
     assert ((mean_T - expected_T).abs() < 4 * error_T).all(), (mean_T, error_T, expected_T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("splits", "num_roots"),
     [((), 8), (((2, 4),), 2), (((0, 4),), 2), (((0, 2), (1, 2), (3, 2)), 2)],
@@ -411,6 +412,7 @@ def test_leaving_out_the_branch_is_unbiased_for_every_edge(splits, num_roots):
     assert error_T.max() < 0.02
 
 
+@pytest.mark.slow
 def test_leaving_out_the_leaf_shrinks_the_prefix_and_only_the_prefix():
     # Two roots of four: 1 - (k - 1) / (n - 1) = 4/7 above the split, 1 below.
     mean_T, error_T, _ = simulate(((2, 4),), 4, 2, leaf_left_out)
@@ -418,12 +420,14 @@ def test_leaving_out_the_leaf_shrinks_the_prefix_and_only_the_prefix():
     assert mean_T[0] < 1 - 40 * error_T[0]
 
 
+@pytest.mark.slow
 def test_the_mean_over_the_prompt_shrinks_the_prefix_by_k_over_n():
     # 1 - 4/8 above the split; below, where leaves differ, (n - 1) / n.
     mean_T, error_T, _ = simulate(((2, 4),), 4, 2, prompt_mean)
     assert_within(mean_T, error_T, [1 / 2, 1 / 2, 7 / 8, 7 / 8])
 
 
+@pytest.mark.slow
 def test_within_a_branch_the_estimate_is_the_partial_derivative_of_the_suffix():
     # Nothing above the split; below (k - 1) / k of the derivative with the mean as baseline.
     mean_T, error_T, _ = simulate(((2, 4),), 4, 2, branch_mean)
@@ -431,12 +435,14 @@ def test_within_a_branch_the_estimate_is_the_partial_derivative_of_the_suffix():
     assert_within(mean_T[2:], error_T[2:], 3 / 4)
 
 
+@pytest.mark.slow
 def test_the_parents_value_gives_k_minus_1_over_k_on_splits_and_nothing_elsewhere():
     mean_T, error_T, _ = simulate(((0, 2), (2, 4)), 4, 2, parent_difference)
     assert mean_T[[1, 3]].tolist() == [0.0, 0.0]
     assert_within(mean_T[[0, 2]], error_T[[0, 2]], [1 / 2, 3 / 4])
 
 
+@pytest.mark.slow
 def test_branching_does_not_raise_the_variance_of_the_suffix_at_equal_leaves():
     # The siblings' shared past cancels: the reward's variance below the split is .167 of .711.
     *_, linear_T = simulate((), 4, 8, leave_branch_out)

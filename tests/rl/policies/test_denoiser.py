@@ -10,6 +10,8 @@ from tests import tiny_denoising as tiny
 from tests.tiny import parameters
 from tests.tiny_pipelines import PIPELINES, add_tiny_text_encoder, tiny_pipeline
 
+pytestmark = pytest.mark.slow  # whole runs
+
 torch.set_num_threads(1)
 
 

@@ -28,6 +28,8 @@ from tests import tiny_denoising as tiny
 from tests.tiny_denoising import drawn
 from tests.tiny_pipelines import add_tiny_text_encoder, add_tiny_vae, image_prompts, tiny_sd
 
+pytestmark = pytest.mark.slow  # whole runs
+
 torch.set_num_threads(1)
 
 LORA = dict(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], lora_dropout=0.1)

@@ -14,6 +14,7 @@ from tests.tiny_pipelines import tiny_pipeline
 torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_as_recipes_read_it(tmp_path):
     """Without its safety checker, with DDIM for its PNDM, and then trains with attention's LoRA."""
     scheduler = PNDMScheduler(skip_prk_steps=True, beta_start=0.00085, beta_end=0.012)

@@ -9,6 +9,7 @@ from rl.stages.records import Batch
 from tests import tiny
 
 
+@pytest.mark.slow
 def test_a_table_shows_several_prompts_with_answers_rewards_and_advantages(tmp_path):
     made = tiny.run(
         tmp_path,

@@ -10,6 +10,8 @@ from PIL import Image
 from rl.run.pictures import diversity, save_grid, thinned
 from rl.stages.records import Scored
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def flat(value, *, size=(32, 32), channels=3):
     return np.full((*size, channels), value, dtype=np.uint8)

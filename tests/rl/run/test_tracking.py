@@ -15,6 +15,8 @@ from rl.run import tracking
 from rl.run.progress import PIPED_WIDTH
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def test_a_run_folder(tmp_path):
     made = tiny.run(tmp_path, reward=tiny.small_digit, max_steps=3, completions_every=2)

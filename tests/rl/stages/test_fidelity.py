@@ -31,6 +31,8 @@ from rl.stages import fidelity, metrics
 from rl.stages.fidelity import MismatchError
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 GRPO = {"trainer": "grpo", "allocator": "uniform", "reward": tiny.small_digit, "max_steps": 1}
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "vocab_size": 14}

@@ -44,6 +44,7 @@ def test_a_line_that_splits_or_cannot_is_left_alone():
     assert not told(line, [0.6, 0.8] * 8, validation=[0.6, 0.8])  # it was learnt
 
 
+@pytest.mark.slow
 def test_a_run_whose_recipe_has_the_line_of_another_reward_is_told(tmp_path):
     made = tiny.trainer(tmp_path, success_above=-300.0, eval_dataset=tiny.rows(), max_steps=1)
     with pytest.warns(UserWarning, match="rollouts of the first validation have rewards from"):

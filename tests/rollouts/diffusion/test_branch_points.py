@@ -100,6 +100,7 @@ def engine():
     return tiny_denoising.engine(tiny_denoising.pipeline())
 
 
+@pytest.mark.slow
 def test_less_is_open_the_later_a_chain_branches():
     ours = engine()
     found = probe_branch_points(

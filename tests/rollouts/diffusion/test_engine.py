@@ -120,6 +120,7 @@ def test_siblings_share_states_up_to_their_split_and_none_is_stored_twice():
     assert len(tree.latent_M.flatten(1).unique(dim=0)) == len(tree)
 
 
+@pytest.mark.slow
 def test_the_first_sample_of_a_tree_is_the_chain_that_does_not_branch():
     # One row at a time, so that batches are the same: the windows of a tree join bitwise.
     for name in ("sd", "sd3", "flux"):
@@ -146,6 +147,7 @@ def hooked_rows(ours, roots, plan_):
     return sum(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "roots", "evaluations"),
     [
@@ -171,6 +173,7 @@ def test_evaluations_are_those_of_the_formula(settings, roots, evaluations):
 # --- noise ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_batch_order_or_size():
     settings = dict(params=plan(**TREE))
     prompts = image_prompts(3)
@@ -214,6 +217,7 @@ def test_noise_differs_between_seeds_steps_and_purposes():
     assert torch.equal(pair, torch.cat([draws[0], draws[2]]))
 
 
+@pytest.mark.slow
 def test_samples_of_a_prompt_that_share_their_start_differ_by_their_edges_alone():
     prompts, silent_first = image_prompts(2), plan(stochastic=(1, 3), shared_start=True)
     ours = engine(batch_size=1)
@@ -236,6 +240,7 @@ def test_samples_of_a_prompt_that_share_their_start_differ_by_their_edges_alone(
     assert torch.equal(x_NS[2], later.tree.latent_M[later.node_NS[0]])
 
 
+@pytest.mark.slow
 def test_a_shared_start_is_the_law_of_a_split_at_the_first_noise():
     # One root that splits where noise begins: the same states for the first sample, and the same
     # Gaussian for the others, for fewer evaluations.
@@ -300,6 +305,7 @@ def test_a_shift_of_other_schedulers_is_refused():
 # --- replay -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_fewer_rows_replay_within_float_noise(name):
     ours = engine(name)
@@ -323,6 +329,7 @@ def test_edges_without_weight_are_not_evaluated():
     torch.testing.assert_close(logprob_NT[:6, 3], rollouts.logprob_NT[:6, 3], rtol=0, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 def test_half_precision_latents_are_stored_and_scored_as_such(name, dtype):
@@ -333,6 +340,7 @@ def test_half_precision_latents_are_stored_and_scored_as_such(name, dtype):
         assert torch.equal(ours.logprobs(rollouts), rollouts.logprob_NT)
 
 
+@pytest.mark.slow
 def test_fresh_lora_has_ratio_one_and_adapters_off_is_the_reference():
     base, rollouts = two_trees()
     for wrapped in (False, True):
@@ -361,6 +369,7 @@ def test_fresh_lora_has_ratio_one_and_adapters_off_is_the_reference():
         base.replay(rollouts, step=3, reference=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd", "sd3"])  # Flux rotates in float32
 def test_the_gradient_is_that_of_central_differences(name):
     ours, rollouts = two_trees(name, dtype=torch.float64)
@@ -419,6 +428,7 @@ def test_prompts_are_read_by_the_pipelines_own_text_encoder():
 # --- images -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_images_are_those_of_the_pipeline(name):
     pipeline = tiny_pipeline(name)
@@ -438,6 +448,7 @@ def test_images_are_those_of_the_pipeline(name):
     assert np.array_equal(images, (expected * 255).round().astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_without_a_vae_samples_are_pixels():
     ours, rollouts = two_trees(batch_size=5)
     images = ours.decode(rollouts)
@@ -467,6 +478,7 @@ def test_the_pipeline_is_left_as_it_was():
     assert not pipeline.transformer._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_weights_of_another_model_are_taken():
     ours, rollouts = two_trees()
     other = tiny_pipeline("sd", seed=1).unet

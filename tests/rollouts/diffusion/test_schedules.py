@@ -97,6 +97,7 @@ def test_every_schedule_gives_increasing_edges_of_the_chain_and_the_same_when_as
         assert all(type(edge) is int for edge in edges)
 
 
+@pytest.mark.slow
 def test_random_edges_are_uniform():
     # 9 of 15, 4000 draws: an edge is drawn 2400 times, s.e. sqrt(4000 * .6 * .4) = 31; the worst
     # of 15 edges is past 4 s.e. in about 1 seed of 1000, and the seed is fixed.

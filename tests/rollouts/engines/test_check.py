@@ -34,6 +34,7 @@ class Real:
         self._engine.load_weights(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [CHAIN, TREE, replace(CHAIN, stochastic=())])
 def test_the_engine_of_diffusion_models_passes(plan):
     check_engine(Real(), image_prompts(3), plan)
@@ -82,6 +83,7 @@ class SiblingsApart(Real):
         return replace(made, tree=replace(made.tree, plan=params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "plan", "message"),
     [

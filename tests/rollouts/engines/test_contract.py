@@ -362,6 +362,7 @@ def test_entropies_that_nobody_asked_for_are_refused():
         check_engine(WithEntropies(), tiny_prompts(3, 5, 2), PLAIN)
 
 
+@pytest.mark.slow
 def test_frequencies_of_a_correct_engine_rarely_raise_an_alarm():
     # 6 standard errors, at most 40 tokens, 8 tables: about 6e-7 alarms expected.
     for seed in range(8):

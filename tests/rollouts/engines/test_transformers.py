@@ -92,6 +92,7 @@ def completions(rollouts):
 # The rollouts are the model's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", SHARING + NOT_SHARING)
 @pytest.mark.filterwarnings("ignore:.*keeps no cache")
 def test_logprobs_are_those_of_a_plain_forward_pass(architecture, tokenizer):
@@ -139,6 +140,7 @@ def test_temperature_zero_is_greedy_and_reports_temperature_one(engine):
         )
 
 
+@pytest.mark.slow
 def test_the_repetition_penalty_is_that_of_generate_and_no_part_of_the_log_probabilities(tokenizer):
     model = with_frequent_ends(tiny_model("qwen3"))
     engine = TransformersEngine(model, tokenizer, max_batch_rows=4)
@@ -185,6 +187,7 @@ def test_first_tokens_follow_the_softmax(engine):
 # A rollout does not depend on its company
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", SHARING + NOT_SHARING)
 @pytest.mark.filterwarnings("ignore:.*keeps no cache")
 def test_a_rollout_is_the_same_in_any_batch(architecture, tokenizer):
@@ -274,6 +277,7 @@ def test_equal_prompts_are_prefilled_once(engine):
     assert completions(rollouts)[0] == completions(rollouts)[1]
 
 
+@pytest.mark.slow
 def test_check_engine_passes(tokenizer):
     for architecture in ("qwen3", "gemma3"):
         engine = TransformersEngine(tiny_model(architecture), tokenizer, max_batch_rows=100)
@@ -340,6 +344,7 @@ def test_an_end_at_the_length_limit_is_no_truncation(tokenizer):
     assert rollouts.truncated_N.tolist() == [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [("a",), ("abc", "yz"), ("cdc", "é", " .")])
 def test_a_rollout_ends_with_the_token_that_completes_a_stop_string(stop, tokenizer):
     model = without_ends(tiny_model())

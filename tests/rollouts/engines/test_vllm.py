@@ -19,6 +19,8 @@ from rollouts.engines.vllm import VLLMEngine, vllm_engine
 from tests.tiny_lm import EOS, PAD, VOCABULARY, tiny_model, tiny_prompts, tiny_tokenizer
 from tests.vllm_stand_in import LLM, serving
 
+pytestmark = pytest.mark.slow  # whole runs
+
 PARAMS = SamplingParams(max_completion_length=6)
 PROMPTS = tiny_prompts(3, 5, 4)
 

@@ -54,6 +54,7 @@ def at_bad(what):
 # Time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "holds",
     [
@@ -72,6 +73,7 @@ def test_a_call_that_holds_the_interpreter_is_interrupted(holds):
     assert result.reward_K.tolist() == [1.0]
 
 
+@pytest.mark.slow
 def test_an_interruption_that_is_swallowed_is_no_result():
     def swallows():
         with contextlib.suppress(BaseException):  # as a bare `except:` does
@@ -81,6 +83,7 @@ def test_an_interruption_that_is_swallowed_is_no_result():
     assert result.failed == {1: "reward: took longer than 0.3 s"}
 
 
+@pytest.mark.slow
 def test_an_endless_loop_that_swallows_every_interruption_but_one_ends():
     def stubborn():
         for _ in range(3):
@@ -94,6 +97,7 @@ def test_an_endless_loop_that_swallows_every_interruption_but_one_ends():
     assert result.failed == {0: "reward: took longer than 0.1 s"}
 
 
+@pytest.mark.slow
 def test_quick_calls_are_not_disturbed_afterwards():
     for _ in range(20):
         run(at_bad(lambda: time.sleep(0.05)), ["bad"], timeout=0.05, max_failed_share=1.0)
@@ -119,6 +123,7 @@ def test_alarms_of_the_function_itself_work():
     assert result.failed == {0: "reward: raised ValueError: own alarm"}
 
 
+@pytest.mark.slow
 def test_from_another_thread_a_slow_call_is_left_behind():
     found = []
 
@@ -185,6 +190,7 @@ def test_child_processes_of_a_reward_still_exit():
     assert os._exit.__module__ == "posix"
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_within_a_call_is_told():
     code = """
         import os
@@ -216,6 +222,7 @@ def isolated(what):
     return function
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
@@ -321,6 +328,7 @@ def test_a_column_that_cannot_be_copied_is_shared_with_a_warning():
 # Asynchronous functions
 
 
+@pytest.mark.slow
 def test_asynchronous_functions_wait_together_in_one_loop():
     loops, order = [], []
 
@@ -348,6 +356,7 @@ def test_asynchronous_functions_wait_together_in_one_loop():
     assert order[:5] == ["slow begins", "slow begins", "quick ends", "slow ends", "slow ends"]
 
 
+@pytest.mark.slow
 def test_a_failing_row_of_an_asynchronous_function_is_found():
     async def judge(completions, log_extra, **_):
         if "bad" in completions:
@@ -369,6 +378,7 @@ def test_a_failing_row_of_an_asynchronous_function_is_found():
     assert run(judge, ["a"], timeout=5.0).reward_K.tolist() == [1.0]
 
 
+@pytest.mark.slow
 def test_of_several_failing_asynchronous_functions_the_first_is_named():
     async def late(completions, **_):
         await asyncio.sleep(0.2)
@@ -382,6 +392,7 @@ def test_of_several_failing_asynchronous_functions_the_first_is_named():
             run([late, early], ["x"])
 
 
+@pytest.mark.slow
 def test_an_asynchronous_function_that_blocks_the_loop_fails_and_the_next_has_another():
     async def blocks(completions, **_):
         time.sleep(1000)

@@ -247,6 +247,7 @@ def test_a_row_keeps_its_first_reason():
 # Time
 
 
+@pytest.mark.slow
 def test_a_slow_row_is_found():
     began = time.monotonic()
     result = run(length, ["1"] * 5 + ["slow", "2", "3"], timeout=0.2, max_failed_share=0.2)
@@ -256,6 +257,7 @@ def test_a_slow_row_is_found():
     assert time.monotonic() - began < 1.0 + 2.0
 
 
+@pytest.mark.slow
 def test_the_search_for_slow_rows_is_bounded_and_the_rest_fails():
     began = time.monotonic()
     result = run(length, ["slow"] * 8, timeout=0.1, max_failed_share=1.0)
@@ -428,6 +430,7 @@ def test_format_answer():
     assert format_answer(list(texts), answer=[None] * 7) == list(texts.values())
 
 
+@pytest.mark.slow
 def test_math_verify_compares_as_mathematics():
     cases = [
         ("#### 0.5", r"\frac{1}{2}", 1.0),
@@ -457,6 +460,7 @@ def test_math_verify_needs_a_reference():
         run([lambda **c: math_verify(c["completions"])], ["1"])
 
 
+@pytest.mark.slow
 def test_a_number_too_large_to_compute_fails_its_row_alone(monkeypatch):
     worker = MathWorker(seconds=0.5)
     monkeypatch.setattr(reward_functions, "_math_worker", worker)
@@ -468,6 +472,7 @@ def test_a_number_too_large_to_compute_fails_its_row_alone(monkeypatch):
     assert reward_functions.MATH_SECONDS == 5.0
 
 
+@pytest.mark.slow
 def test_a_comparison_that_takes_too_long_is_told_from_a_process_that_broke():
     worker = MathWorker(seconds=0.5)
     began = time.monotonic()
@@ -483,6 +488,7 @@ def test_a_comparison_that_takes_too_long_is_told_from_a_process_that_broke():
         MathWorker(seconds=0)
 
 
+@pytest.mark.slow
 def test_the_comparing_process_ends_with_its_parent():
     code = (
         "from rollouts.rewards.math_worker import MathWorker; worker = MathWorker(seconds=5);"
@@ -513,6 +519,7 @@ def test_reasoning_gym_asks_the_task(as_json):
     assert reasoning_gym(texts, ["chain_sum"] * 2, [given] * 2) == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_reasoning_gym_verifiers_accept_their_answers_after_json():
     library = pytest.importorskip("reasoning_gym")
     # The first compares tuples, which JSON does not have; the others stand for the rest.
@@ -540,6 +547,7 @@ def test_a_missing_library_is_named(function, package, monkeypatch):
         function(["1"], answer=["1"], task=["1"], entry=["1"])
 
 
+@pytest.mark.slow
 def test_optional_libraries_are_not_imported_with_the_module():
     code = (
         "import sys, rollouts.rewards.text;"

@@ -128,6 +128,7 @@ def test_one_call_at_a_time_reaches_the_reward(running):
     assert most == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_serve_answers_until_it_is_stopped(monkeypatch):
     # `serve` blocks, so it runs in a thread; its port is read from the server it makes.
     made = []

@@ -167,6 +167,7 @@ def test_filling_gives_each_unit_to_the_fewest_and_then_to_the_earliest(low, mor
 steps = st.lists(st.sampled_from([0.0, 5e-324, 0.25, 0.5, 1.0, 3.0]), min_size=12, max_size=12)
 
 
+@pytest.mark.slow
 @given(st.lists(steps, min_size=1, max_size=8), st.data())
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_gains_that_never_increase_will_do(rows, data):

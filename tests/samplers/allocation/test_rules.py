@@ -147,6 +147,7 @@ boxed = st.integers(1, 12).flatmap(
 )
 
 
+@pytest.mark.slow
 @given(boxed)
 @settings(max_examples=200)
 @pytest.mark.parametrize("allocate", ALLOCATORS)

@@ -66,6 +66,7 @@ def test_each_is_the_root_of_the_expected_cost(scale):
     np.testing.assert_allclose(scale(A, B), expected, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_mean_std_is_the_expected_std():
     expected = [expectation(lambda p: math.sqrt(p * (1 - p)), a, b) for a, b in POSTERIORS]
     np.testing.assert_allclose(allocation.mean_std(A, B), expected, rtol=1e-8)

@@ -39,6 +39,7 @@ def test_every_epoch_visits_every_prompt_once_and_no_call_repeats_one(sizes, see
     assert (visits == selector.state_dict()["epoch"] + 1).all()
 
 
+@pytest.mark.slow
 @given(data=st.data(), size=st.integers(2, 7), seed=st.integers(0, 3))
 def test_excluded_prompts_are_owed_their_visit(data, size, seed):
     selector, kept = UniformSelector(size, seed=seed), UniformSelector(size, seed=seed)
