@@ -153,6 +153,11 @@ VALIDATION_METRICS = (
 
 
 def at_least(config: Settings, least: float, *names: str) -> None:
+    """Refuse settings below `least`, NaN or infinite; settings left out pass.
+
+    Raises:
+        ValueError: naming the first such setting.
+    """
     for name in names:
         value = getattr(config, name)
         if value is not None and not (np.isfinite(value) and value >= least):

@@ -2,7 +2,7 @@
 
 An allocator maps one number per prompt to one integer per prompt, and the integers sum to `total`
 exactly. The number is `std_P`, the root of what one rollout leaves uncertain about the prompt's
-share of the gradient; the scale functions of `samplers/allocation/scales.py`, importable from here too,
+share of the gradient; the scale functions of `samplers/allocation/scales.py`
 compute it from a Beta posterior (a_P, b_P), and each belongs to an objective. A known gradient norm
 multiplies it. Axes: P prompts.
 

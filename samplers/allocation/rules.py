@@ -2,7 +2,7 @@
 
 An allocator maps one number per prompt to one integer per prompt, and the integers sum to `total`
 exactly. The number is `std_P`, the root of what one rollout leaves uncertain about the prompt's
-share of the gradient; the scale functions of `samplers/allocation/scales.py`, importable from here too,
+share of the gradient; the scale functions of `samplers/allocation/scales.py`
 compute it from a Beta posterior (a_P, b_P), and each belongs to an objective. A known gradient norm
 multiplies it. Axes: P prompts.
 
@@ -32,51 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from samplers.allocation._boxes import MOST, bound_of, boxes, one_per_prompt
 from samplers.allocation._greedy import best_first, fill
-from samplers.allocation.knapsack import knapsack, knapsack_posterior, knapsack_released
-from samplers.allocation.scales import (
-    FloatArray,
-    Scale,
-    accepted_std,
-    gvm,
-    gvm_plug_in,
-    inverse_sqrt,
-    live,
-    log_std,
-    mean_pass_rate,
-    mean_std,
-    passed_share,
-    plug_in_std,
-    posterior_std,
-    reinforce_ada_std,
-    thompson_std,
-)
-
-__all__ = [
-    "Allocator",
-    "Scale",
-    "accepted_std",
-    "align_total",
-    "cost_aware",
-    "dr_grpo",
-    "gvm",
-    "gvm_plug_in",
-    "inverse_sqrt",
-    "knapsack",
-    "knapsack_posterior",
-    "knapsack_released",
-    "leave_one_out",
-    "live",
-    "log_std",
-    "mean_pass_rate",
-    "mean_std",
-    "neyman",
-    "passed_share",
-    "plug_in_std",
-    "posterior_std",
-    "reinforce_ada_std",
-    "thompson_std",
-    "uniform",
-]
+from samplers.allocation.scales import FloatArray
 
 IntArray = NDArray[np.int64]
 
@@ -159,7 +115,7 @@ def neyman(
 def leave_one_out(
     std_P: ArrayLike, total: int, *, minimum: ArrayLike = 2, maximum: ArrayLike | None = None
 ) -> IntArray:
-    """Spend `total` rollouts for leave-one-out advantages, each group its own baseline.
+    """The allocator of the leave-one-out advantage: spend `total` rollouts, each group its own baseline.
 
     Minimises  sum_p c_p / (n_p - 1),  c_p = std_p^2,  over integers  minimum <= n_p <= maximum,
     sum_p n_p = total.  It is `neyman` in n - 1, and exact for the same reason, with the gain
