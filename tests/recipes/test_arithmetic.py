@@ -93,6 +93,7 @@ def test_partial_credit_is_no_success():
     assert reward("<answer>lleb", row) == 0.0
 
 
+@pytest.mark.slow
 def test_steps_go_wrong_as_often_as_declared(solutions):
     for level in LEVELS:
         rows = [row for row in solutions if row["level"] == level.name]
@@ -157,6 +158,7 @@ def test_too_few_problems_are_refused_with_the_numbers():
         worked_solution({"metadata": {"source_dataset": "gcd"}}, 0.0, generator=generator())
 
 
+@pytest.mark.slow
 def test_the_tokenizer_gives_every_text_back(rows, solutions):
     tokenizer = build_tokenizer()
     texts = [row["prompt"] + row["completion"] for row in solutions]

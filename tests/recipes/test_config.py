@@ -273,6 +273,7 @@ def test_peek_sees_what_a_base_says(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_arithmetic_recipes_share_what_their_base_says():
     folder = Path(__file__).resolve().parents[2] / "recipes" / "arithmetic"
     for path in folder.glob("[!_]*.yaml"):

@@ -60,6 +60,7 @@ def sample(pipeline, prompts, *, steps=3, seed=0):
 # What goes in
 
 
+@pytest.mark.slow
 def test_images_are_the_bundled_ones_scaled_to_minus_one_and_one():
     image_D, digit_D = images()
     assert image_D.shape == (1797, 1, 8, 8) and image_D.dtype == torch.float32
@@ -169,6 +170,7 @@ def test_the_unmodified_pipeline_samples_in_prompt_order():
 # Pretraining and its cache
 
 
+@pytest.mark.slow
 def test_training_follows_its_definition():
     # Two steps written out with a plain loop over the rows.
     settings = Digits(seed=3, steps=2, batch_size=4)

@@ -80,6 +80,7 @@ def test_a_safety_checker_is_not_loaded_and_a_line_says_so(tmp_path, capfd):
     assert "safety" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheduler",
     [

@@ -133,6 +133,7 @@ def test_the_same_command_takes_no_step_and_a_longer_one_goes_on(folder):
     assert change == {"step": 2, "settings": {"max_steps": [2, 3]}}
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_asked_to_go_on_changed_is_not_relabelled_either(folder):
     before = files_of(folder)
     with pytest.raises(
@@ -152,6 +153,7 @@ def test_without_a_checkpoint_a_run_is_not_written_over_by_another(tmp_path):
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_another_reward_is_told_where_it_is_asked_for_also_without_run_json(folder, caplog):
     changed_settings.logger.propagate = True
     (folder / "run.json").write_bytes(b"\0" * 9)

@@ -84,6 +84,7 @@ def test_what_works_is_not_refused(settings):
     config(**settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("advantage", sorted({*ADVANTAGES} - {"batch_whitened_tokens"}))
 def test_raft_pp_takes_the_advantages_that_are_never_negative(tmp_path, advantage):
     settings = {"trainer": "raft", "objective": "mean", "advantage": advantage, "max_steps": 1}

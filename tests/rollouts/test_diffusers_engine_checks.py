@@ -51,6 +51,7 @@ class Overflowing(torch.nn.Module):
         return torch.where(x[:, :1, :1, :1] > 0, math.nan, image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 @pytest.mark.parametrize("batch_size", [2, 16])
 def test_images_with_nan_are_counted_and_named_by_row(name, batch_size):
@@ -122,6 +123,7 @@ def test_a_pipeline_with_a_safety_checker_is_refused():
         engine(pipeline=pipeline)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_size_is_both_sides_in_what_the_pipeline_can_make(name):
     multiple = 8 if name in ("sd", "sdxl") else 16
@@ -207,6 +209,7 @@ def test_guidance_rescale_acts_in_the_call():
     assert not torch.equal(plain.latent_M, other.latent_M)
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_is_encoded_for_all_or_for_each():
     plain, blank, other = samples(), samples(negative_prompt=""), samples(negative_prompt="dark")
     assert torch.equal(plain.latent_M, blank.latent_M)

@@ -127,6 +127,7 @@ def test_the_posterior_gain_is_the_expected_gain(a, b):
     assert (np.diff(posterior_gain(many, a, b)) < 0).all()
 
 
+@pytest.mark.slow
 def test_what_is_guessed_of_the_posterior_gain_is_mostly_right():
     """Nothing but time depends on the guess; here 1 in 20 may be wrong, and none by much."""
     generator = np.random.default_rng(0)
@@ -257,6 +258,7 @@ def test_large_cost_aware_budgets_meet_the_real_solution():
     assert 1e7 - budget @ length < length.max()
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=8),
     st.integers(0, 60),

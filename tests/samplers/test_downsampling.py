@@ -154,6 +154,7 @@ class TestMaxVariance:
             expected += rows[by_scan(value_N[rows].tolist(), 4)].tolist()
         assert kept.tolist() == sorted(expected)
 
+    @pytest.mark.slow
     @given(values=few | many, keep=st.integers(1, 9), data=st.data())
     @settings(max_examples=100, deadline=None)
     def test_reordered_rows_keep_equal_values(self, values, keep, data):

@@ -94,6 +94,7 @@ def test_fractional_rewards_are_judged_by_their_spread():
     assert admit([0.0, 0.0, 1.0]).kept
 
 
+@pytest.mark.slow
 @given(
     outcomes=st.lists(st.sampled_from(sorted(REWARDS)), min_size=4, max_size=12),
     max_age=st.integers(0, 2),

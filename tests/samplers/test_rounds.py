@@ -226,6 +226,7 @@ def test_a_step_ends_when_every_prompt_is_stopped():
     assert planner.propose().index_P.tolist() == [2, 3]
 
 
+@pytest.mark.slow
 def test_chance_is_one_number_per_group_and_uniform():
     seen = {}
 

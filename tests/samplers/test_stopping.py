@@ -158,6 +158,7 @@ def test_the_threshold_is_on_the_chance_of_a_mixed_group():
     assert early_stop(a, b, successes, 4, [4, 0, 4], threshold=0.0).tolist() == [True, False, True]
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(st.floats(0.1, 50), st.floats(0.1, 50), st.integers(0, 6), st.integers(0, 6)),

@@ -59,6 +59,7 @@ def test_every_key_of_transformers_is_taken_or_refused_with_a_reason(tmp_path):
     assert not {*SETTINGS} & {*NEUTRAL, *REASONS}
 
 
+@pytest.mark.slow
 def test_chat_template_kwargs_and_the_penalty_reach_the_run(tmp_path):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}{% if think %}b{% endif %}"

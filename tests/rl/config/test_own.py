@@ -39,6 +39,7 @@ def written(tmp_path, text, name="own.py"):
     return f"{path}:f"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", GOOD)
 def test_a_run_with_a_function_of_ones_own_in_any_stage_trains_and_says_what_it_was_made_of(
     tmp_path, stage

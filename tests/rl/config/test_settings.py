@@ -209,6 +209,7 @@ def test_every_field_has_a_help_text():
 # Numbers that are none, and ranges of the base class's settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_every_number_is_finite(tmp_path, value):
     for name in set(_number_hints(RolloutConfig)) - {"max_mismatch", "neftune_noise_alpha"}:

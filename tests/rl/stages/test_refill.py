@@ -1,5 +1,7 @@
 """Refill within a training step."""
 
+import pytest
+
 from tests import tiny
 
 
@@ -7,6 +9,7 @@ def nothing_passes(completions, **_):
     return [0.0] * len(completions)
 
 
+@pytest.mark.slow
 def test_the_selections_of_a_refilled_training_step_decay_the_posterior_once(tmp_path):
     # With a decay of 0 a prompt that a training step does not choose is forgotten. Three selections of
     # two prompts fill the step; those of the first two must still be remembered after the third.

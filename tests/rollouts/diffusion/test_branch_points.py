@@ -192,6 +192,7 @@ def test_standard_errors_by_hand():
     assert informative == pytest.approx(math.sqrt(2 / 3 / 8))
 
 
+@pytest.mark.slow
 def test_standard_errors_are_the_spread_over_repeated_probes():
     """True w of these rewards is .5; the std of 60 estimates is known to 9 %, and this is 3 of that."""
     generator = torch.Generator().manual_seed(0)

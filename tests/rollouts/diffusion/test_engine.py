@@ -60,6 +60,7 @@ def two_trees(name="sd", **settings):
 # --- every pipeline ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_pipeline_draws_trees_and_replays_them_exactly(name):
     ours, rollouts = two_trees(name)

@@ -192,6 +192,7 @@ def test_std_of_the_samples_after_10_25_and_200_steps(rule, level, expected):
     assert got == pytest.approx(expected, abs=1.5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "level"), FLOW_RULES[:2])
 def test_sde_rules_reach_the_data_std_as_one_over_n(rule, level):
     # n times the gap is .8 or less with flow_sde, and tends to 1.3 with constant_sde.

@@ -688,6 +688,7 @@ def test_a_model_that_looks_ahead_is_refused(tokenizer):
         engine.generate(tiny_prompts(3), [1], seeds_N=[1], params=PLAIN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", SHARING)
 def test_the_check_passes_whatever_a_model_of_its_kind_weighs(architecture, dtype, tokenizer):

@@ -60,6 +60,7 @@ def expectation(cost, a, b):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", COSTS, ids=lambda scale: scale.__name__)
 def test_each_is_the_root_of_the_expected_cost(scale):
     expected = [math.sqrt(expectation(COSTS[scale], a, b)) for a, b in POSTERIORS]
@@ -74,6 +75,7 @@ def test_the_mean_std_is_the_expected_std():
     np.testing.assert_allclose(allocation.mean_std(A, B), formula, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("alpha", "beta"), [(1e-3, 2.5), (1e-2, 2.0), (1e-4, 4.0)])
 def test_other_settings_of_gvm_are_the_expectations_too(alpha, beta):
     def cost(p):
@@ -83,6 +85,7 @@ def test_other_settings_of_gvm_are_the_expectations_too(alpha, beta):
     np.testing.assert_allclose(allocation.gvm(A, B, alpha=alpha, beta=beta), expected, rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("total", [3, 50, 500, 2000])
 def test_quadrature_holds_for_much_evidence_and_fractional_counts(total):
     a = 1 + (total - 2) * np.array([0.0, 1e-4, 0.003, 0.01, 0.2, 0.5, 0.9, 1.0])

@@ -16,6 +16,7 @@ def flat(calls):
     return [row for call in calls for row in call]
 
 
+@pytest.mark.slow
 @given(
     sizes=st.integers(1, 9).flatmap(
         lambda total: st.tuples(st.just(total), st.lists(st.integers(1, total), max_size=20))
