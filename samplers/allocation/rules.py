@@ -1,27 +1,6 @@
-"""Budget allocation: how many rollouts each prompt gets.
+"""Allocators: from one std per prompt to integer budgets that sum to `total` exactly.
 
-An allocator maps one number per prompt to one integer per prompt, and the integers sum to `total`
-exactly. The number is `std_P`, the root of what one rollout leaves uncertain about the prompt's
-share of the gradient; the scale functions of `samplers/allocation/scales.py`
-compute it from a Beta posterior (a_P, b_P), and each belongs to an objective. A known gradient norm
-multiplies it. Axes: P prompts.
-
-    objective, estimator           exact scale, p known       scale function
-    mean, baselined                sqrt(p (1 - p))            plug_in_std, mean_std, posterior_std,
-                                                              thompson_std
-    mean, accepted rows only       sqrt(p)                    accepted_std
-    log, baselined                 sqrt((1 - p) / p)          log_std
-    log (EM), accepted rows only   1 / sqrt(p + reg / p)      gvm_plug_in, gvm; inverse_sqrt, live
-    the same, Reinforce-Ada Est    1 / sqrt(p + eps)          reinforce_ada_std
-
-    variance of the gradient       allocator
-    c / n                          neyman; any baseline known before the rollouts, or none
-    c / (n - 1)                    leave_one_out (RLOO; VIP)
-    c (n - 1) / n^2                dr_grpo
-    c / n, rollouts cost unequal   cost_aware
-    -                              knapsack, knapsack_posterior, knapsack_released: chance of a mixed
-                                   group times value
-    -                              uniform
+Which allocator and which scale belong to which estimator: see `samplers.allocation`. Axes: P prompts.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 A scale is the root of the expected cost of a prompt, up to a unit all prompts share; allocators
 spend in proportion to it as far as integers and boxes allow. Each belongs to an objective, see the
-table in `samplers/allocation/rules.py`. Forms named `plug_in` use the mean a / (a + b) only, so pilot
+table in `samplers/allocation/__init__.py`. Forms named `plug_in` use the mean a / (a + b) only, so pilot
 counts (successes, failures) may be passed to them too; the others are expectations over the
 Beta(a, b) posterior. Axis: P prompts.
 """
