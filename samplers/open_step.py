@@ -25,8 +25,6 @@ class OpenStep:
     step: int
     index_P: IntArray
     draw_P: IntArray
-    pass_rate_P: FloatArray
-    """Posterior mean before any rollout of the step."""
     drawn_P: IntArray
     """Rollouts asked for in observed rounds; of these, `trials_P` were scored."""
     trials_P: IntArray
@@ -35,7 +33,7 @@ class OpenStep:
     """Smallest and largest reward seen; inf and -inf before any."""
     high_P: FloatArray
     a_P: FloatArray
-    """Parameters of the posterior before any rollout of the step, for the stopping rule."""
+    """Parameters of the posterior before any rollout of the step."""
     b_P: FloatArray
     plan_P: IntArray | None = None
     """Rollouts at most, where a stopping rule may end a prompt earlier; None without one."""
@@ -54,7 +52,6 @@ class OpenStep:
             step=step,
             index_P=index_P,
             draw_P=draw_P,
-            pass_rate_P=a_P / (a_P + b_P),
             drawn_P=np.zeros(num_prompts, dtype=np.int64),
             trials_P=np.zeros(num_prompts, dtype=np.int64),
             successes_P=np.zeros(num_prompts),
@@ -63,6 +60,11 @@ class OpenStep:
             a_P=a_P,
             b_P=b_P,
         )
+
+    @property
+    def pass_rate_P(self) -> FloatArray:
+        """(P,) posterior mean before any rollout of the step."""
+        return self.a_P / (self.a_P + self.b_P)
 
     @property
     def left_P(self) -> IntArray:

@@ -681,7 +681,8 @@ class Planner:
             budget_P=read_only(budget_P),
             draw_P=read_only(last.draw_P),
             first_slot_P=read_only(last.drawn_P),
-            pass_rate_P=read_only(last.pass_rate_P),
+            a_P=read_only(last.a_P),
+            b_P=read_only(last.b_P),
             seed_N=read_only(np.concatenate(seeds)),
         )
 

@@ -23,7 +23,7 @@ class Proposal:
 
         Proposal(step=4, round=0, is_last=True,
                  index_P=[17, 3], budget_P=[1, 2], draw_P=[0, 2], first_slot_P=[0, 0],
-                 pass_rate_P=[0.5, 0.2], seed_N=[...three...])      # prompt_N is [0, 1, 1]
+                 a_P=[1.0, 1.0], b_P=[1.0, 4.0], seed_N=[...three...])     # prompt_N is [0, 1, 1]
     """
 
     step: int
@@ -41,10 +41,16 @@ class Proposal:
     """(P,) how often each prompt had been drawn before; with the key it names the group."""
     first_slot_P: IntArray
     """(P,) rollouts of earlier rounds of this step; this round's slots follow them."""
-    pass_rate_P: FloatArray
-    """(P,) posterior mean before any rollout of this step."""
+    a_P: FloatArray
+    """(P,) parameters of the posterior before any rollout of this step."""
+    b_P: FloatArray
     seed_N: IntArray
     """(N,) rollout seeds in [0, 2**63), ordered by prompt, then slot; N = budget_P.sum()."""
+
+    @property
+    def pass_rate_P(self) -> FloatArray:
+        """(P,) posterior mean before any rollout of this step."""
+        return self.a_P / (self.a_P + self.b_P)
 
     @property
     def prompt_N(self) -> IntArray:

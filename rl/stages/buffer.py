@@ -27,7 +27,8 @@ class _Held:
 
     row: int  # of the data set
     rollouts: TokenRollouts
-    pass_rate: float
+    a: float
+    b: float
     weight: float
 
 
@@ -112,7 +113,8 @@ class GroupBuffer:
                 self._held[number] = _Held(
                     row=int(visit.index_P[place]),
                     rollouts=rollouts,
-                    pass_rate=float(groups.pass_rate_P[place]),
+                    a=float(groups.a_P[place]),
+                    b=float(groups.b_P[place]),
                     weight=float(groups.weight_P[place]),
                 )
             elif decision is not None:
@@ -125,7 +127,8 @@ class GroupBuffer:
             "held": {
                 str(number): {
                     "row": held.row,
-                    "pass_rate": held.pass_rate,
+                    "a": held.a,
+                    "b": held.b,
                     "weight": held.weight,
                     "version": held.rollouts.version,
                     "prompt_ids": [list(ids) for ids in held.rollouts.prompt_ids],
@@ -145,7 +148,8 @@ class GroupBuffer:
         self._held = {
             int(number): _Held(
                 row=held["row"],
-                pass_rate=held["pass_rate"],
+                a=held["a"],
+                b=held["b"],
                 weight=held["weight"],
                 rollouts=TokenRollouts(
                     version=held["version"],
@@ -171,7 +175,8 @@ def _joined(prompts: list[Prompt], held: list[_Held], num_padded: int, version: 
     return Groups(
         prompts=[prompts[group.row] for group in held],
         rollouts=concatenate(parts, offsets=range(len(parts))),
-        pass_rate_P=torch.tensor([group.pass_rate for group in held], dtype=torch.float64),
+        a_P=torch.tensor([group.a for group in held], dtype=torch.float64),
+        b_P=torch.tensor([group.b for group in held], dtype=torch.float64),
         weight_P=torch.tensor([group.weight for group in held], dtype=torch.float64),
         num_padded=num_padded,
     )

@@ -219,7 +219,8 @@ class Sampling:
         return Groups(
             prompts=visit.prompts,
             rollouts=rollouts.take(rollouts.prompt_N.argsort(stable=True)),
-            pass_rate_P=torch.tensor(visit.proposals[0].pass_rate_P),
+            a_P=torch.tensor(visit.proposals[0].a_P),
+            b_P=torch.tensor(visit.proposals[0].b_P),
             weight_P=torch.tensor(visit.group_weight_P),
         )
 

@@ -88,12 +88,18 @@ class Groups:
     """P prompts, as `rollouts.prompt_N` counts them."""
     rollouts: Rollouts
     """N rows with rewards."""
-    pass_rate_P: torch.Tensor
-    """The posterior's pass rates before any rollout of these groups."""
+    a_P: torch.Tensor
+    """(P,) parameters of each prompt's Beta posterior before any rollout of its group."""
+    b_P: torch.Tensor
     weight_P: torch.Tensor
     """Weights of the stopping rule."""
     num_padded: int = 0
     """Groups that are missing, and that the denominator counts as well."""
+
+    @property
+    def pass_rate_P(self) -> torch.Tensor:
+        """(P,) the posterior's pass rates before any rollout of these groups."""
+        return self.a_P / (self.a_P + self.b_P)
 
 
 @dataclass(frozen=True, kw_only=True)

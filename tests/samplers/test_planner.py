@@ -628,7 +628,7 @@ def test_a_proposal_is_observed_once_and_by_its_own_planner():
 
 def test_what_a_proposal_holds_cannot_be_changed():
     proposal = make().propose()
-    for name in ("index_P", "budget_P", "draw_P", "first_slot_P", "pass_rate_P", "seed_N"):
+    for name in ("index_P", "budget_P", "draw_P", "first_slot_P", "a_P", "b_P", "seed_N"):
         with pytest.raises(ValueError, match="read-only"):
             getattr(proposal, name)[0] = 0
 
