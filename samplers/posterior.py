@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from samplers.prior import Prior
 from samplers.rows import check_names, integer_rows, row_list
 
 FloatArray = NDArray[np.float64]
@@ -15,7 +16,8 @@ IntArray = NDArray[np.int64]
 
 
 class BetaPosterior:
-    """What is believed about every prompt's pass rate: Beta(alpha + 1, beta + 1).
+    """What is believed about every prompt's pass rate: Beta(alpha + 1, beta + 1), or with a prior
+    Beta(alpha + kappa m, beta + kappa (1 - m)).
 
     alpha and beta count successes and failures, with old counts decayed because the policy moves::
 
@@ -28,6 +30,11 @@ class BetaPosterior:
     decays once in each, however many rounds or refills the step makes (project default; the paper
     does not say).
 
+    A prior (`samplers/prior.py`) expects pass rate m of a prompt, with the weight of kappa rollouts, and
+    learns it from other prompts; kappa = 2 and m = 1/2 is the Beta above. Parameters are then positive
+    and may lie below 1. The prior is taught what the posterior is, and decays where `decay_others` ends
+    a training step.
+
     (VADE, arXiv:2511.18902. The paper's figure implies decays of 0.2 and 0.999; that these are
     its training values is a guess. For chosen prompts the same update as MoPPS, arXiv:2507.04632,
     with a0 = b0 = 1.)
@@ -36,9 +43,10 @@ class BetaPosterior:
         num_prompts: D, prompts of the data set; prompt i is row i.
         decay_chosen: in [0, 1]; 0 remembers the last group only, 1 forgets nothing.
         decay_rest: in [0, 1]; 1 leaves prompts that were not chosen as they are.
+        prior: of the same prompts, owned by this posterior. None: Beta(1, 1) for each.
 
     Raises:
-        ValueError: if there is no prompt, or a decay is outside [0, 1].
+        ValueError: if there is no prompt, a decay is outside [0, 1], or the prior is of other prompts.
     """
 
     alpha_D: FloatArray
@@ -47,14 +55,24 @@ class BetaPosterior:
     """(D,) decayed failures, at least 0."""
 
     def __init__(
-        self, num_prompts: int, *, decay_chosen: float = 0.2, decay_rest: float = 0.999
+        self,
+        num_prompts: int,
+        *,
+        decay_chosen: float = 0.2,
+        decay_rest: float = 0.999,
+        prior: Prior | None = None,
     ) -> None:
         if num_prompts < 1:
             raise ValueError(f"num_prompts must be at least 1, got {num_prompts}")
         for name, decay in [("decay_chosen", decay_chosen), ("decay_rest", decay_rest)]:
             if not 0 <= decay <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {decay}")
+        if prior is not None and prior.num_prompts != num_prompts:
+            raise ValueError(
+                f"the prior is of {prior.num_prompts} prompts, the posterior of {num_prompts}"
+            )
         self.num_prompts = num_prompts
+        self.prior = prior
         self.decay_chosen = decay_chosen
         self.decay_rest = decay_rest
         self.alpha_D = np.zeros(num_prompts)
@@ -75,8 +93,8 @@ class BetaPosterior:
         """
         index_P, successes_P, failures_P = self._counts(index_P, successes_P, trials_P)
         self.decay(index_P)
-        self.decay_others(index_P)
         self._add(index_P, successes_P, failures_P)
+        self.decay_others(index_P)
 
     def add(self, index_P: ArrayLike, successes_P: ArrayLike, trials_P: ArrayLike) -> None:
         """Take in rollouts without any decay; arguments and errors are those of `observe`."""
@@ -96,7 +114,7 @@ class BetaPosterior:
         self.beta_D[index_P] *= self.decay_chosen
 
     def decay_others(self, index_P: ArrayLike) -> None:
-        """Decay all prompts but those that a training step chose, by `decay_rest`.
+        """End a training step: decay all prompts but those it chose, by `decay_rest`, and the prior.
 
         Arguments and errors are those of `decay`.
         """
@@ -105,16 +123,20 @@ class BetaPosterior:
             chosen_P = count_D[index_P]
             count_D *= self.decay_rest
             count_D[index_P] = chosen_P
+        if self.prior is not None:
+            self.prior.decay()
 
     def parameters(self, index: ArrayLike | None = None) -> tuple[FloatArray, FloatArray]:
-        """Both parameters of the Beta, a = alpha + 1 and b = beta + 1, of `index` or of all."""
+        """Both parameters of the Beta of `index` or of all: alpha + 1 and beta + 1, or, with a prior,
+        alpha + kappa m and beta + kappa (1 - m)."""
+        of_prior = self._prior_counts(index)
         if index is None:
-            return self.alpha_D + 1, self.beta_D + 1
+            return self.alpha_D + of_prior[0], self.beta_D + of_prior[1]
         rows = integer_rows("index", index)
         # `take` is faster than indexing where a million rows are picked.
         a, b = np.take(self.alpha_D, rows), np.take(self.beta_D, rows)
-        a += 1
-        b += 1
+        a += of_prior[0]
+        b += of_prior[1]
         return a, b
 
     def mean(self, index: ArrayLike | None = None) -> FloatArray:
@@ -139,17 +161,26 @@ class BetaPosterior:
         return generator.beta(*self.parameters(index))
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered: `alpha_D` and `beta_D`, (D,) float64 arrays. Settings are not."""
-        return {"alpha_D": self.alpha_D.copy(), "beta_D": self.beta_D.copy()}
+        """What is remembered: `alpha_D` and `beta_D`, (D,) float64 arrays, and with a prior its state,
+        `prior`. Settings are not."""
+        state: dict[str, Any] = {"alpha_D": self.alpha_D.copy(), "beta_D": self.beta_D.copy()}
+        return state if self.prior is None else state | {"prior": self.prior.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()`, bit for bit.
 
         Raises:
-            ValueError: if the state is that of another number of prompts or of something else, or
-                counts are negative or not finite.
+            ValueError: if the state is that of another number of prompts or of something else, counts
+                are negative or not finite, or it has a prior and this posterior none, or the reverse.
         """
-        check_names(state, ("alpha_D", "beta_D"), "a posterior's state")
+        has, had = self.prior is not None, isinstance(state, dict) and "prior" in state
+        if has != had and isinstance(state, dict) and "alpha_D" in state:
+            raise ValueError(
+                f"the state is of a posterior {'with' if had else 'without'} a prior that learns, this "
+                f"one has {'one' if has else 'none'}: write the posterior_prior that it was saved with"
+                f"{'' if had else ', flat'}"
+            )
+        check_names(state, ("alpha_D", "beta_D", *["prior"] * has), "a posterior's state")
         loaded = {name: np.asarray(state[name], dtype=np.float64) for name in ("alpha_D", "beta_D")}
         for name, count_D in loaded.items():
             if count_D.shape != (self.num_prompts,):
@@ -159,13 +190,26 @@ class BetaPosterior:
                 )
             if not (np.isfinite(count_D) & (count_D >= 0)).all():
                 raise ValueError(f"{name} must be finite and non-negative")
+        if self.prior is not None:
+            self.prior.load_state_dict(state["prior"])
         # In place: whoever holds the arrays sees what was loaded.
         self.alpha_D[:] = loaded["alpha_D"]
         self.beta_D[:] = loaded["beta_D"]
 
     def _add(self, index_P: IntArray, successes_P: FloatArray, failures_P: FloatArray) -> None:
+        if self.prior is not None:
+            self.prior.observe(index_P, successes_P, successes_P + failures_P)
         self.alpha_D[index_P] += successes_P
         self.beta_D[index_P] += failures_P
+
+    def _prior_counts(
+        self, index: ArrayLike | None
+    ) -> tuple[FloatArray, FloatArray] | tuple[float, float]:
+        """What the prior adds to successes and failures."""
+        if self.prior is None:
+            return 1.0, 1.0
+        mean, kappa = self.prior.mean(index), self.prior.kappa
+        return kappa * mean, kappa * (1 - mean)
 
     def _counts(
         self, index_P: ArrayLike, successes_P: ArrayLike, trials_P: ArrayLike

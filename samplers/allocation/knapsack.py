@@ -129,7 +129,7 @@ def knapsack_posterior(
         ValueError: if `total` does not fit the boxes or is above 2**40, or a parameter is out of
             range.
     """
-    a_P, b_P = beta_parameters(a_P, b_P, least=0)
+    a_P, b_P = beta_parameters(a_P, b_P)
     most = max(a_P.max(initial=0), b_P.max(initial=0))
     if most > 1e30:  # the tenth power of their sum is taken
         raise ValueError(f"a_P and b_P must be at most 1e30, got {most}")

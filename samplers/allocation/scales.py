@@ -38,7 +38,7 @@ def mean_std(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
 
     The smallest of the three baselined scales; needs a, b > 0. To 1e-13 however many the counts.
     """
-    a_P, b_P = _beta_parameters(a_P, b_P, least=0)
+    a_P, b_P = _beta_parameters(a_P, b_P)
     ratio_P = [
         math.exp(_log_half_step(a) + _log_half_step(b))
         for a, b in zip(a_P.tolist(), b_P.tolist(), strict=True)
@@ -66,7 +66,7 @@ def thompson_std(a_P: ArrayLike, b_P: ArrayLike, *, generator: np.random.Generat
     expectation its budgets are worse than uniform ones, where `posterior_std` is better. The planner
     gives it the generator of the step, so that a resumed run draws the same.
     """
-    pass_rate_P = generator.beta(*_beta_parameters(a_P, b_P, least=0))
+    pass_rate_P = generator.beta(*_beta_parameters(a_P, b_P))
     return np.sqrt(pass_rate_P * (1 - pass_rate_P))
 
 
@@ -84,13 +84,17 @@ def passed_share(a_P: ArrayLike, b_P: ArrayLike) -> FloatArray:
     What `allocation.knapsack_released` takes in the place of a scale; a prompt of which nothing is
     known has 1/2. It is no scale, as `mean_pass_rate` is none, and takes no bare counts.
 
+    That it is the remembered share holds for the prior Beta(1, 1) alone. It is the likeliest pass rate
+    under any: 0 for a < 1 <= b, 1 for b < 1 <= a, and 1/2 where both ends are (a, b < 1).
+
     Raises:
-        ValueError: if a parameter is below 1, which those of a `BetaPosterior` are not.
+        ValueError: if a parameter is not positive.
     """
-    a_P, b_P = _beta_parameters(a_P, b_P, least=1)
+    a_P, b_P = _beta_parameters(a_P, b_P)
     known_P = a_P + b_P - 2
-    share_P = np.full(known_P.shape, 0.5)
-    return np.divide(a_P - 1, known_P, out=share_P, where=known_P > 0)
+    share_P = np.where((a_P < 1) == (b_P < 1), 0.5, (b_P < 1).astype(np.float64))
+    inside_P = (a_P >= 1) & (b_P >= 1) & (known_P > 0)
+    return np.divide(a_P - 1, known_P, out=share_P, where=inside_P)
 
 
 def is_multipliable(scale: Scale) -> bool:
@@ -116,7 +120,7 @@ def log_std(a_P: ArrayLike, b_P: ArrayLike, *, alpha: float = 1e-3) -> FloatArra
     """sqrt(E[p (1 - p) / (p^2 + alpha)]), for log p with a baseline, kept finite by alpha > 0.
 
     Without alpha the cost (1 - p) / p has no finite mean for a prompt that never passed.
-    Needs a, b >= 1, as every BetaPosterior has; see `gvm` for the quadrature.
+    Needs a, b > 0; see `gvm` for the quadrature.
     """
     if not alpha > 0:
         raise ValueError(f"alpha must be positive, got {alpha}")
@@ -133,7 +137,7 @@ def gvm(a_P: ArrayLike, b_P: ArrayLike, *, alpha: float = 1e-3, beta: float = 2.
     of the cost at the pilot's pass rate. Its beta >= 2 is required here too.)
 
     Args:
-        a_P, b_P: (P,) parameters of the Beta posteriors, at least 1.
+        a_P, b_P: (P,) parameters of the Beta posteriors, positive.
         alpha: positive; the smaller, the more a nearly hopeless prompt weighs.
         beta: at least 2.
 
@@ -142,7 +146,7 @@ def gvm(a_P: ArrayLike, b_P: ArrayLike, *, alpha: float = 1e-3, beta: float = 2.
         setting, whatever a + b is.
 
     Raises:
-        ValueError: if a parameter is below 1 or not finite, or alpha or beta is out of range.
+        ValueError: if a parameter is not positive and finite, or alpha or beta is out of range.
     """
     _check_gvm(alpha, beta)
     if alpha == 0:
@@ -227,15 +231,12 @@ def _parameters(a_P: ArrayLike, b_P: ArrayLike) -> tuple[FloatArray, FloatArray]
     return a_P, b_P
 
 
-def _beta_parameters(
-    a_P: ArrayLike, b_P: ArrayLike, *, least: float
-) -> tuple[FloatArray, FloatArray]:
-    """Parameters of proper densities: positive, and at least `least`."""
+def _beta_parameters(a_P: ArrayLike, b_P: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Parameters of proper densities: positive."""
     a_P, b_P = _parameters(a_P, b_P)
     smallest = min(a_P.min(initial=np.inf), b_P.min(initial=np.inf))
-    if smallest <= 0 or smallest < least:
-        required = f"at least {least}" if least else "positive"
-        raise ValueError(f"a and b must be {required} here, got {smallest}")
+    if smallest <= 0:
+        raise ValueError(f"a and b must be positive here, got {smallest}")
     return a_P, b_P
 
 
@@ -278,15 +279,45 @@ def _nodes() -> tuple[FloatArray, FloatArray, FloatArray]:
 def _expectation(
     cost: Callable[[FloatArray], FloatArray], a_P: ArrayLike, b_P: ArrayLike
 ) -> FloatArray:
-    """E[cost(p)] under each Beta(a, b), by quadrature; logs keep tall densities in range."""
-    a_P, b_P = _beta_parameters(a_P, b_P, least=1)
+    """E[cost(p)] under each Beta(a, b), by quadrature; logs keep tall densities in range.
+
+    Where a parameter is below 1 the density is infinite at an end: what the cost is there is taken out,
+
+        cost(p) = cost(0) (1 - p) + cost(1) p + p (1 - p) k(p)
+        E[cost] = cost(0) b / (a + b) + cost(1) a / (a + b) + a b / ((a + b) (a + b + 1)) E[k],
+
+    the last expectation under Beta(a + 1, b + 1).
+    """
+    a_P, b_P = _beta_parameters(a_P, b_P)
+    low_P = (a_P < 1) | (b_P < 1)
+    expected_P = np.empty(a_P.shape)
+    expected_P[~low_P] = _smooth_expectation(lambda p, _: cost(p), a_P[~low_P], b_P[~low_P])
+    if not low_P.any():
+        return expected_P
+    at_0, at_1 = cost(np.array([0.0, 1.0])).tolist()
+
+    def between(p: FloatArray, rest: FloatArray) -> FloatArray:
+        return (cost(p) - at_0 * rest - at_1 * p) / (p * rest)
+
+    a_K, b_K = a_P[low_P], b_P[low_P]
+    total_K = a_K + b_K
+    share_K, rest_K = a_K / total_K, b_K / total_K
+    inner_K = _smooth_expectation(between, a_K + 1, b_K + 1)
+    expected_P[low_P] = at_0 * rest_K + at_1 * share_K + share_K * (b_K / (total_K + 1)) * inner_K
+    return expected_P
+
+
+def _smooth_expectation(
+    cost: Callable[[FloatArray, FloatArray], FloatArray], a_P: FloatArray, b_P: FloatArray
+) -> FloatArray:
+    """`_expectation` of a cost of p and 1 - p for parameters of at least 1."""
     p, rest, weight = _nodes()
     log_density = np.outer(a_P - 1, np.log(p)) + np.outer(b_P - 1, np.log(rest))
-    mean = _mean_cost(cost(p), log_density, weight)
+    mean = _mean_cost(cost(p, rest), log_density, weight)
     tall_P = a_P + b_P > TALL
     if tall_P.any():
-        p_K, log_density_K = _tall(a_P[tall_P, None], b_P[tall_P, None])
-        mean[tall_P] = _mean_cost(cost(p_K), log_density_K, weight)
+        p_K, rest_K, log_density_K = _tall(a_P[tall_P, None], b_P[tall_P, None])
+        mean[tall_P] = _mean_cost(cost(p_K, rest_K), log_density_K, weight)
     return mean
 
 
@@ -297,8 +328,8 @@ def _mean_cost(cost: FloatArray, log_density: FloatArray, weight: FloatArray) ->
     return (density * cost).sum(axis=1) / density.sum(axis=1)
 
 
-def _tall(a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Nodes and log densities within 40 standard deviations of the mean, as far as [0, 1] goes.
+def _tall(a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Nodes p, 1 - p and log densities within 40 standard deviations of the mean, as far as [0, 1] goes.
 
     So many because a density at the end of [0, 1] falls like e^-x only. Logarithms are taken
     relative to the mean, where those of the two powers cancel.
@@ -311,9 +342,8 @@ def _tall(a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
     p = (mean - left) + (left + right) * share
     rest = (rest_mean - right) + (left + right) * rest_share
     step = (left + right) * share - left
-    return p, (a - 1) * _log_of_ratio(p, step, mean) + (b - 1) * _log_of_ratio(
-        rest, -step, rest_mean
-    )
+    log_density = (a - 1) * _log_of_ratio(p, step, mean)
+    return p, rest, log_density + (b - 1) * _log_of_ratio(rest, -step, rest_mean)
 
 
 def _log_of_ratio(value: FloatArray, step: FloatArray, mean: FloatArray) -> FloatArray:

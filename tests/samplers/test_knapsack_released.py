@@ -63,6 +63,11 @@ def test_the_share_that_passed_is_0_where_none_did_and_half_where_nothing_is_kno
         passed_share([0.0], [2.0])
 
 
+def test_under_other_priors_the_share_is_the_likeliest_pass_rate():
+    a, b = [0.4, 3.0, 0.5, 1.0, 2.4], [7.6, 0.9, 0.5, 1.0, 5.6]
+    assert passed_share(a, b) == pytest.approx([0, 1, 0.5, 0.5, 1.4 / 6])
+
+
 def test_a_pass_rate_outside_0_and_1_is_refused():
     with pytest.raises(ValueError, match=r"must be in \[0, 1\], got 1.5 for prompt 1"):
         knapsack_released([0.5, 1.5], 8)

@@ -258,8 +258,8 @@ def test_parameters_that_cannot_be_are_refused(scale):
 
 def test_densities_and_settings_that_cannot_be_are_refused():
     for scale in (allocation.gvm, allocation.log_std):
-        with pytest.raises(ValueError, match="a and b must be at least 1 here, got 0.5"):
-            scale([0.5], [2.0])
+        with pytest.raises(ValueError, match="a and b must be positive here, got 0.0"):
+            scale([0.0], [2.0])
         with pytest.raises(ValueError, match="alpha must be positive"):
             scale([1.0], [1.0], alpha=0)
     with pytest.raises(ValueError, match="a and b must be positive here, got 0.0"):
@@ -342,3 +342,60 @@ def test_the_scale_does_not_jump_where_the_nodes_change(scale):
         counts = np.array([1000 * (1 - 1e-9), 1000 * (1 + 1e-9)])
         below, above = scale(1 + share * (counts - 2), 1 + (1 - share) * (counts - 2))
         assert above == pytest.approx(below, rel=1e-8)
+
+
+# -- parameters below 1, as a prior that learns gives
+
+LOW = [(0.5, 2.0), (0.01, 7.99), (3.0, 0.2), (0.3, 0.4), (1e-6, 2.0), (2.0, 1e-6), (0.9, 5000.0)]
+
+
+def with_ends_taken_out(cost, a, b):
+    """E[cost] by adaptive quadrature in the powers of p and 1 - p that make the density flat there."""
+    with mpmath.workdps(30):
+        a, b = mpmath.mpf(a), mpmath.mpf(b)
+        # u = p^a below the mean and v = (1 - p)^b above it
+        cut, whole = a / (a + b), mpmath.beta(a, b)
+        left = mpmath.quad(
+            lambda u: cost(u ** (1 / a)) * (1 - u ** (1 / a)) ** (b - 1) / a,
+            [0, *(mpmath.mpf(10) ** -k * cut**a for k in (12, 6, 3, 2, 1)), cut**a],
+        )
+        top = (1 - cut) ** b
+        right = mpmath.quad(
+            lambda v: cost(1 - v ** (1 / b)) * (1 - v ** (1 / b)) ** (a - 1) / b,
+            [0, *(mpmath.mpf(10) ** -k * top for k in (12, 6, 3, 2, 1)), top],
+        )
+        return float((left + right) / whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", COSTS, ids=lambda scale: scale.__name__)
+@pytest.mark.parametrize(("a", "b"), [(0.5, 2.0), (0.1, 7.9), (3.0, 0.2), (0.3, 0.4)])
+def test_below_1_too_each_is_the_root_of_the_expected_cost(scale, a, b):
+    expected = with_ends_taken_out(COSTS[scale], a, b)
+    assert float(scale([a], [b])[0] ** 2) == pytest.approx(expected, rel=2e-7)
+
+
+def test_parameters_of_hardly_anything_leave_what_the_ends_cost():
+    # Beta(a, b) with a, b -> 0 is a success with chance a / (a + b), and a failure else.
+    a, b = np.array([1e-9, 3e-9]), np.array([1e-9, 1e-9])
+    np.testing.assert_allclose(allocation.gvm(a, b) ** 2, np.array([0.5, 0.75]) / 1.001, rtol=1e-5)
+    np.testing.assert_allclose(allocation.log_std(a, b), 0, atol=2e-3)
+
+
+@pytest.mark.parametrize("scale", [allocation.gvm, allocation.log_std])
+def test_the_scale_does_not_jump_where_a_parameter_falls_below_1(scale):
+    for other in (1.0, 2.5, 40.0):
+        below, above = np.array([1 - 1e-9]), np.array([1 + 1e-9])
+        assert scale(below, [other]) == pytest.approx(scale(above, [other]), rel=1e-7)
+        assert scale([other], below) == pytest.approx(scale([other], above), rel=1e-7)
+    # and a batch of both gives each what it has alone
+    together = scale([0.5, 2.0, 0.2], [3.0, 3.0, 9.0])
+    alone = [float(scale([a], [b])[0]) for a, b in [(0.5, 3.0), (2.0, 3.0), (0.2, 9.0)]]
+    assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("scale", [*POSTERIOR, *PLUG_IN, allocation.passed_share])
+def test_every_scale_takes_any_positive_pair(scale):
+    a, b = np.array(LOW).T
+    found = scale(a, b)
+    assert np.isfinite(found).all() and (found >= 0).all()
