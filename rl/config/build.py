@@ -43,6 +43,7 @@ from rl.objective import advantages
 from rl.objective.check import check_advantage, check_loss
 from rl.objective.kl import kl_loss
 from rollouts.batch import Rollouts
+from rollouts.prompts import Prompt
 from samplers import downsampling, stopping
 from samplers.posterior import BetaPosterior
 from samplers.selection import Selector
@@ -128,20 +129,36 @@ def advantage_of(
         return _of_functions(config)
     assert isinstance(method, AdvantageMethod)
     function = partial(required(method.function), **settings_of(config, method))
-    columns, by_success = method.columns, method.by_success
+    columns, by_success, binary = method.columns, method.by_success, method.binary
     if own is not None or is_own(method.name):
         any_order = not isinstance(config, DiffusionSettings)
         kept_to(partial(check_advantage, any_order=any_order), config, method)
 
-    def advantage(rollouts: Rollouts, _: Any = None) -> torch.Tensor:
+    def advantage(rollouts: Rollouts, prompts: Any = None) -> torch.Tensor:
         more = {name: _column(rollouts, column) for name, column in columns.items()}
         value_N = successes(rollouts) if by_success else required(rollouts.reward_N)
+        if binary and prompts is not None:
+            _require_binary(value_N, rollouts.prompt_N, prompts, name=method.name)
         return function(value_N, rollouts.prompt_N, **more)
 
     def checked(rollouts: Rollouts, prompts: Any = None) -> torch.Tensor:
         return own_advantage(advantage(rollouts, prompts), rollouts, name=method.name)
 
     return advantage if own is None and not is_own(method.name) else checked
+
+
+def _require_binary(
+    success_N: torch.Tensor, prompt_N: torch.Tensor, prompts: list[Prompt], *, name: str
+) -> None:
+    """Raise ValueError, naming the prompt, unless every success is 0 or 1."""
+    other_N = (success_N != 0) & (success_N != 1)
+    if other_N.any():
+        row = int(other_N.nonzero()[0])
+        raise ValueError(
+            f"advantage {name!r} needs rewards that pass or fail, but that of a rollout of prompt "
+            f"{prompts[int(prompt_N[row])].key} is {float(success_N[row]):g} of full marks; write "
+            "success_above: the reward above which a rollout passes, or another advantage"
+        )
 
 
 def _of_functions(config: LanguageSettings) -> Callable[[Rollouts, Any], torch.Tensor]:

@@ -34,6 +34,11 @@ def check_language(config: LanguageSettings) -> None:
             "reward_kl makes rewards differ that are accepted alike: write another advantage than "
             f"{config.advantage}, or beta in its place"
         )
+    if config.reward_kl and advantage.binary:
+        raise ValueError(
+            f"advantage {config.advantage!r} compares passes with failures, in which reward_kl has no "
+            "place: write another advantage, or beta in its place"
+        )
     _reference(config)
     if not np.isfinite(config.entropy_coef):
         raise ValueError(f"entropy_coef must be finite, got {config.entropy_coef}")
@@ -84,6 +89,13 @@ def check_language(config: LanguageSettings) -> None:
             f"objective {config.objective!r} weights accepted rollouts and needs advantage 'raft', got "
             f"{config.advantage!r}; write objective: mean, log or flat, or advantage: raft"
         )
+    objectives = advantage.fits.get("objective", (config.objective,))
+    if config.objective not in objectives:
+        raise ValueError(
+            f"advantage {config.advantage!r} already ascends a log of the pass rate by itself, so that "
+            f"objective {config.objective!r} would divide by pass rates twice: write objective: "
+            f"{' or '.join(map(str, objectives))}"
+        )
     # After the objective, whose message says more to whom changed only the advantage of a preset.
     loss = method_of(config, "loss")
     if loss.positive_only and not (advantage.never_negative or is_own(config.advantage)):
@@ -116,6 +128,11 @@ def _rows_and_tokens(config: LanguageSettings) -> None:
         raise ValueError(
             "down_sampling 'pods' compares the rows it keeps by their std: write trainer: grpo, or "
             "down_sampling: balanced"
+        )
+    if again and advantage.binary:
+        raise ValueError(
+            f"down_sampling 'pods' compares the rows it keeps by their std, so that advantage "
+            f"{config.advantage!r} would be ignored: write advantage: grpo, or down_sampling: balanced"
         )
     if again and advantage.per_token:
         raise ValueError(

@@ -121,6 +121,8 @@ class AdvantageMethod(Method):
 
     by_success: bool = False
     """Given successes in [0, 1] (`samplers/success.py`) in the place of rewards."""
+    binary: bool = False
+    """Takes successes of 0 and 1 alone; any other stops the run."""
     within_group: bool = False
     """Compares with the prompt's other rollouts: a lone one gets 0."""
     never_negative: bool = False
@@ -338,6 +340,15 @@ ALLOCATORS: dict[str, AllocatorMethod] = _named(
         help="As many rollouts as it takes to see some pass.",
     ),
     AllocatorMethod(
+        name="inverse_pass_rate",
+        function=allocation.inverse_pass_rate,
+        scale=allocation.mean_pass_rate,
+        minimum=2,
+        reads_success=True,
+        help="In proportion to 1 / p, p being the expected pass rate, from 2 up to budget_max; prompts "
+        "that pass at least half of the time count as p = 1/2.",
+    ),
+    AllocatorMethod(
         name="knapsack",
         function=allocation.knapsack,
         scale=allocation.mean_pass_rate,
@@ -482,6 +493,18 @@ ADVANTAGES: dict[str, AdvantageMethod] = _named(
         never_negative=True,
         source="GVM-RAFT, arXiv:2505.02391",
         help="1 for rollouts that are accepted, 0 for the others.",
+    ),
+    AdvantageMethod(
+        name="maxrl",
+        function=advantages.maxrl,
+        by_success=True,
+        binary=True,
+        within_group=True,
+        fits={"objective": ("mean", "flat")},
+        budgets="weighs a prompt of n rollouts by (1 - (1 - p)^(n - 1)) / p, p being its pass rate",
+        source="MaxRL, arXiv:2602.02710",
+        help="Success minus the prompt's pass rate, divided by it: with objective mean it ascends the "
+        "first n - 1 terms of the log of the pass rate. Rewards must pass or fail.",
     ),
     AdvantageMethod(
         name="batch_whitened",
@@ -684,7 +707,7 @@ DOWN_SAMPLERS: dict[str, DownSamplingMethod] = _named(
             "advantage": tuple(
                 name
                 for name, method in ADVANTAGES.items()
-                if not (method.never_negative or method.per_token)
+                if not (method.never_negative or method.per_token or method.binary)
             )
         },
         source="PODS, arXiv:2504.13818",

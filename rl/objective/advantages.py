@@ -196,6 +196,49 @@ def grpo(
     return torch.where(g.mixed_N, deviation_N, 0.0).to(reward_N.dtype)
 
 
+def maxrl(success_N: Tensor, prompt_N: Tensor) -> Tensor:
+    """Success minus the prompt's pass rate, divided by that pass rate: the rarer a pass, the larger.
+
+        A_i = (r_i - m) / m,    m = mean_j r_j,    0 if m = 0
+
+    Per-prompt means of it (`objective: mean`) ascend the log of the pass rate, cut short: as
+    log p = - sum_{k >= 1} (1 - p)^k / k,
+
+        E[(1/n) sum_i A_i grad log pi_i] = sum_{k=1}^{n-1} (1 - p)^(k-1) grad p
+                                         = (1 - (1 - p)^(n-1)) / p grad p
+                                         = grad - sum_{k=1}^{n-1} (1 - p)^k / k
+
+    so n = 2 is the mean objective and n without bound the log. The mean score of the passes, r_i / m,
+    has n terms in expectation; the baseline takes off E[1(some pass) (1/n) sum_i grad log pi_i] =
+    (1 - p)^(n-1) grad p, the last of them, because it is not subtracted where all fail. The first
+    line follows by summing over all groups, which a test does. Groups of other sizes ascend other
+    objectives: a prompt of n rollouts weighs (1 - (1 - p)^(n-1)) / p.
+    (MaxRL: Tajwar et al., 2026, arXiv:2602.02710; the 0 where all fail is that of the released code.)
+
+    Args:
+        success_N: (N,) floating-point successes, each 0 or 1.
+        prompt_N: (N,) integers, the group of each rollout.
+
+    Returns:
+        (N,) advantages in the dtype of `success_N`. A group of one, or in which all pass or all fail,
+        gets exactly 0.
+
+    Raises:
+        ValueError: if shapes differ, or a success is not 0 or 1: the series is that of a probability.
+    """
+    g = _groups(success_N, prompt_N)
+    other_N = (g.reward_N != 0) & (g.reward_N != 1)
+    if other_N.any():
+        row = int(other_N.nonzero()[0])
+        raise ValueError(
+            f"success_N must be 0 or 1, got {success_N[row].item()} in row {row} "
+            f"of prompt {int(prompt_N[row])}"
+        )
+    mean_N = g.sum_N / g.size_N
+    scaled_N = (g.reward_N - mean_N) / torch.where(g.mixed_N, mean_N, 1.0)
+    return torch.where(g.mixed_N, scaled_N, 0.0).to(success_N.dtype)
+
+
 def normalised_sum(
     reward_NF: Tensor,
     prompt_N: Tensor,

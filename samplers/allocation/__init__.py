@@ -21,6 +21,7 @@ multiplies it. Axes: P prompts.
     c / n, rollouts cost unequal   cost_aware
     -                              knapsack, knapsack_posterior, knapsack_released: chance of a mixed
                                    group times value
+    -                              inverse_pass_rate: as many as it takes to expect one pass
     -                              uniform
 """
 
@@ -34,6 +35,7 @@ from samplers.allocation.rules import (
     align_total,
     cost_aware,
     dr_grpo,
+    inverse_pass_rate,
     leave_one_out,
     neyman,
     uniform,
@@ -64,6 +66,7 @@ __all__ = [
     "dr_grpo",
     "gvm",
     "gvm_plug_in",
+    "inverse_pass_rate",
     "inverse_sqrt",
     "knapsack",
     "knapsack_posterior",

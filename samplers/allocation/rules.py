@@ -150,6 +150,54 @@ def dr_grpo(
     )
 
 
+def inverse_pass_rate(
+    pass_rate_P: ArrayLike,
+    total: int,
+    *,
+    minimum: ArrayLike = 2,
+    maximum: ArrayLike | None = None,
+) -> IntArray:
+    """About 1 / p rollouts for a prompt of pass rate p, so that each expects a pass.
+
+        w_p = clip(ceil(1 / p), 2, n_max) if p < 1/2, else 2,    n_p proportional to w_p
+
+    The rule as it is published stops at w_p, which adds up to whatever it adds up to. Here the step's
+    rollouts are given, and they are divided in proportion to w_p: exactly, as `neyman` divides with
+    w_p for a std, minimising  sum_p w_p^2 / n_p  over the integers in the boxes. Where the w_p of the
+    step add up to `total`, n_p = w_p: one more adds w / (w + 1) < 1, one fewer takes w / (w - 1) > 1.
+    n_max is `maximum`, or `total` where there is none. Dividing in proportion and both bounds of w
+    are project defaults.
+
+    Args:
+        pass_rate_P: (P,) expected pass rates in [0, 1]; 0 counts as 1 / n_max.
+        total: rollouts to hand out.
+        minimum: rollouts every prompt gets, one int or (P,), at least 2.
+        maximum: rollouts no prompt exceeds, one int or (P,); None for no cap.
+
+    Returns:
+        (P,) int64 counts that sum to `total`. Ties go to the prompt with fewer rollouts so far, then
+        to the lower pass rate, then to the earlier one.
+
+    Raises:
+        ValueError: as `neyman`, if a minimum is below 2, or a pass rate outside [0, 1].
+    """
+    pass_rate_P = one_per_prompt(pass_rate_P)
+    valid_P = (pass_rate_P >= 0) & (pass_rate_P <= 1)
+    if not valid_P.all():
+        p = int(np.flatnonzero(~valid_P)[0])
+        raise ValueError(f"pass rates must lie in [0, 1], got {pass_rate_P[p]} for prompt {p}")
+    lower_P, upper_P = boxes(len(pass_rate_P), total, minimum, maximum, least=2)
+    with np.errstate(divide="ignore", over="ignore"):
+        wanted_P = np.where(pass_rate_P < 0.5, np.ceil(1 / pass_rate_P), 2.0)
+    most_P = upper_P if maximum is None else bound_of("maximum", maximum, len(pass_rate_P))
+    root_P = _roots(np.clip(wanted_P, 2, most_P))
+    # Many w are equal, whose p are not: the harder prompt comes first.
+    order_P = np.argsort(pass_rate_P, kind="stable")
+    budget_P = np.empty(len(order_P), dtype=np.int64)
+    budget_P[order_P] = _share(root_P[order_P], lower_P[order_P], upper_P[order_P], total)
+    return budget_P
+
+
 def cost_aware(
     std_P: ArrayLike,
     length_P: ArrayLike,

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from rl.objective.advantages import centred, grpo, leave_one_out, raft
+from rl.objective.advantages import centred, grpo, leave_one_out, maxrl, raft
 from rl.objective.weights import objective_weight
 from tests.table_policy import (
     TablePolicy,
@@ -139,6 +139,34 @@ def test_the_group_mean_shrinks_a_prompts_gradient_by_its_budget(budget):
     factor_P = 1 - 1 / torch.tensor(budget).double()
     actual = expected(budget, advantage=centred)
     torch.testing.assert_close(actual, factor_P[:, None] * GRAD_PASS_PD / 3, **EXACT)
+
+
+def cut_log(p, terms):
+    """- sum_{k=1}^{terms} (1 - p)^k / k, the series of log p cut short."""
+    return -sum((1 - p) ** k / k for k in range(1, terms + 1))
+
+
+@pytest.mark.parametrize("budget", [*BUDGETS, (1, 2, 4)])
+def test_maxrl_ascends_the_first_n_minus_1_terms_of_the_log_pass_rate(budget):
+    pass_P = POLICY.pass_rate_P(REWARD_PA)
+    cut = sum(cut_log(p, n - 1) for p, n in zip(pass_P, budget, strict=True)) + 0 * pass_P.sum()
+    found_PD = expected(budget, advantage=maxrl)
+    num_prompts = POLICY.num_prompts  # of the mean over prompts
+    torch.testing.assert_close(found_PD * num_prompts, POLICY.gradient(cut), **EXACT)
+    weight_P = (1 - (1 - PASS_P) ** (torch.tensor(budget) - 1)) / PASS_P
+    torch.testing.assert_close(found_PD * num_prompts, weight_P[:, None] * GRAD_PASS_PD, **EXACT)
+
+
+def test_without_its_baseline_maxrl_has_n_terms():
+    def over_the_mean(reward_N, prompt_N):
+        count_P = torch.zeros(int(prompt_N.max()) + 1).double()
+        passed_P = count_P.index_add(0, prompt_N, reward_N)
+        size_P = count_P.index_add(0, prompt_N, torch.ones_like(reward_N))
+        return reward_N * (size_P / passed_P.clamp(min=1))[prompt_N]
+
+    cut = sum(cut_log(p, 3) for p in POLICY.pass_rate_P(REWARD_PA))
+    found_PD = expected((3, 3, 3), advantage=over_the_mean) * POLICY.num_prompts
+    torch.testing.assert_close(found_PD, POLICY.gradient(cut), **EXACT)
 
 
 def kappa(n, p):

@@ -9,6 +9,7 @@ from rl.objective.advantages import (
     centred,
     grpo,
     leave_one_out,
+    maxrl,
     normalised_sum,
     raft,
 )
@@ -106,6 +107,35 @@ def test_matches_the_definition_on_ragged_interleaved_groups(estimate, seed):
     reward_N, prompt_N = ragged(seed)
     expected_N = by_loop(estimate.__name__, reward_N, prompt_N)
     torch.testing.assert_close(estimate(reward_N, prompt_N), expected_N, atol=1e-12, rtol=0)
+
+
+def test_maxrl_by_hand():
+    # Prompt 7 passes 1 of 4, m = 1/4: (1 - 1/4)/(1/4) = 3 and -1. Prompt 3 passes 2 of 3, m = 2/3:
+    # (1/3)/(2/3) = 1/2 and -1. Prompt 5 fails, prompt 6 passes, prompt 9 is alone: 0.
+    reward_N = torch.tensor([1, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1], dtype=torch.float64)
+    prompt_N = torch.tensor([7, 3, 7, 7, 3, 3, 7, 5, 5, 6, 6, 9])
+    expected = [3, 0.5, -1, -1, 0.5, -1, -1, 0, 0, 0, 0, 0]
+    assert maxrl(reward_N, prompt_N).tolist() == pytest.approx(expected, abs=1e-15)
+    assert maxrl(reward_N.float(), prompt_N).dtype == torch.float32
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_maxrl_matches_the_definition_and_sums_to_0_in_every_group(seed):
+    reward_N, prompt_N = ragged(seed)
+    success_N = (reward_N > 0).double()
+    advantage_N = maxrl(success_N, prompt_N)
+    for i, (r, p) in enumerate(zip(success_N.tolist(), prompt_N.tolist(), strict=True)):
+        group = success_N[prompt_N == p].tolist()
+        mean = sum(group) / len(group)
+        expected = (r - mean) / mean if mean > 0 else 0.0
+        assert advantage_N[i].item() == pytest.approx(expected, abs=1e-12)
+        assert advantage_N[prompt_N == p].sum().item() == pytest.approx(0, abs=1e-12)
+
+
+def test_maxrl_refuses_what_neither_passes_nor_fails():
+    with pytest.raises(ValueError, match="must be 0 or 1, got 0.5 in row 1 of prompt 4"):
+        maxrl(torch.tensor([1.0, 0.5]), torch.tensor([4, 4]))
+    assert maxrl(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 
 @pytest.mark.parametrize("correction", [0, 1])
