@@ -3,13 +3,79 @@
 Axes: P prompts, B bins, R outcomes.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from samplers.rows import check_names
 from samplers.stopping import success_distribution
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+
+
+class Reliability:
+    """Predicted pass rates against what came, by decile of the prediction, over the last steps.
+
+    Sums decay once a training step, by .95 (project default): half is of the last 14 steps. Rollouts
+    that a stopping rule did not make are no matter, as a rule that looks at outcomes only moves neither
+    expectation.
+    """
+
+    def __init__(self, *, bins: int = 10, decay: float = 0.95) -> None:
+        self._decay = decay
+        self._predicted_B, self._passed_B, self._trials_B = np.zeros((3, bins))
+
+    def observe(self, rate_P: ArrayLike, successes_P: ArrayLike, trials_P: ArrayLike) -> None:
+        """Count rollouts of prompts whose pass rates had been predicted, in [0, 1]."""
+        rate_P, trials_P = np.asarray(rate_P, np.float64), np.asarray(trials_P, np.float64)
+        num = len(self._trials_B)
+        place_P = np.minimum((rate_P * num).astype(np.int64), num - 1)
+        for sum_B, term_P in (
+            (self._predicted_B, rate_P * trials_P),
+            (self._passed_B, np.asarray(successes_P, np.float64)),
+            (self._trials_B, trials_P),
+        ):
+            np.add.at(sum_B, place_P, term_P)
+
+    def decay(self) -> None:
+        """End a training step."""
+        for sum_B in (self._predicted_B, self._passed_B, self._trials_B):
+            sum_B *= self._decay
+
+    @property
+    def error(self) -> float | None:
+        """Mean distance of predicted and observed pass rate of a decile, weighted by its rollouts.
+
+        Also known as the expected calibration error. Chance alone makes it about .8 sqrt(p (1 - p) / n)
+        with n the rollouts of a decile. None before any rollout.
+        """
+        total = self._trials_B.sum()
+        return float(np.abs(self._passed_B - self._predicted_B).sum() / total) if total else None
+
+    def table(self) -> list[tuple[float, float, float]]:
+        """Predicted rate, observed rate and rollouts of each decile that has any."""
+        some = np.flatnonzero(self._trials_B)
+        n, predicted, passed = (
+            each[some] for each in (self._trials_B, self._predicted_B, self._passed_B)
+        )
+        return list(zip((predicted / n).tolist(), (passed / n).tolist(), n.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The three sums of each decile."""
+        return {
+            "predicted_B": self._predicted_B.copy(),
+            "passed_B": self._passed_B.copy(),
+            "trials_B": self._trials_B.copy(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()` exactly."""
+        check_names(state, ("predicted_B", "passed_B", "trials_B"), "the state of a reliability")
+        self._predicted_B[:] = state["predicted_B"]
+        self._passed_B[:] = state["passed_B"]
+        self._trials_B[:] = state["trials_B"]
 
 
 def log_predictive(

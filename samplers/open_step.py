@@ -35,6 +35,8 @@ class OpenStep:
     a_P: FloatArray
     """Parameters of the posterior before any rollout of the step."""
     b_P: FloatArray
+    prior_P: FloatArray | None = None
+    """Pass rates that the posterior's prior expected then; None where it is no prior that learns."""
     plan_P: IntArray | None = None
     """Rollouts at most, where a stopping rule may end a prompt earlier; None without one."""
     active_P: NDArray[np.bool_] | None = None
@@ -44,7 +46,13 @@ class OpenStep:
 
     @classmethod
     def of(
-        cls, step: int, index_P: IntArray, draw_P: IntArray, a_P: FloatArray, b_P: FloatArray
+        cls,
+        step: int,
+        index_P: IntArray,
+        draw_P: IntArray,
+        a_P: FloatArray,
+        b_P: FloatArray,
+        prior_P: FloatArray | None = None,
     ) -> "OpenStep":
         """A step of which no round has been observed."""
         num_prompts = len(index_P)
@@ -59,6 +67,7 @@ class OpenStep:
             high_P=np.full(num_prompts, -np.inf),
             a_P=a_P,
             b_P=b_P,
+            prior_P=prior_P,
         )
 
     @property

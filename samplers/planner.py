@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from samplers.allocation import Allocator, Scale, knapsack, knapsack_released, posterior_std
 from samplers.allocation.scales import is_multipliable
-from samplers.calibration import calibration
+from samplers.calibration import Reliability, calibration
 from samplers.keys import fingerprint, rollout_seeds, stable_hash, step_generator
 from samplers.open_step import (
     Measured,
@@ -47,7 +47,7 @@ _STATE = (
     *("fingerprint", "run_seed", "step", "round", "draw_D", "last_visit_D"),
     *("training_step", "visited_K"),
     *("norm_D", "next_norm_D", "length_D", "next_length_D"),
-    *("posterior", "selector", "success", "last", "budget_P"),
+    *("posterior", "selector", "success", "reliability", "last", "budget_P"),
 )
 """Names in a planner's state."""
 
@@ -161,6 +161,8 @@ class Planner:
         self._maximum = maximum
         self._run_seed = run_seed
         self._success = Success(above=success_above, full_marks=full_marks)
+        learns = posterior.prior is not None
+        self._reliability = {name: Reliability() for name in ("posterior", *["prior"] * learns)}
         self._evidence = evidence
         # Refuse a budget that cannot be spent, or a scale that cannot be computed, before the first
         # rollouts.
@@ -389,8 +391,8 @@ class Planner:
         `fingerprint` of the keys in row order. Arrays: `visited_K`, rows with a scored rollout in the
         training step, `draw_D`, `last_visit_D` (-1 for never), `norm_D` and `next_norm_D` (NaN where not
         measured), `length_D` and `next_length_D` likewise, `budget_P` of the round in flight or
-        None. Dicts: `posterior`, `selector`, `success`, and `last`, the prompts, counts and reward
-        bounds of the step that is open or was closed last, or None.
+        None. Dicts: `posterior`, `selector`, `success`, `reliability`, and `last`, the prompts, counts
+        and reward bounds of the step that is open or was closed last, or None.
 
         Nothing in it changes when the planner goes on: it need not be copied again. Arrays of norms
         and lengths are read-only.
@@ -412,6 +414,7 @@ class Planner:
             "posterior": self.posterior.state_dict(),
             "selector": self.selector.state_dict(),
             "success": self._success.state_dict(),
+            "reliability": {name: r.state_dict() for name, r in self._reliability.items()},
             "last": None if last is None else last.state_dict(),
             "budget_P": None if self._in_flight is None else self._in_flight.budget_P.copy(),
         }
@@ -443,6 +446,9 @@ class Planner:
         self.posterior.load_state_dict(state["posterior"])
         self.selector.load_state_dict(state["selector"])
         self._success.load_state_dict(state["success"])
+        check_names(state["reliability"], self._reliability, "the reliability in a planner's state")
+        for name, reliability in self._reliability.items():
+            reliability.load_state_dict(state["reliability"][name])
         self._step = int(state["step"])
         self._round = int(state["round"])
         began = state["training_step"]
@@ -466,7 +472,9 @@ class Planner:
         never). Budgets count a step's rollouts over all its rounds so far; shares of groups are over
         the step's prompts and everything scored of them so far. `calibration` says how well the
         posterior predicted the step's outcomes; it is left out with a stopping rule, with `evidence`
-        below 1 and with fractional rewards. A selector's own `metrics()` are under `selector/`.
+        below 1 and with fractional rewards. `calibration_error` and `prior_calibration_error` are those
+        of `Reliability` over the last steps, of what a prior alone expected the latter. A selector's own
+        `metrics()` are under `selector/`.
         """
         last, in_flight = self._last, self._in_flight
         metrics = {
@@ -479,6 +487,15 @@ class Planner:
             ),
             "planner/gradient_norm_coverage": float(np.isfinite(self._norms.measured_D).mean()),
         }
+        if self.posterior.prior is not None:
+            expected_D = self.posterior.prior.mean()
+            metrics["planner/prior_mean"] = float(expected_D.mean())
+            metrics["planner/prior_std"] = float(expected_D.std())
+            metrics["planner/prior_kappa"] = self.posterior.prior.kappa
+        for name, reliability in self._reliability.items():
+            if (error := reliability.error) is not None:
+                of_prior = "prior_" * (name == "prior")
+                metrics[f"planner/{of_prior}calibration_error"] = error
         if hasattr(self.selector, "metrics"):
             of_selector = self.selector.metrics()
             metrics |= {f"selector/{name}": float(value) for name, value in of_selector.items()}
@@ -520,8 +537,13 @@ class Planner:
                 f"the selector chose an array of shape {index_P.shape}, expected ({num_prompts},) "
                 f"without rows {exclude.tolist()}, got {index_P.tolist()}"
             )
+        prior = self.posterior.prior
         last = OpenStep.of(
-            self._step, index_P, self._draw_D[index_P], *self.posterior.parameters(index_P)
+            self._step,
+            index_P,
+            self._draw_D[index_P],
+            *self.posterior.parameters(index_P),
+            prior_P=None if prior is None else prior.mean(index_P),
         )
         self._draw_D[index_P] += 1
         self._last_visit_D[index_P] = self._step
@@ -582,6 +604,9 @@ class Planner:
 
         That is as chosen in its first scored round, or as not chosen at the end of the training step.
         """
+        self._reliability["posterior"].observe(last.pass_rate_P, successes_P, trials_P)
+        if last.prior_P is not None:
+            self._reliability["prior"].observe(last.prior_P, successes_P, trials_P)
         scored_P = trials_P > 0
         index_P = last.index_P[scored_P]
         first_P = ~np.isin(index_P, self._visited_K)
@@ -596,6 +621,8 @@ class Planner:
     def _decay_others(self) -> None:
         """End a training step: prompts that it did not visit decay as not chosen."""
         self.posterior.decay_others(self._visited_K)
+        for reliability in self._reliability.values():
+            reliability.decay()
         self._visited_K = self._visited_K[:0]
 
     def _scales(self, last: OpenStep, order_P: IntArray) -> list[FloatArray]:

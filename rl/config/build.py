@@ -5,6 +5,7 @@ Axes: D data set, P prompts, N rollouts (flat rows), K rows kept, T tokens.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -46,6 +47,7 @@ from rollouts.batch import Rollouts
 from rollouts.prompts import Prompt
 from samplers import downsampling, stopping
 from samplers.posterior import BetaPosterior
+from samplers.prior import RARE, Prior, StrataPrior, principal_components
 from samplers.selection import Selector
 
 logger = logging.get_logger(__name__)
@@ -77,6 +79,94 @@ def selector_of(
         given |= dict.fromkeys(reads, column_D)
     given = {name: value for name, value in given.items() if name in wanted}
     return required(method.function)(**given, **settings_of(config, method))
+
+
+def prior_of(
+    config: Settings,
+    num_prompts: int,
+    columns: Callable[[str], list[Any]] | None = None,
+    features: Callable[[], np.ndarray] | None = None,
+) -> Prior | None:
+    """The posterior's prior named by `config`; None for Beta(1, 1).
+
+    Its function is given what its parameters name: `num_prompts`, the columns of
+    `posterior_prior_column` as `stratum_D`, or as `feature_DC`, and settings.
+
+    Args:
+        columns: returns a column of the data set by its name.
+        features: returns (D, H) features of the prompts, where no column is named.
+
+    Raises:
+        ValueError: if columns are not there or not what is needed.
+    """
+    method = method_of(config, "posterior_prior")
+    if method.function is None:
+        return None
+    wanted, given = parameters(method.function), settings_of(config, method)
+    names = config.posterior_prior_column or []
+    if {"stratum_D", "feature_DC"} & {*wanted} and names and columns is None:
+        raise ValueError(f"posterior_prior {method.name!r} needs the columns of the data set")
+    if "num_prompts" in wanted:
+        return method.function(num_prompts, **given)
+    if "stratum_D" in wanted:
+        prior = method.function(_strata(names, required(columns)), **given)
+        _check_strata(prior, names)
+        return prior
+    if names:
+        feature_DH = _features(names, required(columns))
+    elif features is not None:
+        feature_DH = features()
+    else:
+        raise ValueError(
+            f"posterior_prior {method.name!r} needs posterior_prior_column here, a column of "
+            "embeddings, equally long lists of numbers"
+        )
+    if feature_DH.shape[1] > config.posterior_prior_components:
+        feature_DH = principal_components(feature_DH, config.posterior_prior_components)
+    return method.function(feature_DH, **given)
+
+
+def _strata(names: list[str], columns: Callable[[str], list[Any]]) -> list[str]:
+    """(D,) what each prompt has in these columns, as text."""
+    values = []
+    for name in names:
+        column_D = columns(name)
+        for row, value in enumerate(column_D):
+            if not isinstance(value, str | bool | int | float):
+                raise ValueError(
+                    f"posterior_prior_column {name!r} must hold words or numbers, row {row} has a "
+                    f"{type(value).__name__}: write posterior_prior: features for embeddings"
+                )
+        values.append(column_D)
+    return [json.dumps(row) for row in zip(*values, strict=True)]
+
+
+def _check_strata(prior: StrataPrior, names: list[str]) -> None:
+    if not prior.names:
+        raise ValueError(
+            f"posterior_prior_column {', '.join(names)}: no value stands in {RARE} prompts, so that "
+            "none says anything of another; write posterior_prior: pooled, or columns of fewer values"
+        )
+
+
+def _features(names: list[str], columns: Callable[[str], list[Any]]) -> np.ndarray:
+    """(D, H) the numbers of these columns, side by side."""
+    parts = []
+    for name in names:
+        rows = []
+        for row, value in enumerate(columns(name)):
+            try:
+                rows.append(np.asarray(value, dtype=np.float64).ravel())
+            except (TypeError, ValueError):
+                rows.append(np.zeros(0))
+            wrong = not len(rows[-1]) or len(rows[-1]) != len(rows[0])
+            if wrong or not np.isfinite(rows[-1]).all():
+                raise ValueError(
+                    f"posterior_prior_column {name!r} must hold equally long lists of finite numbers, "
+                    f"row {row} has {str(value)[:60]}"
+                )
+        parts.append(np.stack(rows))
+    return np.concatenate(parts, axis=1)
 
 
 def allocator_of(config: Settings) -> tuple[Callable, Callable | None]:

@@ -210,9 +210,18 @@ def check_shared(config: Settings) -> None:
     at_least(config, 0, "beta", "budget_min", "gvm_alpha", "reward_retries")
     at_least(config, 0, "epsilon", "epsilon_high", "max_failed_share")
     at_least(config, 0, "posterior_decay_chosen", "posterior_decay_rest")
-    for name in ("posterior_decay_chosen", "posterior_decay_rest", "max_failed_share"):
+    at_least(config, 0, "posterior_prior_decay", "uniform_share")
+    at_least(config, 1, "posterior_prior_components")
+    for name in (
+        *("posterior_decay_chosen", "posterior_decay_rest", "max_failed_share"),
+        *("posterior_prior_decay", "uniform_share"),
+    ):
         if getattr(config, name) > 1:
             raise ValueError(f"{name} must be at most 1, got {getattr(config, name)}")
+    for name in ("posterior_kappa", "posterior_prior_penalty"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
     if not 0 < config.log_floor <= 1:
         raise ValueError(f"log_floor must lie in (0, 1], got {config.log_floor}")
     if config.reward_timeout is not None and not config.reward_timeout > 0:
@@ -309,6 +318,7 @@ def _selection(config: Settings) -> None:
             f"{selector.column}"
         )
     check_needs(config, "selector")
+    check_needs(config, "posterior_prior")
 
 
 def checkcheck_needs(config: Settings, stage: str) -> None:

@@ -14,7 +14,7 @@ from rl.config.declared import decides, says_where, warn_of_idle
 from rl.config.denoising_checks import check_credit, check_kl, check_numbers
 from rl.config.denoising_plans import that_vary
 from rl.config.diffusion_settings import DiffusionSettings
-from rl.config.fill_in import fill_in_shared, look_at_unused_weights
+from rl.config.fill_in import fill_in_prior, fill_in_shared, look_at_unused_weights
 from rl.config.methods import BASELINES, method_of
 from rollouts.step_plan import StepPlan
 
@@ -51,6 +51,7 @@ class DenoisingConfig(DiffusionSettings):
         budget_min = self.budget_min
         if budget_min is None:
             self.budget_min = least_budget(self)
+        fill_in_prior(self)
         check_shared(self)
         warn_of_budgets(self)
         plans = self._read_plan()

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from rl.config.methods import STOPPINGS, Settings
+from rl.config.methods import STOPPINGS, Settings, method_of
+from rl.config.settings import POSTERIOR
+from samplers.selection.uniform_share import SHARE
 
 
 def fill_in_shared(config: Settings) -> None:
@@ -22,6 +24,21 @@ def fill_in_shared(config: Settings) -> None:
         config.stopping_needed = known.defaults.get("stopping_needed", 1)
     if config.load_best_model_at_end and config.metric_for_best_model is None:
         config.metric_for_best_model = "pass_rate"
+
+
+def fill_in_prior(config: Settings) -> None:
+    """Fill in the posterior's prior and the share of uniform picks, once all methods are known."""
+    named: list[str] | str | None = config.posterior_prior_column
+    if isinstance(named, str):
+        config.posterior_prior_column = [named]
+    if config.posterior_prior is None:
+        reads = POSTERIOR.when(config, method_of)
+        own = method_of(config, "allocator").defaults.get("posterior_prior", "pooled")
+        config.posterior_prior = own if reads else "flat"
+    if config.uniform_share is None:
+        learns = config.posterior_prior != "flat"
+        believes = method_of(config, "selector").reads_success
+        config.uniform_share = SHARE if learns and believes else 0.0
 
 
 def look_at_unused_weights(config: Settings) -> None:

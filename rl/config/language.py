@@ -9,7 +9,7 @@ from rl.config.budgets import least_budget, preset_advantage
 from rl.config.checks import as_mapping
 from rl.config.declare import ROLLOUTS
 from rl.config.declared import decides, says_where, warn_of_idle
-from rl.config.fill_in import fill_in_shared, look_at_unused_weights
+from rl.config.fill_in import fill_in_prior, fill_in_shared, look_at_unused_weights
 from rl.config.generation_kwargs import apply_generation_kwargs
 from rl.config.language_checks import check_language
 from rl.config.methods import PRESETS, default_correction, method_of
@@ -48,6 +48,7 @@ class RolloutConfig(LanguageSettings):
             self.budget_min = least_budget(self)
         if self.importance_correction is None:
             self.importance_correction = default_correction(self)
+        fill_in_prior(self)
         check_language(self)
         warn_of_idle(self)
         super().__post_init__()

@@ -30,6 +30,7 @@ from rl.objective import (
     tree_advantages,
 )
 from samplers import allocation, downsampling, stopping
+from samplers.prior import FeaturesPrior, StrataPrior, pooled_prior
 from samplers.selection import (
     PosteriorMeanSelector,
     ThompsonSelector,
@@ -71,6 +72,8 @@ class Method:
     """Parameter of `function` -> the column of the rollouts that it is given."""
     reads_success: bool = False
     """Whether it depends on which rollouts succeed."""
+    reads_posterior: bool = False
+    """Whether an advantage reads the parameters of the posterior."""
     language_only: bool = False
     """Whether diffusion models do not have it."""
     budgets: str | None = None
@@ -255,6 +258,40 @@ SELECTORS: dict[str, SelectorMethod] = _named(
 )
 
 
+# -- what is expected of a prompt before it is visited
+
+_LEARNS = {"posterior_prior_decay": "decay", "posterior_kappa": "kappa"}
+
+PRIORS: dict[str, Method] = _named(
+    Method(name="flat", help="Any pass rate, Beta(1, 1) for every prompt."),
+    Method(
+        name="pooled",
+        function=pooled_prior,
+        settings=_LEARNS,
+        help="The pass rate of all prompts, as learned so far.",
+    ),
+    Method(
+        name="column",
+        function=StrataPrior,
+        settings=_LEARNS | {"posterior_prior_column": ""},
+        needs=("posterior_prior_column",),
+        help="The pass rate of prompts with the same value in columns of the data set.",
+    ),
+    Method(
+        name="features",
+        function=FeaturesPrior,
+        settings=_LEARNS
+        | {
+            "posterior_prior_penalty": "penalty",
+            "posterior_prior_components": "",
+            "posterior_prior_column": "",
+        },
+        source="after MPTS, arXiv:2501.11039",
+        help="What prompts of similar features earn, by ridge regression.",
+    ),
+)
+
+
 # -- how many rollouts each prompt gets
 
 _KNAPSACK = "Knapsack RL, arXiv:2509.25849"
@@ -371,6 +408,7 @@ ALLOCATORS: dict[str, AllocatorMethod] = _named(
         scale=allocation.passed_share,
         pilot_scale=allocation.mean_pass_rate,  # of counts, which are 0 where no pilot passed
         minimum=2,
+        defaults={"posterior_prior": "flat"},  # under it a mean is the share of what is remembered
         reads_success=True,
         source=_KNAPSACK,
         help="The released code's: what is spare explores prompts that never passed.",
@@ -931,6 +969,7 @@ def default_correction(config: LanguageSettings) -> str:
 METHODS: dict[str, Mapping[str, Method]] = {
     "trainer": PRESETS,
     "selector": SELECTORS,
+    "posterior_prior": PRIORS,
     "allocator": ALLOCATORS,
     "allocation_scale": SCALES,
     "pilot_use": PILOT_USES,

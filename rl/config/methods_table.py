@@ -7,6 +7,7 @@ from rl.config.methods import METHODS, OWN_STAGES, Method
 TITLES = {
     "trainer": "Presets",
     "selector": "Which prompts are rolled out",
+    "posterior_prior": "What is expected of a prompt before it is visited",
     "allocator": "How many rollouts each prompt gets",
     "allocation_scale": "How the reward's std is estimated for allocators that go by it",
     "pilot_use": "What becomes of pilots",

@@ -66,8 +66,15 @@ POSTERIOR = Only(
     lambda c, method: (
         c.stopping in ("early", "early_unbiased")
         or any(method(c, stage).reads_success for stage in ("selector", "allocator"))
+        or bool(getattr(c, "advantage", None) and method(c, "advantage").reads_posterior)
     ),
-    "a selector or allocator other than uniform, or stopping: early, that reads the posterior",
+    "a selector, allocator or advantage that reads the posterior, or stopping: early",
+    unset=("flat",),
+)
+BELIEVING = Only(
+    lambda c, method: method(c, "selector").reads_success,
+    "a selector that reads the posterior, such as vade",
+    unset=(0,),
 )
 BUDGETS = Only(lambda c, _: c.allocator != "uniform", "an allocator other than uniform", unset=(1,))
 DROPS_ROWS = Only(
@@ -229,6 +236,62 @@ class SharedSettings(TrainingArguments):
         stage=SELECT,
         decides=ROLLOUTS,
         only=POSTERIOR,
+    )
+    posterior_prior: str | None = setting(
+        None,
+        "What is expected of a prompt before it is visited, which is most of what is known of it in a "
+        "short run. Default: pooled where anything reads the posterior, but flat under "
+        "knapsack_released.",
+        stage=SELECT,
+        decides=ROLLOUTS,
+        only=POSTERIOR,
+    )
+    posterior_prior_column: list[str] | None = setting(
+        None,
+        "Columns of the data set whose value is a prompt's kind (level, source), for posterior_prior "
+        "column; or which hold embeddings, for features. Values of fewer than 8 prompts fall back to "
+        "the whole pool.",
+        stage=SELECT,
+        decides=ROLLOUTS,
+        only=OWN,
+    )
+    posterior_kappa: float | None = setting(
+        None,
+        "How many rollouts the prior counts as. Default: estimated, between 2 and 50, from how much "
+        "prompts differ from what was expected of them.",
+        stage=SELECT,
+        decides=ROLLOUTS,
+        only=OWN,
+    )
+    posterior_prior_decay: float = setting(
+        0.95,
+        "Share of what the prior has learnt that is kept from step to step.",
+        stage=SELECT,
+        decides=ROLLOUTS,
+        only=OWN,
+    )
+    posterior_prior_components: int = setting(
+        16,
+        "Principal components of the features that the prior's regression is given.",
+        stage=SELECT,
+        decides=ROLLOUTS,
+        only=OWN,
+    )
+    posterior_prior_penalty: float = setting(
+        20.0,
+        "Ridge penalty of the prior's regression, in rollouts.",
+        stage=SELECT,
+        decides=ROLLOUTS,
+        only=OWN,
+    )
+    uniform_share: float | None = setting(
+        None,
+        "Share of each step's prompts that is drawn uniformly instead, so that what was believed "
+        "hopeless is tried again. Default: 0.03 where the selector reads a posterior whose prior "
+        "learns; else 0.",
+        stage=SELECT,
+        decides=ROLLOUTS,
+        only=BELIEVING,
     )
     success_above: float | None = setting(
         None,

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from rl.config.build import allocator_of, selector_of, stopping_of
+import numpy as np
+
+from rl.config.build import allocator_of, prior_of, selector_of, stopping_of
 from rl.config.diffusion import DenoisingConfig
 from rl.config.methods import Settings
 from rl.stages.buffer import GroupBuffer
@@ -17,6 +19,7 @@ from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
 from samplers.refill import Refill
 from samplers.selection import Selector
+from samplers.selection.uniform_share import UniformShare
 
 SELECTOR_METHODS = ("select", "state_dict", "load_state_dict")
 
@@ -26,6 +29,7 @@ def make_planner(
     keys: list[str],
     *,
     columns: Callable[[str], list[Any]] | None = None,
+    features: Callable[[], np.ndarray] | None = None,
     selector: Selector | Callable[[BetaPosterior, list[str]], Selector] | None = None,
     allocate: Allocator | None = None,
     scale: Scale | None = None,
@@ -38,7 +42,8 @@ def make_planner(
     Args:
         config: the settings.
         keys: one key per data-set row.
-        columns: returns a column of the data set by its name, for selectors that need one.
+        columns: returns a column of the data set by its name, for selectors and priors that need one.
+        features: returns features of the prompts, for a prior that needs them and is given no column.
         selector: a selector of your own, or `make(posterior, keys)` that returns one, instead of the
             one `config` names.
         allocate, scale: an allocator and a scale of your own, instead of those `config` names.
@@ -59,13 +64,17 @@ def make_planner(
         len(keys),
         decay_chosen=config.posterior_decay_chosen,
         decay_rest=config.posterior_decay_rest,
+        prior=prior_of(config, len(keys), columns, features),
     )
+    chooses = _selector(config, posterior, keys, columns, selector)
+    if config.uniform_share:
+        chooses = UniformShare(chooses, len(keys), share=config.uniform_share, keys=keys)
     named, named_scale = allocator_of(config)
     assert config.budget_min is not None
     stopping = stopping_of(config)
     return Planner(
         posterior,
-        _selector(config, posterior, keys, columns, selector),
+        chooses,
         wrap(allocate or named),
         keys=keys,
         prompts_per_step=config.prompts_per_step,
@@ -127,8 +136,7 @@ def column_of(prompts: Sequence[Prompt]) -> Callable[[str], list[Any]]:
             if prompt.columns.get(name) is None:
                 known = ", ".join(sorted(prompt.columns)) or "none"
                 raise ValueError(
-                    f"selection_column {name!r} is missing in row {row} of the data set, whose "
-                    f"columns are {known}"
+                    f"column {name!r} is missing in row {row} of the data set, whose columns are {known}"
                 )
         return [prompt.columns[name] for prompt in prompts]
 

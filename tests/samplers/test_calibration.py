@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from samplers import allocation
-from samplers.calibration import calibration, log_predictive, randomised_pit
+from samplers.calibration import Reliability, calibration, log_predictive, randomised_pit
 from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
 from samplers.selection import ThompsonSelector, UniformSelector
@@ -185,7 +185,7 @@ def test_the_planner_logs_the_calibration_of_what_it_knew_before_the_step():
 )
 def test_counts_that_are_not_beta_binomial_are_not_judged(settings):
     metrics = planner_of(np.full(4, 0.5), decay=1, **settings)(np.full(4, 0.5))
-    assert not [name for name in metrics if "calibration" in name]
+    assert not [name for name in metrics if "log_score" in name or "pit" in name]
 
 
 @pytest.mark.parametrize(
@@ -201,3 +201,34 @@ def test_counts_that_are_not_beta_binomial_are_not_judged(settings):
 def test_counts_that_cannot_be_are_refused(successes, trials, message):
     with pytest.raises(ValueError, match=message):
         log_predictive([1.0], [1.0], successes, trials)
+
+
+def test_deciles_by_hand():
+    reliability = Reliability(decay=0.5)
+    assert reliability.error is None and reliability.table() == []
+    reliability.observe([0.05, 0.31, 0.39, 1.0], [1, 2, 0, 1.5], [2, 4, 4, 2])
+    reliability.decay()
+    reliability.observe([0.05], [0], [1])
+    # Decile 0: (.1 / 2 + .05) / 2 and .5 of 2; 3: 2.8 and 2 of 8, halved; 9: 2 and 1.5 of 2, halved.
+    assert reliability.table() == [
+        pytest.approx((0.05, 0.25, 2)),
+        pytest.approx((0.35, 0.25, 4)),
+        pytest.approx((1.0, 0.75, 1)),
+    ]
+    assert reliability.error == pytest.approx((0.4 + 0.4 + 0.25) / 7)
+    restored = Reliability(decay=0.5)
+    restored.load_state_dict(reliability.state_dict())
+    assert restored.table() == reliability.table()
+    with pytest.raises(ValueError, match="state of a reliability lacks"):
+        restored.load_state_dict({})
+
+
+def test_right_predictions_have_the_error_of_chance():
+    generator, reliability = np.random.default_rng(0), Reliability(decay=1)
+    rate = generator.uniform(0, 1, 40_000)
+    reliability.observe(rate, generator.binomial(4, rate), np.full(40_000, 4))
+    # 16,000 rollouts a decile: an expected distance of .8 sqrt(1 / 6 / 16,000) = .0026.
+    assert 0.001 < reliability.error < 0.005
+    wrong = Reliability(decay=1)
+    wrong.observe(np.clip(rate + 0.1, 0, 1), generator.binomial(4, rate), np.full(40_000, 4))
+    assert wrong.error == pytest.approx(0.1, abs=0.01)

@@ -552,6 +552,8 @@ def test_metrics_by_hand():
         {
             # Row 0 passed its only rollout, which Beta(1, 39) gives 1/40; each of 0..3 of 3 has 1/4.
             "planner/calibration_log_score": (math.log(1 / 40) + 3 * math.log(1 / 4)) / 4,
+            # Row 0 was given 1/40 and the others, all in one decile, 1/2: 5 of 9 passed.
+            "planner/calibration_error": (39 / 40 + abs(5 - 4.5)) / 10,
             "planner/posterior_mean": mean,
             "planner/coverage": 0.4,
             "planner/prompts_visited": 4,

@@ -347,7 +347,7 @@ def test_a_run_ends_by_its_tokens_and_schedules_follow_them(tmp_path):
 
 
 def test_a_selector_needs_its_column(tmp_path):
-    with pytest.raises(ValueError, match="selection_column 'nope' is missing in row 0"):
+    with pytest.raises(ValueError, match="column 'nope' is missing in row 0"):
         tiny.trainer(
             tmp_path,
             data=rows(),
