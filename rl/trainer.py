@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
@@ -47,6 +48,7 @@ from rl.stages.draw import Sampling
 from rl.stages.objective import Advantage, Loss, Objective, objective_of
 from rl.stages.planning import column_of, make_planner
 from rl.stages.prepare import prepare
+from rl.stages.prompt_features import prompt_features
 from rl.stages.records import Batch
 from rl.stages.validate import check_best_metric, evaluate
 from rl.step import collect, mini_batches, update
@@ -228,7 +230,12 @@ class RolloutTrainer(Trainer):
         loading.check_held_out(rewards, prompts, held_out)
 
     def _make_planner(self, keys: list[str], **given: Any) -> Planner:
-        return make_planner(self.args, keys, **given)
+        return make_planner(self.args, keys, features=self._features, **given)
+
+    def _features(self) -> np.ndarray:
+        """Of the prompts, by the policy as it is when the planner first asks: before the first step."""
+        assert isinstance(self.policy, LanguagePolicy)
+        return prompt_features(self.policy, self.ranks, self.prompts)
 
     def _make_policy(self, model: Any, processor: Any, rewards: list[Any], engine: Any) -> Policy:
         return LanguagePolicy(

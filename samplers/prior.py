@@ -13,7 +13,7 @@ Axes: D prompts of the data set, P prompts of one call, S strata, C features, H 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -273,7 +273,9 @@ class FeaturesPrior:
     ridge on the last 10 batches. Penalty, decay and bounds are project defaults.)
 
     Args:
-        feature_DC: (D, C) finite; standardised here, so that their units do not matter.
+        feature_DC: (D, C) finite; standardised here, so that their units do not matter. Or a function
+            that returns them, called once, when they are first needed, and not where a state has them.
+        num_prompts: D, where a function is given.
         decay: in [0, 1], what is kept from step to step.
         kappa: see `Strength`.
         penalty: of the squared coefficients, positive.
@@ -284,25 +286,47 @@ class FeaturesPrior:
 
     def __init__(
         self,
-        feature_DC: ArrayLike,
+        feature_DC: ArrayLike | Callable[[], ArrayLike],
         *,
+        num_prompts: int | None = None,
         decay: float = DECAY,
         kappa: float | None = None,
         penalty: float = PENALTY,
     ) -> None:
-        x_DC = standardised(feature_DC)
-        _check(len(x_DC), decay)
+        self._x_DC: FloatArray | None = None
+        if callable(feature_DC):
+            self._make: Callable[[], ArrayLike] | None = feature_DC
+            self.num_prompts = num_prompts or 0
+        else:
+            self._make, self._x_DC = None, standardised(feature_DC)
+            self.num_prompts = len(self._x_DC)
+        _check(self.num_prompts, decay)
         if not 0 < penalty < math.inf:
             raise ValueError(f"penalty must be positive and finite, got {penalty}")
-        self.num_prompts = len(x_DC)
-        self._x_DC = np.column_stack([np.ones(len(x_DC)), x_DC])  # the first is the constant
         self._decay = decay
         self._penalty = penalty
         self._strength = Strength(kappa)
-        size = self._x_DC.shape[1]
+        # Of the constant, which comes first, and of the features; of none before there are any.
+        size = 0 if self._x_DC is None else self._x_DC.shape[1] + 1
         self._gram_CC = np.zeros((size, size))
         self._moment_C = np.zeros(size)
         self._mean_D: FloatArray | None = None
+
+    @property
+    def feature_DC(self) -> FloatArray:
+        """(D, C) the standardised features; read-only."""
+        if self._x_DC is None:
+            assert self._make is not None
+            x_DC = standardised(self._make())
+            if len(x_DC) != self.num_prompts:
+                raise ValueError(
+                    f"there are features of {len(x_DC)} prompts, expected {self.num_prompts}"
+                )
+            self._x_DC = x_DC
+            self._gram_CC = np.zeros((x_DC.shape[1] + 1,) * 2)
+            self._moment_C = np.zeros(x_DC.shape[1] + 1)
+        self._x_DC.setflags(write=False)
+        return self._x_DC
 
     @property
     def kappa(self) -> float:
@@ -312,10 +336,12 @@ class FeaturesPrior:
     def mean(self, index: ArrayLike | None = None) -> FloatArray:
         """Expected pass rates of `index`, or of all prompts."""
         if self._mean_D is None:
+            x_DC = self.feature_DC
             gram_CC, moment_C = self._gram_CC.copy(), self._moment_C.copy()
             gram_CC[np.diag_indices_from(gram_CC)] += [2.0] + [self._penalty] * (len(moment_C) - 1)
             moment_C[0] += 1.0
-            predicted_D = self._x_DC @ np.linalg.solve(gram_CC, moment_C)
+            constant, *coefficients = np.linalg.solve(gram_CC, moment_C).tolist()
+            predicted_D = constant + x_DC @ np.array(coefficients)
             # Rounded, as the last digits of matrix products differ between kinds of processors and
             # every process must decide alike.
             self._mean_D = np.round(np.clip(predicted_D, 0.05, 0.95), 9)
@@ -324,7 +350,7 @@ class FeaturesPrior:
     def observe(self, index_P: IntArray, successes_P: FloatArray, trials_P: FloatArray) -> None:
         """Learn from counts; kappa by what was expected before them."""
         self._strength.observe(self.mean(index_P), successes_P, trials_P)
-        x_PC = self._x_DC[index_P]
+        x_PC = np.column_stack([np.ones(len(index_P)), self.feature_DC[index_P]])
         self._gram_CC += x_PC.T @ (x_PC * trials_P[:, None])
         self._moment_C += x_PC.T @ successes_P
         self._mean_D = None
@@ -337,8 +363,10 @@ class FeaturesPrior:
         self._mean_D = None
 
     def state_dict(self) -> dict[str, Any]:
-        """`gram_CC` and `moment_C`, the sums, and `strength`; features are a setting."""
+        """`gram_CC` and `moment_C`, the sums, `strength`, and `feature_DC`, or None before they are
+        needed, so that a run goes on with the features it began with."""
         return {
+            "feature_DC": None if self._x_DC is None else self.feature_DC,
             "gram_CC": self._gram_CC.copy(),
             "moment_C": self._moment_C.copy(),
             "strength": self._strength.state_dict(),
@@ -348,16 +376,20 @@ class FeaturesPrior:
         """Restore `state_dict()` exactly.
 
         Raises:
-            ValueError: if the state is that of something else or of another number of features.
+            ValueError: if the state is that of something else or of other prompts.
         """
-        check_names(state, ("gram_CC", "moment_C", "strength"), "the state of a prior of features")
-        size = len(self._moment_C)
-        if np.shape(state["gram_CC"]) != (size, size) or np.shape(state["moment_C"]) != (size,):
+        names = ("feature_DC", "gram_CC", "moment_C", "strength")
+        check_names(state, names, "the state of a prior of features")
+        features = state["feature_DC"]
+        x_DC = None if features is None else np.array(features, dtype=np.float64)
+        if x_DC is not None and (x_DC.ndim != 2 or len(x_DC) != self.num_prompts):
             raise ValueError(
-                f"the state is that of {len(state['moment_C']) - 1} features, there are {size - 1}"
+                f"the state has features of shape {x_DC.shape}, there are {self.num_prompts} prompts"
             )
-        self._gram_CC[:] = state["gram_CC"]
-        self._moment_C[:] = state["moment_C"]
+        if x_DC is not None or self._make is not None:
+            self._x_DC = x_DC
+        self._gram_CC = np.array(state["gram_CC"], dtype=np.float64)
+        self._moment_C = np.array(state["moment_C"], dtype=np.float64)
         self._strength.load_state_dict(state["strength"])
         self._mean_D = None
 

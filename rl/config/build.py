@@ -94,7 +94,8 @@ def prior_of(
 
     Args:
         columns: returns a column of the data set by its name.
-        features: returns (D, H) features of the prompts, where no column is named.
+        features: returns (D, H) features of the prompts, for where no column is named; called when the
+            prior is first asked.
 
     Raises:
         ValueError: if columns are not there or not what is needed.
@@ -106,24 +107,25 @@ def prior_of(
     names = config.posterior_prior_column or []
     if {"stratum_D", "feature_DC"} & {*wanted} and names and columns is None:
         raise ValueError(f"posterior_prior {method.name!r} needs the columns of the data set")
-    if "num_prompts" in wanted:
+    if not {"stratum_D", "feature_DC"} & {*wanted}:
         return method.function(num_prompts, **given)
     if "stratum_D" in wanted:
         prior = method.function(_strata(names, required(columns)), **given)
         _check_strata(prior, names)
         return prior
+    most = config.posterior_prior_components
+
+    def fewer(feature_DH: np.ndarray) -> np.ndarray:
+        return feature_DH if feature_DH.shape[1] <= most else principal_components(feature_DH, most)
+
     if names:
-        feature_DH = _features(names, required(columns))
-    elif features is not None:
-        feature_DH = features()
-    else:
+        return method.function(fewer(_features(names, required(columns))), **given)
+    if features is None:
         raise ValueError(
             f"posterior_prior {method.name!r} needs posterior_prior_column here, a column of "
             "embeddings, equally long lists of numbers"
         )
-    if feature_DH.shape[1] > config.posterior_prior_components:
-        feature_DH = principal_components(feature_DH, config.posterior_prior_components)
-    return method.function(feature_DH, **given)
+    return method.function(lambda: fewer(features()), num_prompts=num_prompts, **given)
 
 
 def _strata(names: list[str], columns: Callable[[str], list[Any]]) -> list[str]:

@@ -25,6 +25,7 @@ from rl.logprobs.scorer import Scorer
 from rl.objective.hapo import EntropyPivot
 from rl.policies.contract import ScoredDecisions, Whole
 from rl.policies.loading import warn_of_rounding
+from rl.policies.prompt_features import hidden_features
 from rollouts.batch import Rollouts, TokenRollouts
 from rollouts.engines.contract import Engine, GeneratesTogether, Rests, SamplingParams
 from rollouts.engines.model_limits import num_embeddings
@@ -208,6 +209,11 @@ class LanguagePolicy:
             shared={"trainer_state": self._trainer_state()},
         )
         return texts, result
+
+    def prompt_features(self, prompts: list[Prompt]) -> np.ndarray:
+        """(P, 2 C) hidden states of prompts under the weights of now. Every rank calls this."""
+        with self.whole() as model:
+            return hidden_features(model, prompts, pad_id=self.scorer.pad_id)
 
     # -- learning
 

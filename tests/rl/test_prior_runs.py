@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import tiny, tiny_denoising
 
 pytestmark = pytest.mark.slow  # whole runs
 
@@ -14,12 +14,14 @@ ROWS = [
 PRIORS = {
     "pooled": {},
     "column": {"posterior_prior_column": ["letter"]},
-    "features": {"posterior_prior_column": ["place"]},
+    "features": {},
+    "features of a column": {"posterior_prior_column": ["place"]},
 }
 
 
 @pytest.mark.parametrize("prior", PRIORS)
 def test_a_killed_run_goes_on_as_one_never_killed(tmp_path, prior):
+    given, prior = PRIORS[prior], prior.split()[0]
     settings = (
         dict(
             data=ROWS,
@@ -33,7 +35,7 @@ def test_a_killed_run_goes_on_as_one_never_killed(tmp_path, prior):
             save_steps=2,
             reward=tiny.small_digit,
         )
-        | PRIORS[prior]
+        | given
     )
     whole = tiny.run(tmp_path / "whole", max_steps=4, **settings)
     tiny.run(tmp_path / "killed", max_steps=2, **settings)
@@ -51,3 +53,10 @@ def test_a_killed_run_goes_on_as_one_never_killed(tmp_path, prior):
             resume=True,
             **(settings | {"posterior_prior": "flat"}),
         )
+
+
+def test_a_diffusion_model_needs_a_column_of_embeddings(tmp_path):
+    with pytest.raises(
+        ValueError, match="needs posterior_prior_column here, a column of embeddings"
+    ):
+        tiny_denoising.run(tmp_path, selector="vade", posterior_prior="features", max_steps=1)

@@ -213,9 +213,11 @@ def test_states_and_priors_of_something_else_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             make()
-    features = FeaturesPrior(np.zeros((4, 2)))
-    with pytest.raises(ValueError, match="that of 1 features, there are 2"):
-        features.load_state_dict(FeaturesPrior(np.zeros((4, 1))).state_dict())
+    features, others = FeaturesPrior(np.zeros((4, 2))), FeaturesPrior(np.zeros((5, 2)))
+    with pytest.raises(ValueError, match=r"features of shape \(5, 2\), there are 4 prompts"):
+        features.load_state_dict(others.state_dict())
+    with pytest.raises(ValueError, match="features of 5 prompts, expected 4"):
+        FeaturesPrior(lambda: np.zeros((5, 2)), num_prompts=4).mean()
     damaged = of_levels().state_dict() | {"passed_S": np.zeros(2)}
     with pytest.raises(ValueError, match="one number for each stratum, and one more"):
         of_levels().load_state_dict(damaged)
@@ -292,6 +294,32 @@ def test_ridge_is_the_solution_of_its_equations():
     target.append(np.zeros(2))
     coefficients, *_ = np.linalg.lstsq(np.concatenate(design), np.concatenate(target), rcond=None)
     np.testing.assert_allclose(prior.mean(), np.clip(x @ coefficients, 0.05, 0.95), atol=1e-8)
+
+
+def test_features_are_asked_for_once_and_not_where_a_state_has_them():
+    generator = np.random.default_rng(0)
+    raw = generator.normal(size=(20, 3))
+    asked = []
+
+    def features():
+        asked.append(True)
+        return raw
+
+    lazy, eager = FeaturesPrior(features, num_prompts=20), FeaturesPrior(raw)
+    empty = lazy.state_dict()
+    assert empty["feature_DC"] is None and not asked
+    rows, passes = np.arange(0, 20, 2), generator.integers(0, 3, 10).astype(float)
+    for prior in (lazy, eager):
+        prior.observe(rows, passes, np.full(10, 2.0))
+        prior.decay()
+    np.testing.assert_array_equal(lazy.mean(), eager.mean())
+    assert len(asked) == 1
+    # A run that goes on has the features it began with, whatever its model would give by now.
+    resumed = FeaturesPrior(lambda: pytest.fail("asked again"), num_prompts=20)
+    resumed.load_state_dict(lazy.state_dict())
+    np.testing.assert_array_equal(resumed.mean(), eager.mean())
+    lazy.load_state_dict(empty)
+    assert lazy.mean().tolist() == [0.5] * 20 and len(asked) == 2
 
 
 def test_constant_features_are_the_pooled_prior():

@@ -79,7 +79,7 @@ def test_features_are_those_of_a_column_or_of_the_policy(tmp_path, given):
         posterior_prior_penalty=1.0,
         **column,
     )
-    assert isinstance(prior, FeaturesPrior) and prior._x_DC.shape == (30, 3)
+    assert isinstance(prior, FeaturesPrior) and prior.feature_DC.shape == (30, 2)
     assert prior._penalty == 1
 
 
