@@ -318,6 +318,8 @@ class Planner:
         self._last, self._in_flight, self._success = last, None, success
         self._step += int(ends)
         self._round = 0 if ends else proposal.round + 1
+        if ends and hasattr(self.selector, "observe_spread"):
+            self.selector.observe_spread(last.index_P, last.trials_P, last.low_P, last.high_P)
         return success_N
 
     def success(self, reward_N: ArrayLike, *, full_marks_N: ArrayLike | None = None) -> FloatArray:

@@ -23,6 +23,7 @@ LANGUAGE = {
     "hapo": {"loss": "hapo", "advantage": "token_level", "adaptive_temperature_tau": 0.1},
     "corrected": {"importance_correction": "sequence_mask", "loss": "vespo"},
     "capped": {"loss": "cispo"},
+    "retired": {"retire_above": 0.9, "greso_explore": 0.5},
 }
 """Runs that together log every metric of a language model."""
 

@@ -305,6 +305,7 @@ def _rewards(config: Settings) -> None:
 
 def _selection(config: Settings) -> None:
     at_least(config, 1, "selection_candidates", "rollouts_multiple_of")
+    _retirement(config)
     at_least(config, 0, "selection_gamma", "selection_target", "band_low")
     if not config.band_low <= config.band_high <= 1:
         raise ValueError(
@@ -330,6 +331,31 @@ def checkcheck_needs(config: Settings, stage: str) -> None:
             raise ValueError(
                 f"{stage} {getattr(config, stage)!r} needs {name}: {what[0].lower()}{what[1:]}"
             )
+
+
+def _retirement(config: Settings) -> None:
+    """Ranges of what makes prompts leave the pool, and a mean that no prompt can reach."""
+    above, explore = config.retire_above, config.greso_explore
+    if not 0 <= config.retire_share <= 1:
+        raise ValueError(f"retire_share must lie in [0, 1], got {config.retire_share}")
+    if explore is not None and not 0 < explore <= 1:
+        raise ValueError(f"greso_explore must be above 0 and at most 1, got {explore}")
+    if above is None:
+        return
+    if not 0 < above < 1:
+        raise ValueError(f"retire_above must lie in (0, 1), got {above}")
+    decay = config.posterior_decay_chosen
+    if config.allocator != "uniform" or decay == 1 or config.posterior_prior != "flat":
+        return
+    passes = config.rollouts_per_prompt / (1 - decay)  # remembered of a prompt that always passes
+    if (passes + 1) / (passes + 2) < above:
+        warnings.warn(
+            f"retire_above={above} is never reached: with rollouts_per_prompt="
+            f"{config.rollouts_per_prompt} and posterior_decay_chosen={decay} a prompt that always "
+            f"passes has a posterior mean of at most {(passes + 1) / (passes + 2):.2f}; write a larger "
+            "posterior_decay_chosen, or a lower retire_above",
+            stacklevel=2,
+        )
 
 
 def _budgets(config: Settings) -> None:

@@ -1107,6 +1107,8 @@ def reads_success(config: Any) -> dict[str, str]:
         method = method_of(config, stage)
         if method.reads_success:
             found[stage] = method.name
+    if config.retire_above is not None:
+        found["retire_above"] = str(config.retire_above)
     return found
 
 

@@ -65,10 +65,11 @@ STAGES = (
 POSTERIOR = Only(
     lambda c, method: (
         c.stopping in ("early", "early_unbiased")
+        or c.retire_above is not None
         or any(method(c, stage).reads_success for stage in ("selector", "allocator"))
         or bool(getattr(c, "advantage", None) and method(c, "advantage").reads_posterior)
     ),
-    "a selector, allocator or advantage that reads the posterior, or stopping: early",
+    "a selector, allocator or advantage that reads the posterior, stopping: early, or retire_above",
     unset=("flat",),
 )
 BELIEVING = Only(
@@ -222,6 +223,28 @@ class SharedSettings(TrainingArguments):
         decides=ROLLOUTS,
         only=OWN,
         choices=("raise", "nearest", "uniform"),
+    )
+    retire_above: float | None = setting(
+        None,
+        "Retire a prompt whose expected pass rate is at least this, with any selector: it leaves the "
+        "pool until it is forgotten, but for retire_share of the picks. Published 0.9. Default: none "
+        "is retired.",
+        stage=SELECT,
+        decides=ROLLOUTS,
+    )
+    retire_share: float = setting(
+        0.02,
+        "Share of the picks that go to retired prompts all the same.",
+        stage=SELECT,
+        decides=ROLLOUTS,
+        only=on("retire_above", "retire_above"),
+    )
+    greso_explore: float | None = setting(
+        None,
+        "Skip a prompt, when its turn comes, with probability 1 - greso_explore^c, c being its visits "
+        "in a row whose rewards were all alike (GRESO, with any selector). Default: none is skipped.",
+        stage=SELECT,
+        decides=ROLLOUTS,
     )
     posterior_decay_chosen: float = setting(
         0.2,

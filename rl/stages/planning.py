@@ -18,7 +18,7 @@ from samplers.allocation.branches import in_branches, sibling_evidence
 from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
 from samplers.refill import Refill
-from samplers.selection import Selector
+from samplers.selection import RetiringSelector, Selector
 from samplers.selection.uniform_share import UniformShare
 
 SELECTOR_METHODS = ("select", "state_dict", "load_state_dict")
@@ -69,6 +69,15 @@ def make_planner(
     chooses = _selector(config, posterior, keys, columns, selector)
     if config.uniform_share:
         chooses = UniformShare(chooses, len(keys), share=config.uniform_share, keys=keys)
+    if config.retire_above is not None or config.greso_explore is not None:
+        chooses = RetiringSelector(
+            chooses,
+            posterior,
+            retire_above=config.retire_above,
+            retire_share=config.retire_share,
+            explore=config.greso_explore,
+            keys=keys,
+        )
     named, named_scale = allocator_of(config)
     assert config.budget_min is not None
     stopping = stopping_of(config)

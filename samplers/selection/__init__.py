@@ -2,6 +2,7 @@
 
 from samplers.selection.bands import OnlineBandSelector, StaticBandSelector
 from samplers.selection.diverse import DiverseSelector
+from samplers.selection.retirement import RetiringSelector
 from samplers.selection.selectors import (
     PosteriorMeanSelector,
     Selector,
@@ -14,6 +15,7 @@ __all__ = [
     "DiverseSelector",
     "OnlineBandSelector",
     "PosteriorMeanSelector",
+    "RetiringSelector",
     "Selector",
     "StaticBandSelector",
     "ThompsonSelector",

@@ -27,6 +27,9 @@ Function = TypeVar("Function")
 class Selector(Protocol):
     """Chooses prompts, and remembers what it needs to choose the next ones.
 
+    One that has `observe_spread(index_P, trials_P, low_P, high_P)` is told of every step the rows, their
+    scored rollouts and the bounds of their rewards; what `metrics()` gives is logged.
+
     `check.check_sampler` tests whether a class of your own is one.
     """
 
@@ -108,6 +111,14 @@ class UniformSelector:
             )
             chosen = np.concatenate([chosen, taken])
         return chosen
+
+    def waive(self, rows: ArrayLike) -> None:
+        """Forget the visits that these rows are owed from earlier epochs; their next turn stays theirs.
+
+        For rows that are excluded for long, which would else come back once for every epoch missed.
+        """
+        if len(self._owed):
+            self._owed = self._owed[~np.isin(self._owed, np.asarray(rows, dtype=np.int64))]
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered: `epoch`, an int, and the int64 rows it has left, `waiting`; `owed`
