@@ -110,6 +110,9 @@ class DenoisingTrainer(RolloutTrainer):
     ) -> None:
         """Validation on training prompts is allowed: no sample is an answer to be memorised."""
 
+    def _make_starts(self, model: Any, processor: Any) -> None:
+        return None  # where a chain branches is a setting of its plan
+
     def _make_planner(self, keys: list[str], **given: Any) -> Planner:
         return make_denoising_planner(self.args, keys, **given)
 

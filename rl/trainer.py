@@ -46,19 +46,20 @@ from rl.run.tracker_runs import TrackerRuns
 from rl.stages import fidelity, metrics
 from rl.stages.draw import Sampling
 from rl.stages.objective import Advantage, Loss, Objective, objective_of
-from rl.stages.planning import column_of, make_planner
+from rl.stages.planning import check_takes_starts, column_of, make_planner, make_starts
 from rl.stages.prepare import prepare
 from rl.stages.prompt_features import prompt_features
 from rl.stages.records import Batch
 from rl.stages.validate import check_best_metric, evaluate
 from rl.step import collect, mini_batches, update
-from rollouts.engines.contract import Engine
+from rollouts.engines.contract import Engine, end_of_sequence_ids
 from rollouts.prompts import Prompt, PromptReport
 from rollouts.rewards.contract import RewardFunction
 from samplers.allocation import Allocator
 from samplers.planner import Planner
 from samplers.posterior import BetaPosterior
 from samplers.selection import Selector
+from samplers.starts import Starts
 from samplers.success import full_marks
 
 __all__ = ["NoSignalError", "RolloutTrainer"]
@@ -126,6 +127,11 @@ class RolloutTrainer(Trainer):
             raise ValueError(
                 "planner makes its own selector and allocator: give them to it, or leave planner out"
             )
+        if planner is not None and getattr(args, "starts", "none") != "none":
+            raise ValueError(
+                f"planner chooses its own starts: give it a samplers.starts.Starts instead of writing "
+                f"starts: {args.starts}, or leave planner out"
+            )
         set_seed(args.seed)  # adapters are drawn by it
         trained, processor = self._load(model, processing_class, peft_config)
         tokenizers = [] if reward_processing_classes is None else [reward_processing_classes]
@@ -160,9 +166,11 @@ class RolloutTrainer(Trainer):
                 full_marks=full_marks(args.reward_weights or [1.0] * len(rewards)),
                 selector=selector,
                 allocate=allocate,
+                starts=self._make_starts(trained, processor),
             )
         )
         self.policy = self._make_policy(trained, processor, rewards, engine)
+        check_takes_starts(self.planner, self.policy.engine)
         self.ranks = self._make_ranks()
         self.objective = self._make_objective(advantage=advantage, loss=loss)
         self.sampling = Sampling(args, self.prompts, self.planner, self.ranks)
@@ -236,6 +244,10 @@ class RolloutTrainer(Trainer):
         """Of the prompts, by the policy as it is when the planner first asks: before the first step."""
         assert isinstance(self.policy, LanguagePolicy)
         return prompt_features(self.policy, self.ranks, self.prompts)
+
+    def _make_starts(self, model: Any, processor: Any) -> Starts | None:
+        eos_ids = end_of_sequence_ids(model, processor)
+        return make_starts(self.args, self.prompts, processor, eos_ids=eos_ids)
 
     def _make_policy(self, model: Any, processor: Any, rewards: list[Any], engine: Any) -> Policy:
         return LanguagePolicy(

@@ -16,7 +16,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,10 +65,20 @@ class Prompt:
     """What the policy reads: chat template applied, special tokens included, never padded."""
     columns: dict[str, Any]
     """The row's other columns, which reward functions receive by name."""
+    start_ids: tuple[int, ...] = ()
+    """The beginning of the completion, where rollouts are given it and do not draw it: the last of
+    `token_ids`. Rewards see it, and it counts towards `max_completion_length`; it trains nothing."""
 
     @property
     def is_conversational(self) -> bool:
         return not isinstance(self.prompt, str)
+
+    def started(self, start_ids: Sequence[int]) -> Prompt:
+        """The same prompt, whose rollouts begin with these tokens; itself for none."""
+        if not len(start_ids):
+            return self
+        start = tuple(start_ids)
+        return replace(self, token_ids=self.token_ids + start, start_ids=self.start_ids + start)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,6 +63,14 @@ class Ledger:
         """Count rollouts that were generated; any other kind ("pilot") is also counted by name."""
         self._count("drawn", rollouts, tokens, detail="" if kind == "rollout" else kind)
 
+    def processed(self, tokens: int) -> None:
+        """Count tokens that went through the model for rollouts: those drawn, and those prefilled.
+
+        Raises:
+            ValueError: if the count is negative or no step is open.
+        """
+        self._add("tokens_processed", self._checked("tokens", tokens))
+
     def taken(self, rollouts: int, tokens: int) -> None:
         """Count rollouts of earlier steps that come out of the buffer; this step accounts for them.
 

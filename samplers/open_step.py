@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from samplers.proposal import group_reason
 from samplers.rows import row_list
+from samplers.starts import ChosenStarts
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -33,7 +34,8 @@ class OpenStep:
     """Smallest and largest reward seen; inf and -inf before any."""
     high_P: FloatArray
     a_P: FloatArray
-    """Parameters of the posterior before any rollout of the step."""
+    """Parameters of the posterior before any rollout of the step; of a start's own counts where there is
+    one."""
     b_P: FloatArray
     prior_P: FloatArray | None = None
     """Pass rates that the posterior's prior expected then; None where it is no prior that learns."""
@@ -43,6 +45,8 @@ class OpenStep:
     """Prompts the stopping rule has not ended; None without one."""
     weight_P: FloatArray | None = None
     """Weights the stopping rule gave; None without one, or if it gives none."""
+    starts: ChosenStarts | None = None
+    """Where the rollouts of each prompt begin, in all rounds; None where no starts are chosen."""
 
     @classmethod
     def of(
@@ -53,6 +57,7 @@ class OpenStep:
         a_P: FloatArray,
         b_P: FloatArray,
         prior_P: FloatArray | None = None,
+        starts: ChosenStarts | None = None,
     ) -> "OpenStep":
         """A step of which no round has been observed."""
         num_prompts = len(index_P)
@@ -68,7 +73,15 @@ class OpenStep:
             a_P=a_P,
             b_P=b_P,
             prior_P=prior_P,
+            starts=starts,
         )
+
+    @property
+    def started_P(self) -> NDArray[np.bool_]:
+        """(P,) whether a prompt's rollouts have a start, and so say nothing of the prompt itself."""
+        if self.starts is None:
+            return np.zeros(len(self.index_P), dtype=bool)
+        return self.starts.length_P > 0
 
     @property
     def pass_rate_P(self) -> FloatArray:
@@ -141,11 +154,20 @@ class OpenStep:
 
     def copy(self) -> "OpenStep":
         """A copy with arrays of its own."""
-        return OpenStep(**self.state_dict())
+        return OpenStep(**{name: copied(getattr(self, name)) for name in self.__slots__})
 
     def state_dict(self) -> dict[str, Any]:
         """Every field; arrays are copies."""
-        return {name: copied(getattr(self, name)) for name in self.__slots__}
+        state = {name: copied(getattr(self, name)) for name in self.__slots__}
+        return state | {"starts": None if self.starts is None else self.starts.state_dict()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "OpenStep":
+        """What `state_dict()` gave."""
+        step = cls(**{name: copied(value) for name, value in state.items() if name != "starts"})
+        if state["starts"] is not None:
+            step.starts = ChosenStarts.from_state(state["starts"])
+        return step
 
 
 class Measured:

@@ -30,13 +30,13 @@ from samplers.open_step import (
     check_rows,
     check_same_rule,
     checked_answer,
-    copied,
     read_only,
 )
 from samplers.posterior import BetaPosterior
 from samplers.proposal import Decision, Proposal, admit, checked_rewards
 from samplers.rows import check_names, row_list
 from samplers.selection.selectors import Selector
+from samplers.starts import Starts
 from samplers.stopping import Counts, Stopping
 from samplers.success import Success
 
@@ -47,7 +47,7 @@ _STATE = (
     *("fingerprint", "run_seed", "step", "round", "draw_D", "last_visit_D"),
     *("training_step", "visited_K"),
     *("norm_D", "next_norm_D", "length_D", "next_length_D"),
-    *("posterior", "selector", "success", "reliability", "last", "budget_P"),
+    *("posterior", "selector", "success", "reliability", "starts", "last", "budget_P"),
 )
 """Names in a planner's state."""
 
@@ -98,6 +98,9 @@ class Planner:
         full_marks: the largest reward there is: `success.full_marks` of the rewards' weights.
         evidence: what a rollout counts as in the posterior, above 0 and at most 1: siblings that share
             the beginning of a denoising chain are less evidence than as many independent rollouts.
+        starts: chooses where the rollouts of each prompt begin, between selection and allocation. What a
+            group with a start earns is counted by `starts` and not by the posterior, and its own counts
+            are what it is allocated by. None: every rollout begins at the end of its prompt.
 
     Raises:
         ValueError: if settings contradict each other or the data set.
@@ -124,6 +127,7 @@ class Planner:
         success_above: float | None = None,
         full_marks: float = 1.0,
         evidence: float = 1.0,
+        starts: Starts | None = None,
     ) -> None:
         check_keys(keys, posterior.num_prompts)
         if not 1 <= prompts_per_step <= len(keys):
@@ -164,6 +168,7 @@ class Planner:
         learns = posterior.prior is not None
         self._reliability = {name: Reliability() for name in ("posterior", *["prior"] * learns)}
         self._evidence = evidence
+        self.starts = starts
         # Refuse a budget that cannot be spent, or a scale that cannot be computed, before the first
         # rollouts.
         if scale is None and estimate == "pilot":
@@ -307,14 +312,17 @@ class Planner:
         reward_N, prompt_N = checked_rewards(proposal, reward_N, prompt_N, keys=self.keys)
         # On copies: rewards or a stopping rule's answer that are refused leave everything as it was.
         success = copy(self._success)
-        success_N = success.observe(reward_N, full_marks_N)
         assert self._last is not None
+        plain_N = ~self._last.started_P[prompt_N]
+        success_N = success.observe(reward_N, full_marks_N, counts_N=plain_N)
         if self._stopping is not None:
             check_binary(success_N, prompt_N, [self.keys[index] for index in self._last.index_P])
         last = self._last.copy()
         trials_P, successes_P = last.take_in(proposal.budget_P, reward_N, success_N, prompt_N)
         ends = proposal.is_last or self._all_stopped(last)
         self._learn(last, trials_P, successes_P, ends=ends)
+        if ends and self.starts is not None and last.starts is not None:
+            self.starts.learn(last.index_P, last.starts, last.successes_P, last.trials_P)
         self._last, self._in_flight, self._success = last, None, success
         self._step += int(ends)
         self._round = 0 if ends else proposal.round + 1
@@ -393,8 +401,8 @@ class Planner:
         `fingerprint` of the keys in row order. Arrays: `visited_K`, rows with a scored rollout in the
         training step, `draw_D`, `last_visit_D` (-1 for never), `norm_D` and `next_norm_D` (NaN where not
         measured), `length_D` and `next_length_D` likewise, `budget_P` of the round in flight or
-        None. Dicts: `posterior`, `selector`, `success`, `reliability`, and `last`, the prompts, counts
-        and reward bounds of the step that is open or was closed last, or None.
+        None. Dicts: `posterior`, `selector`, `success`, `reliability`, `starts` or None, and `last`, the
+        prompts, counts and reward bounds of the step that is open or was closed last, or None.
 
         Nothing in it changes when the planner goes on: it need not be copied again. Arrays of norms
         and lengths are read-only.
@@ -417,6 +425,7 @@ class Planner:
             "selector": self.selector.state_dict(),
             "success": self._success.state_dict(),
             "reliability": {name: r.state_dict() for name, r in self._reliability.items()},
+            "starts": None if self.starts is None else self.starts.state_dict(),
             "last": None if last is None else last.state_dict(),
             "budget_P": None if self._in_flight is None else self._in_flight.budget_P.copy(),
         }
@@ -433,6 +442,9 @@ class Planner:
         last, budget_P = state["last"], state["budget_P"]
         if last is not None:
             check_names(last, OpenStep.__slots__, "the last step of a planner's state")
+        if (state["starts"] is None) != (self.starts is None):
+            saved, here = ("without", "chooses") if self.starts else ("with", "chooses no")
+            raise ValueError(f"the state was saved {saved} starts, and this planner {here} starts")
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
                 f"the checkpoint was made with another data set: its keys have fingerprint "
@@ -451,6 +463,8 @@ class Planner:
         check_names(state["reliability"], self._reliability, "the reliability in a planner's state")
         for name, reliability in self._reliability.items():
             reliability.load_state_dict(state["reliability"][name])
+        if self.starts is not None:
+            self.starts.load_state_dict(state["starts"])
         self._step = int(state["step"])
         self._round = int(state["round"])
         began = state["training_step"]
@@ -460,7 +474,7 @@ class Planner:
         self._last_visit_D = np.array(state["last_visit_D"], dtype=np.int64)
         for measured, name in ((self._norms, "norm_D"), (self._lengths, "length_D")):
             measured.load(state[name], state[f"next_{name}"])
-        self._last = None if last is None else OpenStep(**{n: copied(v) for n, v in last.items()})
+        self._last = None if last is None else OpenStep.from_state(last)
         self._in_flight = None
         if budget_P is not None:
             assert self._last is not None
@@ -501,6 +515,8 @@ class Planner:
         if hasattr(self.selector, "metrics"):
             of_selector = self.selector.metrics()
             metrics |= {f"selector/{name}": float(value) for name, value in of_selector.items()}
+        if self.starts is not None:
+            metrics |= {f"starts/{name}": value for name, value in self.starts.metrics().items()}
         if last is None:
             return metrics
         budget_P = None if in_flight is None else in_flight.budget_P
@@ -510,11 +526,12 @@ class Planner:
         if self._stopping is None and self._evidence == 1:
             # A rule that stops on outcomes makes their number depend on them, and correlated siblings
             # are no independent trials: neither count is beta-binomial.
+            plain_P = ~last.started_P
             of_step |= calibration(
-                last.a_P,
-                last.b_P,
-                last.successes_P,
-                last.trials_P,
+                last.a_P[plain_P],
+                last.b_P[plain_P],
+                last.successes_P[plain_P],
+                last.trials_P[plain_P],
                 generator=step_generator(self._run_seed, "calibration", last.step),
             )
         return metrics | {f"planner/{name}": value for name, value in of_step.items()}
@@ -539,13 +556,20 @@ class Planner:
                 f"the selector chose an array of shape {index_P.shape}, expected ({num_prompts},) "
                 f"without rows {exclude.tolist()}, got {index_P.tolist()}"
             )
-        prior = self.posterior.prior
+        draw_P, prior = self._draw_D[index_P], self.posterior.prior
+        a_P, b_P = self.posterior.parameters(index_P)
+        starts = None
+        if self.starts is not None:
+            starts = self.starts.choose(index_P, draw_P, a_P, b_P)
+            a_P, b_P = self.starts.parameters(index_P, starts.band_P, a_P, b_P)
         last = OpenStep.of(
             self._step,
             index_P,
-            self._draw_D[index_P],
-            *self.posterior.parameters(index_P),
+            draw_P,
+            a_P,
+            b_P,
             prior_P=None if prior is None else prior.mean(index_P),
+            starts=starts,
         )
         self._draw_D[index_P] += 1
         self._last_visit_D[index_P] = self._step
@@ -604,8 +628,10 @@ class Planner:
     ) -> None:
         """Write a round's counts to the posterior; every prompt decays once in a training step.
 
-        That is as chosen in its first scored round, or as not chosen at the end of the training step.
+        That is as chosen in its first scored round, or as not chosen at the end of the training step. A
+        prompt whose rollouts have a start was not chosen, as far as the posterior goes.
         """
+        trials_P, successes_P = (np.where(last.started_P, 0, n) for n in (trials_P, successes_P))
         self._reliability["posterior"].observe(last.pass_rate_P, successes_P, trials_P)
         if last.prior_P is not None:
             self._reliability["prior"].observe(last.prior_P, successes_P, trials_P)
@@ -630,8 +656,12 @@ class Planner:
     def _scales(self, last: OpenStep, order_P: IntArray) -> list[FloatArray]:
         """The allocator's arguments for the step's prompts, in the order `order_P`."""
         if self._estimate == "posterior":
-            parameters = self.posterior.parameters(last.index_P[order_P])
-            return self._columns(*parameters, step=last.step)
+            a_P, b_P = self.posterior.parameters(last.index_P[order_P])
+            if last.starts is not None:  # groups with one go by what it has earned so far
+                started_P, failures_P = last.started_P[order_P], last.trials_P - last.successes_P
+                a_P = np.where(started_P, (last.a_P + last.successes_P)[order_P], a_P)
+                b_P = np.where(started_P, (last.b_P + failures_P)[order_P], b_P)
+            return self._columns(a_P, b_P, step=last.step)
         trials_P, successes_P = last.trials_P[order_P], last.successes_P[order_P]
         scored_P = trials_P > 0
         std_P = np.zeros(len(order_P))
@@ -713,6 +743,7 @@ class Planner:
             a_P=read_only(last.a_P),
             b_P=read_only(last.b_P),
             seed_N=read_only(np.concatenate(seeds)),
+            starts=last.starts,
         )
 
     def _is_last(self, last: OpenStep, budget_P: IntArray) -> bool:

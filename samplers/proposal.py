@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from samplers.starts import ChosenStarts
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Reason = Literal["mixed", "all_pass", "all_fail", "lone"]
@@ -42,10 +44,18 @@ class Proposal:
     first_slot_P: IntArray
     """(P,) rollouts of earlier rounds of this step; this round's slots follow them."""
     a_P: FloatArray
-    """(P,) parameters of the posterior before any rollout of this step."""
+    """(P,) parameters of the posterior before any rollout of this step; of a start's own counts where
+    there is one."""
     b_P: FloatArray
     seed_N: IntArray
     """(N,) rollout seeds in [0, 2**63), ordered by prompt, then slot; N = budget_P.sum()."""
+    starts: ChosenStarts | None = None
+    """What the rollouts of each prompt begin with; None where the planner chooses no starts."""
+
+    @property
+    def start_P(self) -> IntArray:
+        """(P,) tokens that each prompt's rollouts start with; 0 for none."""
+        return np.zeros_like(self.index_P) if self.starts is None else self.starts.length_P
 
     @property
     def pass_rate_P(self) -> FloatArray:

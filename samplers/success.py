@@ -102,16 +102,25 @@ class Success:
         self._before, self._step = self._before.and_also(self._step), Seen()
         self._line = self._before.mean if self._is_relative and self._before.count else None
 
-    def observe(self, reward_N: FloatArray, full_marks_N: ArrayLike | None = None) -> FloatArray:
+    def observe(
+        self,
+        reward_N: FloatArray,
+        full_marks_N: ArrayLike | None = None,
+        *,
+        counts_N: NDArray[np.bool_] | None = None,
+    ) -> FloatArray:
         """(N,) successes of a round's rewards, which count in the mean of later steps.
 
         Args:
             reward_N: (N,) finite rewards.
             full_marks_N: (N,) full marks of each row, where not every reward applies to all rows.
+            counts_N: (N,) which rewards count in that mean: not those of rollouts with a start. Default:
+                all.
         """
         if self.above is not None:
             return self.of(reward_N)
-        self._step = self._step.and_also(Seen.of(reward_N))
+        counted_N = reward_N if counts_N is None else reward_N[counts_N]
+        self._step = self._step.and_also(Seen.of(counted_N))
         outside = self._outside(reward_N, full_marks_N)
         if outside is not None:
             self._is_relative = True

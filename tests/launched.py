@@ -90,6 +90,10 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"micro_batch_tokens": 24, "num_iterations": 2, "allocator": "leave_one_out"},
     "refill": {"reward": "small_digit", "trainer": "grpo", "max_steps": 4, "refill": "true"}
     | {"prompts_per_step": 3, "refill_wave": 5, "refill_max_age": 2, "loss": "gspo"},
+    # Prompts start along what was done for them before, by whichever process.
+    "starts": {"reward": "small_digit", "trainer": "grpo", "max_steps": 5, "starts": "traces"}
+    | {"starts_delta": 0.0, "starts_until": 1.0, "posterior_decay_chosen": 0.9}
+    | {"allocator": "neyman", "refill": "true", "prompts_per_step": 4, "refill_max_age": 1},
     # Every row trains where entropies count, also those that no group tells from its others.
     "entropies": {"reward": "small_digit", "trainer": "grpo", "max_steps": 3, "beta": 0.1}
     | {"entropy_coef": 0.1, "top_entropy_quantile": 0.5, "loss": "dapo", "allocator": "uniform"}

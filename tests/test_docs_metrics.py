@@ -24,6 +24,7 @@ LANGUAGE = {
     "corrected": {"importance_correction": "sequence_mask", "loss": "vespo"},
     "capped": {"loss": "cispo"},
     "retired": {"retire_above": 0.9, "greso_explore": 0.5},
+    "started": {"starts": "traces", "starts_delta": 0.0, "starts_until": 1.0, "max_steps": 5},
 }
 """Runs that together log every metric of a language model."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
 
-from rl.config.checks import at_least, check_shared, warn_of_budgets
+from rl.config.checks import at_least, check_needs, check_shared, warn_of_budgets
 from rl.config.methods import OBJECTIVES, PRESETS, method_of, scale_of
 from rl.config.own import is_own
 from rl.config.settings import LanguageSettings
@@ -104,6 +105,39 @@ def check_language(config: LanguageSettings) -> None:
             "write advantage: raft, or loss: grpo"
         )
     warn_of_budgets(config)
+    _starts(config)
+
+
+def _starts(config: LanguageSettings) -> None:
+    """What starts fit with, and a warning of what they do to the objective."""
+    check_needs(config, "starts")
+    if not 0 <= config.starts_delta < 0.5:
+        raise ValueError(f"starts_delta must lie in [0, 0.5), got {config.starts_delta}")
+    if not 0 < config.starts_step < math.inf:
+        raise ValueError(f"starts_step must be finite and above 0, got {config.starts_step}")
+    for name in ("starts_until", "starts_fraction", "starts_max_fraction", "starts_plain_share"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {getattr(config, name)}")
+    at_least(config, 0, "starts_memory_tokens")
+    if method_of(config, "starts").function is None:
+        return
+    if config.gvm_gradient_norm != "none":
+        raise ValueError(
+            f"gvm_gradient_norm={config.gvm_gradient_norm!r} measures a prompt by its rollouts, some of "
+            f"which have a start under starts: {config.starts}; write gvm_gradient_norm: none"
+        )
+    if config.engine == "vllm" and config.stop:
+        raise ValueError(
+            f"stop={config.stop} is looked for by vLLM in what it draws, and not across the end of a "
+            f"start (starts: {config.starts}): write engine: transformers, or leave stop out"
+        )
+    warnings.warn(
+        f"starts: {config.starts} changes what is ascended: the mean reward over prompts and the starts "
+        "chosen for them, which is that over prompts on visits without a start (some "
+        f"{config.starts_plain_share:.0%} of each prompt's at least). Compare runs by eval_pass_rate, "
+        "which never has a start, and at equal ledger_total/tokens_processed, which counts starts",
+        stacklevel=2,
+    )
 
 
 def _rows_and_tokens(config: LanguageSettings) -> None:

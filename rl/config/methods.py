@@ -39,6 +39,7 @@ from samplers.selection import (
 )
 from samplers.selection.bands import OnlineBandSelector, StaticBandSelector
 from samplers.selection.diverse import DiverseSelector
+from samplers.starts import Starts
 
 T = TypeVar("T")
 M = TypeVar("M", bound="Method")
@@ -100,6 +101,14 @@ class SelectorMethod(Method):
 
     column: str = ""
     """What `selection_column` of the data set must hold for it; empty: it reads none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartMethod(Method):
+    """Where rollouts begin: `function(keys, ...) -> Starts`."""
+
+    reads_column: bool = False
+    """Whether prompts may have reference solutions, in `starts_column`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +297,45 @@ PRIORS: dict[str, Method] = _named(
         },
         source="after MPTS, arXiv:2501.11039",
         help="What prompts of similar features earn, by ridge regression.",
+    ),
+)
+
+
+# -- where rollouts begin
+
+_STARTS = {
+    "starts_delta": "delta",
+    "starts_until": "until",
+    "starts_fraction": "first_fraction",
+    "starts_max_fraction": "max_fraction",
+    "starts_step": "step",
+    "starts_plain_share": "plain_share",
+    "starts_memory_tokens": "memory_tokens",
+    "starts_at": "",
+}
+
+STARTS: dict[str, StartMethod] = _named(
+    StartMethod(name="none", help="Every rollout begins at the end of its prompt."),
+    StartMethod(
+        name="traces",
+        function=Starts,
+        settings=_STARTS,
+        reads_success=True,
+        language_only=True,
+        source="Prefix Sampling, arXiv:2605.05112; PrefixRL, arXiv:2601.18795",
+        help="Along the prompt's own latest success while it hardly passes, along its latest failure "
+        "while it hardly fails.",
+    ),
+    StartMethod(
+        name="column",
+        function=Starts,
+        settings=_STARTS,
+        needs=("starts_column",),
+        reads_success=True,
+        reads_column=True,
+        language_only=True,
+        source="AdaPrefix-GRPO, arXiv:2607.07674",
+        help="The same, and along the reference solution of `starts_column` until the prompt passes.",
     ),
 )
 
@@ -970,6 +1018,7 @@ METHODS: dict[str, Mapping[str, Method]] = {
     "trainer": PRESETS,
     "selector": SELECTORS,
     "posterior_prior": PRIORS,
+    "starts": STARTS,
     "allocator": ALLOCATORS,
     "allocation_scale": SCALES,
     "pilot_use": PILOT_USES,
@@ -1101,9 +1150,9 @@ def kept_to(check: Callable[..., None], config: Any, method: Method) -> None:
 
 def reads_success(config: Any) -> dict[str, str]:
     """The stages of `config` that depend on which rollouts succeed -> their methods."""
-    stages = ("selector", "allocator", "stopping", "objective", "down_sampling")
+    stages = ("selector", "starts", "allocator", "stopping", "objective", "down_sampling")
     found = {}
-    for stage in stages:
+    for stage in (each for each in stages if hasattr(config, each)):
         method = method_of(config, stage)
         if method.reads_success:
             found[stage] = method.name

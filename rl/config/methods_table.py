@@ -8,6 +8,7 @@ TITLES = {
     "trainer": "Presets",
     "selector": "Which prompts are rolled out",
     "posterior_prior": "What is expected of a prompt before it is visited",
+    "starts": "Where rollouts begin",
     "allocator": "How many rollouts each prompt gets",
     "allocation_scale": "How the reward's std is estimated for allocators that go by it",
     "pilot_use": "What becomes of pilots",

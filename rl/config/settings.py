@@ -39,6 +39,7 @@ from samplers.selection.scores import SCORES
 
 RUN = "the run"
 SELECT = "select prompts"
+START = "choose starts"
 ALLOCATE = "allocate rollouts"
 STOP = "stop early, and refill"
 PROMPTS = "read prompts"
@@ -55,7 +56,21 @@ UPDATE = "update the weights"
 WATCH = "validate, log and save"
 
 STAGES = (
-    *(RUN, SELECT, ALLOCATE, STOP, PROMPTS, GENERATE, VLLM, DENOISE, REWARD, ADVANTAGE, KEEP, LOSS),
+    *(
+        RUN,
+        SELECT,
+        START,
+        ALLOCATE,
+        STOP,
+        PROMPTS,
+        GENERATE,
+        VLLM,
+        DENOISE,
+        REWARD,
+        ADVANTAGE,
+        KEEP,
+        LOSS,
+    ),
     *(KL, CORRECT, UPDATE, WATCH),
 )
 """In the order of a training step."""
@@ -66,10 +81,15 @@ POSTERIOR = Only(
     lambda c, method: (
         c.stopping in ("early", "early_unbiased")
         or c.retire_above is not None
-        or any(method(c, stage).reads_success for stage in ("selector", "allocator"))
+        or any(
+            method(c, stage).reads_success
+            for stage in ("selector", "starts", "allocator")
+            if hasattr(c, stage)
+        )
         or bool(getattr(c, "advantage", None) and method(c, "advantage").reads_posterior)
     ),
-    "a selector, allocator or advantage that reads the posterior, stopping: early, or retire_above",
+    "a selector, allocator or advantage that reads the posterior, stopping: early, retire_above or "
+    "starts",
     unset=("flat",),
 )
 BELIEVING = Only(
@@ -699,6 +719,87 @@ class LanguageSettings(SharedSettings):
         only=PILOTS,
     )
 
+    # -- choose starts
+    starts: str = setting(
+        "none",
+        "Where the rollouts of a prompt begin: at its end, or part-way along something done for it. A "
+        "prompt that hardly passes starts along a success, one that hardly fails along a failure; the "
+        "start trains nothing. Changes the objective: what is ascended is the mean reward over prompts "
+        "and starts, which is that over prompts on visits without a start.",
+        stage=START,
+        decides=ROLLOUTS,
+    )
+    starts_column: str | None = setting(
+        None,
+        "Column of reference solutions, as text; a prompt without one has None. They serve until the "
+        "prompt has a success of its own.",
+        stage=START,
+        decides=ROLLOUTS,
+        only=OWN,
+    )
+    starts_delta: float = setting(
+        0.2,
+        "How far a prompt's pass rate must be from one half for a start (project default, not from "
+        "the papers).",
+        stage=START,
+        decides=ROLLOUTS,
+        only=OWN,
+    )
+    starts_until: float = setting(
+        0.3,
+        "Pass rate without a start past which there is no start along a success; none along a failure "
+        "below 1 minus this (project default, not from the papers).",
+        stage=START,
+        decides=ROLLOUTS,
+        only=OWN,
+    )
+    starts_fraction: float = setting(
+        0.5,
+        "Share of the success or failure that a prompt's first start has (project default, not from "
+        "the papers).",
+        stage=START,
+        decides=ROLLOUTS,
+        only=OWN,
+    )
+    starts_max_fraction: float = setting(
+        0.9,
+        "Largest such share (project default, not from the papers).",
+        stage=START,
+        decides=ROLLOUTS,
+        only=OWN,
+    )
+    starts_step: float = setting(
+        0.2,
+        "How much of one half minus the group's pass rate is added to that share after each group, or "
+        "taken off it for failures (project default, not from the papers).",
+        stage=START,
+        decides=ROLLOUTS,
+        only=OWN,
+    )
+    starts_plain_share: float = setting(
+        0.2,
+        "Share of a prompt's visits that never have a start (project default, not from the papers).",
+        stage=START,
+        decides=ROLLOUTS,
+        only=OWN,
+    )
+    starts_memory_tokens: int = setting(
+        2_000_000,
+        "Tokens of all remembered successes and failures together; those used longest ago are "
+        "forgotten. 0: only reference solutions (project default, not from the papers).",
+        stage=START,
+        decides=ROLLOUTS,
+        only=OWN,
+    )
+    starts_at: str = setting(
+        "token",
+        "Where a start may end: after any token, or at the end of a line.",
+        stage=START,
+        decides=ROLLOUTS,
+        choices=("token", "line"),
+        only=OWN,
+    )
+
     # -- stop early, and refill
     refill: bool = setting(
         False,
@@ -765,7 +866,7 @@ class LanguageSettings(SharedSettings):
     # -- generate
     max_completion_length: int = setting(
         256,
-        "Most tokens of a completion.",
+        "Most tokens of a completion, its start included where it has one (starts).",
         stage=GENERATE,
         decides=ROLLOUTS,
     )

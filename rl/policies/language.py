@@ -27,7 +27,12 @@ from rl.policies.contract import ScoredDecisions, Whole
 from rl.policies.loading import warn_of_rounding
 from rl.policies.prompt_features import hidden_features
 from rollouts.batch import Rollouts, TokenRollouts
-from rollouts.engines.contract import Engine, GeneratesTogether, Rests, SamplingParams
+from rollouts.engines.contract import (
+    Engine,
+    GeneratesTogether,
+    Rests,
+    SamplingParams,
+)
 from rollouts.engines.model_limits import num_embeddings
 from rollouts.engines.transformers import TransformersEngine
 from rollouts.prompts import Prompt
@@ -185,13 +190,13 @@ class LanguagePolicy:
     ) -> tuple[list[str], RewardResult]:
         """Decode the completions and score the texts.
 
-        The texts are what was generated, to the space: a tokenizer's `clean_up_tokenization_spaces`,
-        which would take spaces before punctuation away, is not applied. Special tokens are left out,
-        or not, by `skip_special_tokens`.
+        The texts are what was generated, to the space, with its start in front where it has one: a
+        tokenizer's `clean_up_tokenization_spaces`, which would take spaces before punctuation away, is
+        not applied. Special tokens are left out, or not, by `skip_special_tokens`.
         """
         assert isinstance(rollouts, TokenRollouts)
-        pairs = zip(rollouts.token_NT, rollouts.mask_NT, strict=True)
-        ids = [token_T[mask_T].tolist() for token_T, mask_T in pairs]
+        rows = zip(prompts, rollouts.token_NT, rollouts.mask_NT, strict=True)
+        ids = [[*p.start_ids, *token_T[mask_T].tolist()] for p, token_T, mask_T in rows]
         texts = self.tokenizer.batch_decode(
             ids,
             skip_special_tokens=self._config.skip_special_tokens,

@@ -169,11 +169,16 @@ def _only(rollouts: Any, place: int) -> TokenRollouts:
     )
 
 
+def _started(prompt: Prompt, prompt_ids: tuple[int, ...]) -> Prompt:
+    """The prompt as the group's rollouts were given it, its start included."""
+    return prompt.started(prompt_ids[len(prompt.token_ids) :])
+
+
 def _joined(prompts: list[Prompt], held: list[_Held], num_padded: int, version: int) -> Groups:
     """One batch of the groups, each its own prompt."""
     parts = [replace(group.rollouts, version=version) for group in held]
     return Groups(
-        prompts=[prompts[group.row] for group in held],
+        prompts=[_started(prompts[group.row], group.rollouts.prompt_ids[0]) for group in held],
         rollouts=concatenate(parts, offsets=range(len(parts))),
         a_P=torch.tensor([group.a for group in held], dtype=torch.float64),
         b_P=torch.tensor([group.b for group in held], dtype=torch.float64),

@@ -24,7 +24,7 @@ from rl.stages.metrics import drawn
 from rl.stages.planning import make_buffer
 from rl.stages.records import Groups, Request, Scored, Visit
 from rl.stages.success_line import SuccessLine
-from rollouts.batch import Rollouts, concatenate
+from rollouts.batch import Rollouts, TokenRollouts, concatenate
 from rollouts.prompts import Prompt
 from rollouts.rewards.contract import RewardError, RewardResult
 from samplers.ledger import Ledger
@@ -108,7 +108,7 @@ class Sampling:
         rounds: list[Scored] = []
         while not proposals or planner.is_open:
             proposal = planner.propose(**which)
-            prompts = [self.prompts[i] for i in proposal.index_P]
+            prompts = _started([self.prompts[i] for i in proposal.index_P], proposal)
             params = policy.params(version)
             request = Request(
                 prompts=prompts,
@@ -117,7 +117,7 @@ class Sampling:
                 start_seed_P=policy.start_seeds(prompts, proposal.draw_P, params),
             )
             scored = self.roll_out(policy, request, params, version=version, ledger=ledger)
-            _account(ledger, scored)
+            _account(ledger, request, scored)
             success_N = planner.observe(
                 proposal,
                 scored.reward_N.numpy(),
@@ -125,6 +125,7 @@ class Sampling:
                 full_marks_N=scored.full_marks_N(self.reward_weights),
             )
             rollouts = replace(scored.rollouts, success_N=torch.from_numpy(success_N))
+            _remember(planner, proposal, prompts, rollouts)
             proposals.append(proposal)
             rounds.append(replace(scored, rollouts=rollouts))
             if planner.is_open and self._norm_of_pilots != "none":  # between pilots and the rest
@@ -225,8 +226,53 @@ class Sampling:
         )
 
 
-def _account(ledger: Ledger, scored: Scored) -> None:
-    """Count what was drawn, and the rows that leave at once: without a reward, for either reason."""
+def _started(prompts: list[Prompt], proposal: Proposal) -> list[Prompt]:
+    """The prompts of a round with the starts that were chosen for them."""
+    if proposal.starts is None:
+        return prompts
+    starts = zip(prompts, proposal.starts.prefix_P, strict=True)
+    return [prompt.started(start) for prompt, start in starts]
+
+
+def _remember(
+    planner: Planner, proposal: Proposal, prompts: list[Prompt], rollouts: Rollouts
+) -> None:
+    """Keep each prompt's latest success and failure for later starts, where there are any.
+
+    Rows in which others wrote between the policy's tokens (tool output) are left out.
+    """
+    if planner.starts is None:
+        return
+    assert isinstance(rollouts, TokenRollouts)
+    assert rollouts.reward_N is not None and rollouts.success_N is not None
+    columns = (rollouts.prompt_N, rollouts.success_N, rollouts.reward_N, rollouts.length_N)
+    for row, (p, success, reward, length) in enumerate(
+        zip(*(column.tolist() for column in columns), strict=True)
+    ):
+        if not rollouts.mask_NT[row, :length].all():
+            continue
+        drawn = rollouts.token_NT[row, :length].numpy()
+        whole = np.concatenate([np.array(prompts[p].start_ids, dtype=np.int64), drawn])
+        planner.starts.remember(
+            int(proposal.index_P[p]),
+            whole,
+            success=success,
+            reward=reward,
+            version=rollouts.version,
+        )
+
+
+def _account(ledger: Ledger, request: Request, scored: Scored) -> None:
+    """Count what was drawn, and the rows that leave at once: without a reward, for either reason.
+
+    Of a language model also what was processed: the tokens drawn, and those of prompts and starts, which
+    are prefilled, once for each prompt of a round.
+    """
+    made = (scored.rollouts, scored.failed, scored.unrewarded)
+    if isinstance(scored.rollouts, TokenRollouts):
+        pairs = zip(request.prompts, request.budget_P.tolist(), strict=True)
+        prefilled = sum(len(prompt.token_ids) for prompt, budget in pairs if budget)
+        ledger.processed(prefilled + sum(part.size[1] for part in made if part is not None))
     ledger.drawn(*scored.rollouts.size)
     if scored.failed is not None:
         ledger.drawn(*scored.failed.size)
@@ -265,7 +311,8 @@ def roll_out(
             sees so many by itself stops scoring at once.
         RuntimeError: on the other ranks, if one rank fails for any other reason.
     """
-    keys = [prompt.key for prompt in request.prompts]
+    # What follows a start is shorter than a whole completion of the same prompt.
+    keys = [p.key + " started" if p.start_ids else p.key for p in request.prompts]
     mine = ranks.share_of(request.budget_P, lengths.of(keys), together=policy.rows_together(params))
     error: Exception | None = None
     share: Share | None = None

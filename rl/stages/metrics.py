@@ -70,7 +70,28 @@ def of_rollouts(visits: list[Visit], kept: Rollouts) -> dict[str, float]:
         metrics["branches/informative_share"] = float(np.mean(mixed))
     if len(kept) and isinstance(kept, TokenRollouts):
         metrics["completions/mean_length_trained"] = kept.length_N.double().mean().item()
-    return with_logged(metrics | of_functions(rounds), rounds)
+    return with_logged(metrics | of_starts(visits) | of_functions(rounds), rounds)
+
+
+def of_starts(visits: list[Visit]) -> dict[str, float]:
+    """Metrics of groups with a start beside those without; nothing where starts are off.
+
+    A mean over nothing is left out.
+    """
+    first = [visit.proposals[0] for visit in visits]
+    if any(proposal.starts is None for proposal in first):
+        return {}
+    rollouts, start_P = drawn(visits), np.concatenate([proposal.start_P for proposal in first])
+    assert rollouts.reward_N is not None
+    reward_N, started_N = rollouts.reward_N.numpy(), start_P[rollouts.prompt_N.numpy()] > 0
+    metrics = {"starts/share": float((start_P > 0).mean())}
+    for name, values in (
+        ("starts/length", start_P[start_P > 0]),
+        ("starts/reward", reward_N[started_N]),
+        ("starts/reward_without", reward_N[~started_N]),
+    ):
+        metrics |= {name: float(values.mean())} if len(values) else {}
+    return metrics
 
 
 def of_functions(rounds: Sequence[Scored]) -> dict[str, float]:

@@ -10,8 +10,10 @@ import numpy as np
 
 from rl.config.build import allocator_of, prior_of, selector_of, stopping_of
 from rl.config.diffusion import DenoisingConfig
-from rl.config.methods import Settings
+from rl.config.language import RolloutConfig
+from rl.config.methods import Settings, method_of, settings_of
 from rl.stages.buffer import GroupBuffer
+from rollouts.engines.contract import TakesStarts
 from rollouts.prompts import Prompt
 from samplers.allocation import Allocator, Scale
 from samplers.allocation.branches import in_branches, sibling_evidence
@@ -20,6 +22,7 @@ from samplers.posterior import BetaPosterior
 from samplers.refill import Refill
 from samplers.selection import RetiringSelector, Selector
 from samplers.selection.uniform_share import UniformShare
+from samplers.starts import Starts
 
 SELECTOR_METHODS = ("select", "state_dict", "load_state_dict")
 
@@ -36,6 +39,7 @@ def make_planner(
     wrap: Callable[[Allocator], Allocator] = lambda allocator: allocator,
     full_marks: float = 1.0,
     evidence: float = 1.0,
+    starts: Starts | None = None,
 ) -> Planner:
     """The planner that `config` describes, over the data set whose prompt keys are `keys`.
 
@@ -50,6 +54,7 @@ def make_planner(
         wrap: changes the allocator that is used, for example to give budgets in whole branches.
         full_marks: the largest reward there is, if rewards are fractions of one.
         evidence: how many rollouts one rollout counts as in the posterior.
+        starts: chooses where rollouts begin; see `make_starts`.
 
     Raises:
         ValueError: if a step has more prompts than the data set, or a selector's column is not
@@ -100,7 +105,99 @@ def make_planner(
         success_above=config.success_above,
         full_marks=full_marks,
         evidence=evidence,
+        starts=starts,
     )
+
+
+def make_starts(
+    config: RolloutConfig, prompts: Sequence[Prompt], tokenizer: Any, *, eos_ids: Sequence[int]
+) -> Starts | None:
+    """Where rollouts begin, as `config` says; None: each at the end of its prompt.
+
+    A reference solution is read as text without special tokens, up to the first stop string.
+
+    Args:
+        config: the settings.
+        prompts: of the data set.
+        tokenizer: of the policy.
+        eos_ids: ids that end a completion, at the first of which a reference is cut.
+
+    Raises:
+        ValueError: if the column of reference solutions is in no row, or holds something else than text.
+    """
+    method = method_of(config, "starts")
+    if method.function is None:
+        return None
+    references = None
+    if method.reads_column:
+        references = _references(config, prompts, tokenizer, eos_ids)
+    return method.function(
+        [prompt.key for prompt in prompts],
+        most_tokens=config.max_completion_length - 1,
+        references=references,
+        cuts=_LineEnds(tokenizer) if config.starts_at == "line" else None,
+        decay=config.posterior_decay_chosen,
+        run_seed=config.seed,
+        **settings_of(config, method),
+    )
+
+
+def check_takes_starts(planner: Planner, engine: Any) -> None:
+    """Refuse starts with an engine that does not say that it takes them.
+
+    Raises:
+        ValueError: if the planner chooses starts, and the engine is such a one.
+    """
+    takes = isinstance(engine, TakesStarts) and engine.takes_starts
+    if planner.starts is not None and not takes:
+        raise ValueError(
+            f"starts need an engine that takes them, and {type(engine).__name__} does not say "
+            "takes_starts = True: write starts: none, or let it draw what follows Prompt.start_ids "
+            "(rollouts/engines/contract.py, TakesStarts) and test it with check_engine"
+        )
+
+
+def _references(
+    config: RolloutConfig, prompts: Sequence[Prompt], tokenizer: Any, eos_ids: Sequence[int]
+) -> list[list[int] | None]:
+    """The token ids of each prompt's reference solution, or None."""
+    name = config.starts_column or ""
+    texts = [prompt.columns.get(name) for prompt in prompts]
+    if not any(texts):
+        known = ", ".join(sorted({column for prompt in prompts for column in prompt.columns}))
+        raise ValueError(
+            f"starts_column {name!r} has no reference solution in any row of the data set, whose "
+            f"columns are {known or 'none'}"
+        )
+    references: list[list[int] | None] = []
+    for row, text in enumerate(texts):
+        if text is not None and not isinstance(text, str):
+            raise ValueError(
+                f"starts_column {name!r} must hold text or None, got {text!r} in row {row}"
+            )
+        for stop in config.stop or ():
+            text = text.partition(stop)[0] if text else text
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        ends = [place for place, token in enumerate(ids) if token in eos_ids]
+        references.append(list(ids[: ends[0]] if ends else ids) or None)
+    return references
+
+
+class _LineEnds:
+    """(L,) bool: after which tokens a line ends, by the text of each token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ends: dict[int, bool] = {}
+
+    def __call__(self, token_L: np.ndarray) -> np.ndarray:
+        return np.array([self._is_end(token) for token in token_L.tolist()], dtype=bool)
+
+    def _is_end(self, token: int) -> bool:
+        if token not in self._ends:
+            text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            self._ends[token] = text.rstrip(" ").endswith("\n")
+        return self._ends[token]
 
 
 def make_denoising_planner(config: DenoisingConfig, keys: list[str], **given: Any) -> Planner:

@@ -36,7 +36,8 @@ def check_engine(
     company. Of tokens it also draws a few hundred one-token completions and compares their
     frequencies with their log-probabilities: an engine that reports those of another temperature does
     not pass. Of denoising steps it compares the spread of the log-probabilities of the first step with
-    that of the Gaussian they are of: an engine that averages over the elements does not pass.
+    that of the Gaussian they are of: an engine that averages over the elements does not pass. An engine
+    that takes starts (`TakesStarts`) is given some, and must draw what follows them.
 
     Example::
 
@@ -126,8 +127,61 @@ def check_engine(
     many, _ = drawn(prompts[:1], [num_draws], list(range(num_draws)), max_completion_length=1)
     _check_first_tokens(many, params, logprob_tolerance)
 
+    if getattr(engine, "takes_starts", False):
+        _check_starts(engine, prompts, params, batch[0], logprob_tolerance, same_rollouts)
+
     nothing, _ = drawn(prompts, [0] * len(prompts), [])
     _require(len(nothing) == 0, "a request for no rollouts must return a batch without rows")
+
+
+def _check_starts(
+    engine: Engine[Any, Any],
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    whole: TokenRollouts,
+    tolerance: float,
+    share: float,
+) -> None:
+    """Check that a start of k tokens is a longer prompt, and leaves k tokens less to draw.
+
+    Prompt p starts with the first tokens of its own first rollout: one, two, ... where it has as many,
+    so that one call mixes starts of several lengths.
+    """
+    most = params.max_completion_length
+    if most < 2:
+        return  # leaves no room for a start
+    started, longer = [], []
+    for p, prompt in enumerate(prompts):
+        row = int((whole.prompt_N == p).nonzero()[0])
+        drawn = whole.token_NT[row][whole.mask_NT[row]]
+        start = tuple(drawn[: min(1 + p % 3, len(drawn) - 1, most - 1)].tolist())
+        started.append(prompt.started(start))
+        longer.append(replace(prompt, token_ids=prompt.token_ids + start))
+    seeds = list(range(len(prompts)))
+
+    def make(some: Sequence[Prompt], settings: SamplingParams, seeds: list[int]) -> TokenRollouts:
+        seeds_N = torch.tensor(seeds, dtype=torch.int64)
+        return engine.generate(some, [1] * len(some), seeds_N=seeds_N, params=settings)
+
+    batch = make(started, params, seeds)
+    _require(
+        batch.prompt_ids == tuple(tuple(prompt.token_ids) for prompt in started),
+        "prompt_ids must hold the token ids of the prompts and, after them, of their starts",
+    )
+    room_N = torch.tensor([most - len(prompt.start_ids) for prompt in started])
+    _require(
+        (batch.length_N <= room_N).all()
+        and (batch.length_N[batch.truncated_N] == room_N[batch.truncated_N]).all(),
+        f"a start counts towards max_completion_length={most}: at most {room_N.tolist()} tokens may be "
+        f"drawn, got {batch.length_N.tolist()}",
+    )
+    for p, prompt in enumerate(longer):
+        # Stop strings that begin in the start would tell the two apart.
+        settings = replace(params, max_completion_length=int(room_N[p]), stop=())
+        one = make([started[p]], replace(params, stop=()), seeds[p : p + 1])
+        other = make([prompt], settings, seeds[p : p + 1])
+        origin: list[Origin] = [(tuple(prompt.token_ids), seeds[p])]
+        _check_same_rollouts((one, origin), (other, origin), tolerance, share)
 
 
 def _named(prompt: Prompt, denoises: bool) -> tuple[int, ...] | str:

@@ -26,9 +26,11 @@ __all__ = [
     "Prompt",
     "Rests",
     "SamplingParams",
+    "TakesStarts",
     "end_of_sequence_ids",
     "num_positions",
     "requested_rows",
+    "room_of",
 ]
 
 
@@ -41,7 +43,7 @@ class SamplingParams:
     """
 
     max_completion_length: int
-    """Most tokens of one completion, the end-of-sequence token included."""
+    """Most tokens of one completion, the end-of-sequence token and `Prompt.start_ids` included."""
     temperature: float = 1.0
     """Logits are divided by this. 0 takes the most likely token."""
     top_p: float = 1.0
@@ -174,6 +176,41 @@ def end_of_sequence_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 def num_positions(model: Any) -> int | None:
     """Most tokens that a sequence may have for `model`, prompt and completion together; None: any."""
     return position_limit(model)[0]
+
+
+@runtime_checkable
+class TakesStarts(Protocol):
+    """What an engine has besides, if it can be given the beginning of a completion.
+
+    The tokens of `Prompt.start_ids` stand at the end of `token_ids`, so they are prefilled with the
+    prompt. What is drawn after them is all that the batch holds as completion, at most `room_of` tokens;
+    `prompt_ids` holds prompt and start. A stop string ends a rollout also where it begins in the start.
+    """
+
+    @property
+    def takes_starts(self) -> bool:
+        """Whether it does; an engine without this draws whole completions only."""
+        ...
+
+
+def room_of(prompts: Sequence[Prompt], params: SamplingParams) -> list[int]:
+    """Most tokens that may be drawn for each prompt: what its start leaves of a completion.
+
+    Raises:
+        ValueError: if a start leaves nothing, or does not stand at the end of `token_ids`.
+    """
+    rooms = []
+    for prompt in prompts:
+        start, most = prompt.start_ids, params.max_completion_length
+        if start and tuple(prompt.token_ids[-len(start) :]) != start:
+            raise ValueError(f"the start of prompt {prompt.key!r} is not the end of its token_ids")
+        if len(start) >= most:
+            raise ValueError(
+                f"the start of prompt {prompt.key!r} has {len(start)} tokens and leaves nothing of "
+                f"max_completion_length={most}"
+            )
+        rooms.append(most - len(start))
+    return rooms
 
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)

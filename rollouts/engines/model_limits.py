@@ -18,9 +18,10 @@ def check_prompts(model: Any, prompts: Sequence[Prompt], *, max_completion_lengt
     limit, what = position_limit(model)
     num_ids = num_embeddings(model)
     for prompt in prompts:
-        if limit is not None and len(prompt.token_ids) + max_completion_length > limit:
+        length = len(prompt.token_ids) - len(prompt.start_ids)  # a start is of the completion
+        if limit is not None and length + max_completion_length > limit:
             raise ValueError(
-                f"prompt {prompt.key!r} has {len(prompt.token_ids)} tokens; with "
+                f"prompt {prompt.key!r} has {length} tokens; with "
                 f"max_completion_length={max_completion_length} it does not fit {what}"
             )
         if num_ids is not None and max(prompt.token_ids) >= num_ids:

@@ -29,7 +29,12 @@ from transformers.cache_utils import (
 
 from rollouts.batch import TokenRollouts
 from rollouts.engines.adaptive_temperature import entropy
-from rollouts.engines.contract import SamplingParams, end_of_sequence_ids, requested_rows
+from rollouts.engines.contract import (
+    SamplingParams,
+    end_of_sequence_ids,
+    requested_rows,
+    room_of,
+)
 from rollouts.engines.drawing import at_temperature, draw, mix64, uniform
 from rollouts.engines.model_limits import check_prompts, ids_of, refuse_virtual_tokens
 from rollouts.engines.probes import distance, plain_logits, rows_of, spread_of, tolerance
@@ -70,6 +75,8 @@ class TransformersEngine:
         ValueError: if the model is an encoder-decoder or has virtual tokens (prompt tuning), the
             tokenizer has no pad token, or `max_batch_rows` is below 1.
     """
+
+    takes_starts = True
 
     def __init__(self, model: Any, tokenizer: Any, *, max_batch_rows: int = 256) -> None:
         if max_batch_rows < 1:
@@ -165,6 +172,7 @@ class TransformersEngine:
         prompt_N, seed_N = requested_rows(prompts, budget_P, seeds_N)
         asked_for = [prompts[p] for p in prompt_N.unique()]
         check_prompts(self.model, asked_for, max_completion_length=params.max_completion_length)
+        room_of(asked_for, params)
         self.check_model()
 
         # Neighbours in length share a wave, so that little of its cache is padding.
@@ -209,7 +217,8 @@ class TransformersEngine:
         forward = (_SharedForward if self.shares_prefill else _PlainForward)(model, prompt_R)
         eos = torch.tensor(self.eos_token_ids, dtype=torch.int64, device=device)
         known_V = _known(self.known_ids, eos.tolist(), forward.logits_KV)
-        stops = _StopStrings(self.tokenizer, params.stop) if params.stop else None
+        starts = [prompt.start_ids for prompt in prompt_R]
+        stops = _StopStrings(self.tokenizer, params.stop, starts) if params.stop else None
         key_K = mix64(seed_R.to(device))
 
         shape = (len(prompt_R), params.max_completion_length)
@@ -223,7 +232,10 @@ class TransformersEngine:
         seen_KV = _seen(prompt_R, forward.logits_KV) if params.repetition_penalty != 1 else None
         row_K = torch.arange(shape[0], device=device)
         running_K = torch.ones(shape[0], dtype=torch.bool, device=device)
-        for t in range(params.max_completion_length):
+        truncated_R = torch.zeros(shape[0], dtype=torch.bool, device=device)
+        rooms = room_of(prompt_R, params)
+        room_K, least, most = torch.tensor(rooms, device=device), min(rooms), max(rooms)
+        for t in range(most):
             uniform_K = uniform(key_K, t)
             token_K, logprob_K = draw(forward.logits_KV, uniform_K, params, seen_KV, known_V)
             # Finished rollouts that have not left yet keep their padding.
@@ -238,13 +250,18 @@ class TransformersEngine:
             running_K = running_K & ~torch.isin(token_K, eos)
             if stops is not None:
                 running_K = running_K & ~stops.found(token_RT, row_K, running_K, t)
-            num_running = int(running_K.sum())
-            if num_running == 0 or t + 1 == params.max_completion_length:
+            if t + 1 >= least:
+                full_K = running_K & (room_K <= t + 1)
+                truncated_R[row_K] |= full_K
+                running_K = running_K & ~full_K
+            num_running = 0 if t + 1 == most else int(running_K.sum())
+            if num_running == 0:
                 break
             if num_running <= COMPACT_BELOW * len(row_K):
                 kept_K = running_K.nonzero().flatten()
                 forward.keep(kept_K)
                 row_K, key_K, token_K = row_K[kept_K], key_K[kept_K], token_K[kept_K]
+                room_K = room_K[kept_K]
                 running_K = running_K[kept_K]
                 seen_KV = None if seen_KV is None else seen_KV[kept_K]
             token_K = token_K.where(running_K, fed)
@@ -252,8 +269,6 @@ class TransformersEngine:
                 seen_KV.scatter_(1, token_K[:, None], True)
             forward.append(token_K)
 
-        truncated_R = torch.zeros(shape[0], dtype=torch.bool, device=device)
-        truncated_R[row_K] = running_K
         bad_R = (~logprob_RT.isfinite()).any(dim=1).nonzero().flatten().tolist()
         if bad_R:
             raise FloatingPointError(
@@ -276,13 +291,16 @@ def _seen(prompt_R: Sequence[Prompt], logits_RV: Tensor) -> Tensor:
 class _StopStrings:
     """Finds stop strings in the text of completions, decoding only their tails."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str], start_R: Sequence[Sequence[int]] = ()
+    ) -> None:
         self.tokenizer = tokenizer
         self.stop = stop
         # A token stands for at least one byte, so a string that ends with the newest token starts
         # at most this many back. A few more, because decoders drop a leading space and because a
         # character may start in the token before.
         self.num_tokens = max(len(s.encode()) for s in stop) + 4
+        self.start_R = [list(start[-self.num_tokens :]) for start in start_R]
 
     def found(self, token_RT: Tensor, row_K: Tensor, running_K: Tensor, step: int) -> Tensor:
         """(K,) bool: running rollouts whose newest token, at `step`, completes a stop string."""
@@ -291,7 +309,11 @@ class _StopStrings:
         if len(position) == 0:
             return found_K
         start = max(0, step + 1 - self.num_tokens)
-        tails = token_RT[row_K[position], start : step + 1].tolist()
+        row = row_K[position]
+        tails = token_RT[row, start : step + 1].tolist()
+        if step + 1 < self.num_tokens and any(self.start_R):  # a stop string may begin in a start
+            pairs = zip(row.tolist(), tails, strict=True)
+            tails = [(self.start_R[r] + tail)[-self.num_tokens :] for r, tail in pairs]
         texts = self.tokenizer.batch_decode(
             tails, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )

@@ -22,7 +22,12 @@ from torch import Tensor
 from trl.generation import vllm_client, vllm_generation
 
 from rollouts.batch import TokenRollouts
-from rollouts.engines.contract import SamplingParams, end_of_sequence_ids, requested_rows
+from rollouts.engines.contract import (
+    SamplingParams,
+    end_of_sequence_ids,
+    requested_rows,
+    room_of,
+)
 from rollouts.prompts import Prompt
 
 LAUNCH = (
@@ -70,6 +75,8 @@ class VLLMEngine:
     Raises:
         ValueError: for settings that do not fit, or a server that reports other log-probabilities.
     """
+
+    takes_starts = True
 
     def __init__(
         self,
@@ -157,6 +164,12 @@ class VLLMEngine:
         """
         prompt_N, seed_N = requested_rows(prompts, budget_P, seeds_N)
         self._refuse(params)
+        if params.stop and any(prompt.start_ids for prompt in prompts):
+            raise ValueError(
+                f"vLLM looks for stop={list(params.stop)} in what it draws and not across the end of a "
+                "start: use the transformers engine, or no stop strings"
+            )
+        room_P = room_of(prompts, params)
         if self._asleep:
             raise RuntimeError("vLLM rests and has no weights; call load_weights before generate")
         eos = end_of_sequence_ids(self._generation.model, self.tokenizer)
@@ -167,7 +180,6 @@ class VLLMEngine:
             "top_k": params.top_k,
             "min_p": params.min_p,
             "repetition_penalty": params.repetition_penalty,
-            "max_tokens": params.max_completion_length,
             "logprobs": 0,
         }
         more = {
@@ -177,8 +189,9 @@ class VLLMEngine:
         }
         answer = self._from_server if self._generation.mode == "server" else self._from_colocated
         asks = bool(rows) or self.generates_together
-        drawn = answer(rows, seed_N.tolist(), settings, more) if asks else []
-        return self._batch(prompts, prompt_N, seed_N, drawn, eos, params, version)
+        room_N = [room_P[p] for p in prompt_N.tolist()]
+        drawn = answer(rows, seed_N.tolist(), room_N, settings, more) if asks else []
+        return self._batch(prompts, prompt_N, seed_N, drawn, eos, params, version, room_N)
 
     def _refuse(self, params: SamplingParams) -> None:
         if params.adaptive_temperature is not None:
@@ -202,7 +215,7 @@ class VLLMEngine:
             )
 
     def _from_server(
-        self, rows: list[Prompt], seeds: list[int], settings: dict, more: dict
+        self, rows: list[Prompt], seeds: list[int], rooms: list[int], settings: dict, more: dict
     ) -> list[tuple[list[int], list[float | None]]]:
         """Tokens and log-probabilities of each row, asked for one by one, many at a time."""
 
@@ -210,7 +223,9 @@ class VLLMEngine:
             ids = list(rows[row].token_ids)
             extra = more | {"seed": _usable(seeds[row]), "cache_salt": self._salt}
             try:
-                answer = self._client.generate([ids], n=1, **settings, generation_kwargs=extra)
+                answer = self._client.generate(
+                    [ids], n=1, max_tokens=rooms[row], **settings, generation_kwargs=extra
+                )
             except Exception as error:
                 raise RuntimeError(
                     f"the vLLM server at {self._client.base_url} failed on prompt {rows[row].key}: "
@@ -227,18 +242,24 @@ class VLLMEngine:
             return list(pool.map(ask, range(len(rows))))
 
     def _from_colocated(
-        self, rows: list[Prompt], seeds: list[int], settings: dict, more: dict
+        self, rows: list[Prompt], seeds: list[int], rooms: list[int], settings: dict, more: dict
     ) -> list[tuple[list[int], list[float | None]]]:
         """The same from the vLLM of this process, or of its group, in one call."""
         from vllm import SamplingParams as RequestParams
 
-        mine = [(list(p.token_ids), _usable(s)) for p, s in zip(rows, seeds, strict=True)]
+        mine = [
+            (list(prompt.token_ids), _usable(seed), room)
+            for prompt, seed, room in zip(rows, seeds, rooms, strict=True)
+        ]
         asked, salt, first = self._of_group(mine)
         if not asked:
             return []
         outputs = self._generation.llm.generate(
-            [{"prompt_token_ids": ids, "cache_salt": salt} for ids, _ in asked],
-            sampling_params=[RequestParams(n=1, seed=s, **settings, **more) for _, s in asked],
+            [{"prompt_token_ids": ids, "cache_salt": salt} for ids, _, _ in asked],
+            sampling_params=[
+                RequestParams(n=1, seed=seed, max_tokens=room, **settings, **more)
+                for _, seed, room in asked
+            ],
             use_tqdm=False,
         )
         if len(outputs) != len(asked):
@@ -252,7 +273,7 @@ class VLLMEngine:
         }
         return [_sampled(answer, row, prompt) for row, prompt in enumerate(rows)]
 
-    def _of_group(self, mine: list[tuple[list[int], int]]) -> tuple[list, str, int]:
+    def _of_group(self, mine: list[tuple[list[int], int, int]]) -> tuple[list, str, int]:
         """Requests of all processes that share this vLLM, their salt, and where this one's begin."""
         if self._num_together == 1:
             return mine, self._salt, 0
@@ -272,8 +293,8 @@ class VLLMEngine:
         eos: tuple[int, ...],
         params: SamplingParams,
         version: int,
+        room_N: list[int],
     ) -> TokenRollouts:
-        limit = params.max_completion_length
         vocabulary = self._generation.model.config.get_text_config().vocab_size
         length_N = torch.tensor([len(ids) for ids, _ in drawn], dtype=torch.int64)
         longest = int(length_N.max()) if drawn else 0
@@ -282,7 +303,7 @@ class VLLMEngine:
         logprob_NT = torch.zeros(token_NT.shape)
         truncated_N = torch.zeros(len(drawn), dtype=torch.bool)
         for row, (ids, logprobs) in enumerate(drawn):
-            key = prompts[int(prompt_N[row])].key
+            key, limit = prompts[int(prompt_N[row])].key, room_N[row]
             _check(ids, logprobs, key, limit=limit, vocabulary=vocabulary)
             token_NT[row, : len(ids)] = torch.tensor(ids)
             logprob_NT[row, : len(ids)] = torch.tensor(

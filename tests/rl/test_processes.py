@@ -58,6 +58,8 @@ def test_two_processes_do_what_one_does(tmp_path):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     trained = [row["ledger/rollouts_trained"] for row in tiny.step_logs(one / "sparse")]
     assert 1 in trained and 0 in trained  # a process without rows, and both
+    shares = [row["starts/share"] for row in tiny.step_logs(two / "starts")]
+    assert max(shares) > 0.5  # starts were chosen
     assert validation(two / "small") == validation(one / "small") != []
 
     for kind, folder in broken.items():

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow  # whole runs
 def rows():
     """Eight prompts with the columns that some selectors read."""
     return [
-        row | {"start": i / 8, "place": [float(i % 3), float(i)]}
+        row | {"start": i / 8, "place": [float(i % 3), float(i)], "solution": "123"}
         for i, row in enumerate(tiny.rows("a"))
     ]
 
@@ -29,6 +29,8 @@ SELECTIONS = {
     "diverse": {"selection_column": "place", "selection_gamma": 0.1},
     "mopps": {"selection_candidates": 2},
 }
+EVERYWHERE = {"starts_delta": 0.0, "starts_until": 1.0, "posterior_decay_chosen": 0.9}
+"""Prompts are started along something whatever their pass rate."""
 STOPS = {"early": {"stopping_threshold": 1.0}, "early_unbiased": {"stopping_threshold": 1.0}}
 METHODS: dict[str, dict] = (
     {f"select {n}": {"selector": n} | SELECTIONS.get(n, {}) for n in SELECTORS}
@@ -53,6 +55,31 @@ METHODS: dict[str, dict] = (
         for n in ADVANTAGES
     }
     | {
+        "starts along traces": {"starts": "traces"} | EVERYWHERE,
+        "starts along a column, pilots": {
+            "starts": "column",
+            "starts_column": "solution",
+            "starts_plain_share": 0.0,
+            "allocator": "neyman",
+            "pilot_rollouts": 2,
+            "budget_min": 2,
+        }
+        | EVERYWHERE,
+        "starts, refill with a buffer, and stop": {
+            "starts": "column",
+            "starts_column": "solution",
+            "starts_memory_tokens": 20,
+            "refill": True,
+            "prompts_per_step": 3,
+            "refill_wave": 5,
+            "refill_max_age": 1,
+            "stopping": "early",
+            "stopping_threshold": 0.3,
+            "stopping_wave": 2,
+            "advantage": "leave_one_out",
+            "trainer": "grpo",
+        }
+        | EVERYWHERE,
         "refill": {"refill": True, "prompts_per_step": 3},
         "refill with a buffer": {
             "refill": True,
