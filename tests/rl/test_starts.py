@@ -26,6 +26,7 @@ COLUMN = {
     "allocator": "uniform",
     "trainer": "grpo",
     "posterior_decay_chosen": 1.0,
+    "posterior_prior": "flat",
 }
 
 
