@@ -3,6 +3,7 @@
     apportion simulate                                       # half of the prompts hopeless
     apportion simulate --pass_rates beta:0.5,0.5 --selector vade --allocator leave_one_out
     apportion simulate --pass_rates rates.jsonl --stopping early --stopping_wave 4
+    apportion simulate --pass_rates levels --num_prompts 900 --posterior_prior column
 
 The planner is the real one. A rollout passes with its prompt's pass rate, which stays as it is: this
 shows which rollouts would carry a gradient, not what a policy would learn from them.
@@ -25,6 +26,8 @@ from numpy.typing import NDArray
 
 from samplers import BetaPosterior, Planner, allocation, selection, stopping
 from samplers.keys import step_generator
+from samplers.prior import Prior, StrataPrior, pooled_prior
+from samplers.selection.uniform_share import SHARE, UniformShare
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,12 +48,22 @@ def mostly_solved(size: int, generator: Generator) -> FloatArray:
     return np.where(np.arange(size) % 5, solved, generator.random(size))
 
 
+NUM_LEVELS = 9
+
+
+def levels(size: int, generator: Generator) -> FloatArray:
+    """Nine levels of prompts in turn, from easy to hopeless, whose pass rates differ within a level."""
+    mean_D = np.linspace(0.95, 0.02, NUM_LEVELS)[np.arange(size) % NUM_LEVELS]
+    return generator.beta(8 * mean_D, 8 * (1 - mean_D))
+
+
 POOLS: dict[str, Callable[[int, Generator], FloatArray]] = {
     "uniform": lambda size, generator: generator.random(size),
     "half_dead": half_dead,
     "mostly_solved": mostly_solved,
     "skewed": lambda size, generator: generator.beta(0.5, 0.5, size),
     "very_skewed": lambda size, generator: generator.beta(0.2, 0.2, size),
+    "levels": levels,
 }
 """Pools of pass rates: `pool(size, generator) -> pass_rate_D`."""
 
@@ -88,6 +101,7 @@ ALLOCATORS = {
     "log": Allocator(allocation.neyman, allocation.log_std),
     "accepted": Allocator(allocation.neyman, allocation.accepted_std),
     "reinforce_ada": Allocator(allocation.neyman, allocation.reinforce_ada_std),
+    "inverse_pass_rate": Allocator(allocation.inverse_pass_rate, allocation.mean_pass_rate, 2),
     "knapsack": Allocator(allocation.knapsack, allocation.mean_pass_rate, minimum=2),
     "knapsack_posterior": Allocator(allocation.knapsack_posterior, None, minimum=2),
     "knapsack_released": Allocator(allocation.knapsack_released, allocation.passed_share, 2),
@@ -102,6 +116,13 @@ STOPPINGS: dict[str, Callable[[Settings], stopping.Stopping | None]] = {
         threshold=s.stopping_threshold, rho=s.stopping_rho
     ),
 }
+
+PRIORS: dict[str, Callable[[Settings, Sequence[str]], Prior | None]] = {
+    "flat": lambda _, __: None,
+    "pooled": lambda s, strata: pooled_prior(len(strata), **s.of_prior),
+    "column": lambda s, strata: StrataPrior(strata, **s.of_prior),
+}
+"""`make(settings, stratum of each prompt)`; features there are none here."""
 
 BANDS = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)
 """Edges of the bands of pass rates that the table has rows for."""
@@ -124,10 +145,33 @@ class Settings:
     stopping_rho: float = 0.5
     posterior_decay_chosen: float = 0.2
     posterior_decay_rest: float = 0.999
+    posterior_prior: str = "pooled"
+    posterior_prior_decay: float = 0.95
+    posterior_kappa: float | None = None
+    uniform_share: float | None = None
     seed: int = 0
 
+    @property
+    def of_prior(self) -> dict[str, Any]:
+        """Arguments of a prior that learns."""
+        return {"decay": self.posterior_prior_decay, "kappa": self.posterior_kappa}
 
-UNIFORM = {"selector": "uniform", "allocator": "uniform", "stopping": "none"}
+    @property
+    def share(self) -> float:
+        """The share of uniform picks, where it is left out that of training."""
+        if self.uniform_share is not None:
+            return self.uniform_share
+        believes = self.selector != "uniform" and self.posterior_prior != "flat"
+        return SHARE if believes else 0.0
+
+
+UNIFORM = {
+    "selector": "uniform",
+    "allocator": "uniform",
+    "stopping": "none",
+    "posterior_prior": "flat",
+    "uniform_share": None,
+}
 """What everything is compared with: every prompt in turn, the same budget, no stopping."""
 
 
@@ -162,7 +206,9 @@ class Outcome:
         return float(rollouts / visits) if visits else None, float(rollouts / max(self.rollouts, 1))
 
 
-def simulate(pass_rate_D: FloatArray, settings: Settings, *, steps: int) -> Outcome:
+def simulate(
+    pass_rate_D: FloatArray, settings: Settings, *, steps: int, strata: Sequence[str] | None = None
+) -> Outcome:
     """What the planner of these settings does in so many steps, on prompts of fixed pass rates.
 
     A rollout's seed decides whether it passes, so that two simulations are comparable.
@@ -170,6 +216,7 @@ def simulate(pass_rate_D: FloatArray, settings: Settings, *, steps: int) -> Outc
     Args:
         pass_rate_D: in [0, 1].
         steps: training steps, at least 1.
+        strata: (D,) each prompt's kind, where there are kinds.
 
     Raises:
         ValueError: if a setting or a pass rate is out of range, or settings do not fit each other.
@@ -181,7 +228,7 @@ def simulate(pass_rate_D: FloatArray, settings: Settings, *, steps: int) -> Outc
         raise ValueError("pass rates must be in [0, 1]")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    planner = planner_of(settings, num_prompts=len(pass_rate_D))
+    planner = planner_of(settings, num_prompts=len(pass_rate_D), strata=strata)
     visits_D, rollouts_D, mixed_D = np.zeros((3, len(pass_rate_D)), dtype=np.int64)
     for _ in range(steps):
         passed_P, trials_P = np.zeros((2, settings.prompts_per_step), dtype=np.int64)
@@ -201,32 +248,45 @@ def simulate(pass_rate_D: FloatArray, settings: Settings, *, steps: int) -> Outc
     return Outcome(pass_rate_D, visits_D, rollouts_D, mixed_D)
 
 
-def planner_of(settings: Settings, *, num_prompts: int) -> Planner:
+def planner_of(
+    settings: Settings, *, num_prompts: int, strata: Sequence[str] | None = None
+) -> Planner:
     """The planner of these settings.
 
     Raises:
-        ValueError: if a name is unknown, or settings do not fit each other.
+        ValueError: if a name is unknown, settings do not fit each other, or there are no kinds for
+            `posterior_prior` column.
     """
     tables: dict[str, dict[str, Any]] = {
         "selector": SELECTORS,
         "allocator": ALLOCATORS,
         "stopping": STOPPINGS,
+        "posterior_prior": PRIORS,
     }
     for name, table in tables.items():
         if (value := getattr(settings, name)) not in table:
             raise ValueError(f"{name} must be one of {', '.join(table)}, got {value!r}")
+    if settings.posterior_prior == "column" and strata is None:
+        raise ValueError(
+            "posterior_prior column needs prompts of several kinds: write pass_rates: levels, or "
+            "numbers such as 0,0.1,0.9, each of which is a kind"
+        )
     posterior = BetaPosterior(
         num_prompts,
         decay_chosen=settings.posterior_decay_chosen,
         decay_rest=settings.posterior_decay_rest,
+        prior=PRIORS[settings.posterior_prior](settings, strata or [""] * num_prompts),
     )
     keys = [f"prompt-{row:06d}" for row in range(num_prompts)]
     allocator, rule = ALLOCATORS[settings.allocator], STOPPINGS[settings.stopping](settings)
     wave = settings.stopping_wave or max(1, settings.rollouts_per_prompt // 2)
     least = 1 if settings.allocator == "uniform" else max(2, allocator.minimum)
+    chooses = SELECTORS[settings.selector](posterior, keys, settings.seed)
+    if settings.share:
+        chooses = UniformShare(chooses, num_prompts, share=settings.share, keys=keys)
     return Planner(
         posterior,
-        SELECTORS[settings.selector](posterior, keys, settings.seed),
+        chooses,
         allocator.solve,
         keys=keys,
         prompts_per_step=settings.prompts_per_step,
@@ -268,6 +328,16 @@ def pass_rates(spec: str, *, num_prompts: int, seed: int, column: str = "pass_ra
             f"0,0.1,0.9, or a file, got {spec!r}"
         ) from None
     return values[np.arange(num_prompts) * len(values) // num_prompts]
+
+
+def strata_of(spec: str, *, num_prompts: int) -> list[str] | None:
+    """(D,) the kinds of prompts that `pass_rates` makes of a text; None where it makes none."""
+    if spec == "levels":
+        return [f"level {row % NUM_LEVELS}" for row in range(num_prompts)]
+    if spec in POOLS or spec.startswith("beta:") or Path(spec).is_file():
+        return None
+    values = spec.split(",")
+    return [values[row * len(values) // num_prompts].strip() for row in range(num_prompts)]
 
 
 def _read(path: Path, column: str) -> FloatArray:
@@ -343,9 +413,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "selector": SELECTORS,
         "allocator": ALLOCATORS,
         "stopping": STOPPINGS,
+        "posterior_prior": PRIORS,
     }
     more = {"budget_min": "what the allocator needs", "stopping_wave": "half of the rollouts"}
     more["stopping_needed"] = "positive: 1, balanced: 4"
+    more |= {"posterior_kappa": "estimated", "uniform_share": f"{SHARE} where a prior learns"}
     for name, default in vars(Settings()).items():
         told = f"({default if default is not None else more.get(name, 'no limit')})"
         if name in choices:
@@ -353,7 +425,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             told = f"{', '.join(known)} {told}"
             add(f"--{name}", choices=known, default=default, metavar="NAME", help=told)
         else:
-            kind = float if isinstance(default, float) else int
+            real = isinstance(default, float) or name in ("posterior_kappa", "uniform_share")
+            kind = float if real else int
             add(f"--{name}", type=kind, default=default, metavar="X", help=told)
     given = vars(parser.parse_args(arguments))
     about = {name: given.pop(name) for name in ("pass_rates", "column", "num_prompts", "steps")}
@@ -367,9 +440,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seed=settings.seed,
             column=about["column"],
         )
+        strata = strata_of(about["pass_rates"], num_prompts=about["num_prompts"])
         even = Settings(**given | UNIFORM | {"budget_min": None, "budget_max": None})
         arms = {"uniform": even, "yours": settings}
-        outcome = {name: simulate(rate_D, arm, steps=about["steps"]) for name, arm in arms.items()}
+        outcome = {
+            name: simulate(rate_D, arm, steps=about["steps"], strata=strata)
+            for name, arm in arms.items()
+        }
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     from rich.console import Console
@@ -378,9 +455,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for table in tables(outcome):
         console.print(table)
     console.print(
-        f"yours: selector {settings.selector}, allocator {settings.allocator}, stopping "
-        f"{settings.stopping}; {about['steps']} steps of {settings.prompts_per_step} prompts. Pass "
-        "rates stay as they are: this shows which groups would carry a gradient, not what is learned."
+        f"yours: selector {settings.selector}, prior {settings.posterior_prior}, allocator "
+        f"{settings.allocator}, stopping {settings.stopping}; {about['steps']} steps of "
+        f"{settings.prompts_per_step} prompts. Pass rates stay as they are: this shows which groups "
+        "would carry a gradient, not what is learned."
     )
 
 

@@ -10,6 +10,7 @@ from recipes import simulate as module
 from recipes.simulate import (
     ALLOCATORS,
     POOLS,
+    PRIORS,
     SELECTORS,
     STOPPINGS,
     UNIFORM,
@@ -18,6 +19,7 @@ from recipes.simulate import (
     main,
     pass_rates,
     simulate,
+    strata_of,
 )
 
 EVEN = Settings(**UNIFORM)
@@ -71,6 +73,34 @@ def test_a_selector_that_remembers_leaves_hopeless_prompts_alone():
     assert yours.rollouts_per_mixed_group < even.rollouts_per_mixed_group
 
 
+@pytest.mark.slow
+def test_a_prior_of_kinds_finds_mixed_groups_that_no_posterior_of_a_prompt_can():
+    # 900 prompts and 40 steps of 32: a prompt is visited 1.4 times, and its kind 140 times.
+    rate_D = pass_rates("levels", num_prompts=900, seed=1)
+    strata = strata_of("levels", num_prompts=900)
+    few = {"rollouts_per_prompt": 2, "allocator": "uniform", "posterior_decay_chosen": 0.8}
+    found = {
+        prior: simulate(rate_D, Settings(posterior_prior=prior, **few), steps=40, strata=strata)
+        for prior in ("flat", "pooled", "column")
+    }
+    shares = {prior: each.mixed_share for prior, each in found.items()}
+    # Of 1280 groups each: standard error .014.
+    assert shares["column"] > shares["flat"] + 0.08
+    assert shares["pooled"] == pytest.approx(shares["flat"], abs=0.06)
+    with pytest.raises(
+        ValueError, match="needs prompts of several kinds: write pass_rates: levels"
+    ):
+        simulate(rate_D, Settings(posterior_prior="column"), steps=1)
+
+
+def test_kinds_are_levels_or_the_numbers_themselves():
+    assert strata_of("0,0.5", num_prompts=4) == ["0", "0", "0.5", "0.5"]
+    assert strata_of("levels", num_prompts=10)[9] == "level 0"
+    assert (
+        strata_of("skewed", num_prompts=4) is None and strata_of("beta:1,2", num_prompts=4) is None
+    )
+
+
 def test_one_seed_is_one_outcome():
     rate_D = pass_rates("skewed", num_prompts=64, seed=3)
     one, again = (simulate(rate_D, Settings(seed=3), steps=5) for _ in range(2))
@@ -90,7 +120,9 @@ def test_names_mean_what_they_mean_in_a_recipe():
         method = methods.ALLOCATORS[name]
         assert (allocator.solve, allocator.scale) == (method.function, method.scale), name
         assert allocator.minimum == max(method.minimum, 1), name
-    for name in {"posterior_decay_chosen", "posterior_decay_rest", "prompts_per_step"}:
+    assert set(PRIORS) == set(methods.PRIORS) - {"features"}
+    same = {"posterior_decay_chosen", "posterior_decay_rest", "posterior_prior_decay"}
+    for name in same | {"posterior_kappa", "uniform_share", "prompts_per_step"}:
         assert getattr(Settings(), name) == RolloutConfig.__dataclass_fields__[name].default
 
 
@@ -149,7 +181,10 @@ def test_the_command_prints_both_tables(capsys, monkeypatch):
     main(["--num_prompts", "64", "--steps", "5", "--pass_rates", "0,0.5,1", "--stopping", "early"])
     printed = capsys.readouterr().out
     assert "rollouts per mixed group" in printed and "0.4 to 0.6" in printed
-    assert "yours: selector vade, allocator leave_one_out, stopping early; 5 steps" in printed
+    assert (
+        "yours: selector vade, prior pooled, allocator leave_one_out, stopping early; 5 steps"
+        in printed
+    )
 
 
 def test_a_band_without_visits_is_no_number():
