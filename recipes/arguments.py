@@ -20,7 +20,7 @@ from .config import ConfigError
 T = TypeVar("T")
 
 TASKS = {
-    "language": {"arithmetic": ".arithmetic.task"},
+    "language": {"arithmetic": ".arithmetic.task", "maze": ".maze.task"},
     "diffusion": {"digits": ".images.task"},
 }
 """Embedded tasks of each kind of policy: modules of this package with `prepare(settings, seed=...)`.
@@ -52,7 +52,9 @@ class RecipeArguments:
     )
     task: str | None = field(
         default=None,
-        metadata={"help": "Embedded task: arithmetic, digits. Brings model, data and rewards."},
+        metadata={
+            "help": "Embedded task: arithmetic, maze, digits. Brings model, data and rewards."
+        },
     )
     task_settings: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Settings of the embedded task, as in its README."}

@@ -49,7 +49,7 @@ from rl.stages.objective import Advantage, Loss, Objective, objective_of
 from rl.stages.planning import check_takes_starts, column_of, make_planner, make_starts
 from rl.stages.prepare import prepare
 from rl.stages.prompt_features import prompt_features
-from rl.stages.records import Batch
+from rl.stages.records import Batch, Scored
 from rl.stages.validate import check_best_metric, evaluate
 from rl.step import collect, mini_batches, update
 from rollouts.engines.contract import Engine, end_of_sequence_ids
@@ -386,9 +386,19 @@ class RolloutTrainer(Trainer):
         return {name: prompts for name, prompts in sets.items() if prompts}
 
     def validate(self, prompts: list[Prompt], *, name: str = "") -> dict[str, float]:
-        """The figures of `evaluate`, without prefix; `name` is that of the set, if it has one."""
+        """The figures of `evaluate`, without prefix; `name` is that of the set, if it has one.
+
+        With `completions_every`, greedy completions are written to the run folder's `validation`.
+        """
         step = self.state.global_step
-        return evaluate(self.sampling, self.policy, prompts, version=step)
+
+        def seen(kind: str, scored: Scored) -> dict[str, float]:
+            if kind == "greedy" and self.args.completions_every and self.ranks.is_main:
+                table = completions.validation_table(prompts, scored, step=step)
+                self.run_folder.write_completions(table, step=step, folder="validation", name=name)
+            return {}
+
+        return evaluate(self.sampling, self.policy, prompts, version=step, seen=seen)
 
     def evaluate(
         self,

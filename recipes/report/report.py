@@ -39,6 +39,7 @@ from .run_folder import (
     sets_of,
     tokens_until,
 )
+from .task_pictures import before_and_after
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,12 +100,17 @@ def report(
                 f"{label}: runs end at steps {ends[0]} to {ends[-1]}; curves go to {ends[0]}, and of "
                 "validation on to each run's last"
             )
+    samples = {run.name: samples_of(run) for run in runs}
     try:
         pictures = draw(groups, page)
+        for run in runs:
+            samples[run.name] |= before_and_after(run, page)
     except ModuleNotFoundError as error:
         notes.append(f"no pictures: {error}; pip install 'apportion[recipes]'")
     headlines = headlines_of(groups)
-    page.write_text(page_of(runs, tables, pictures, headlines, notes, page), encoding="utf-8")
+    page.write_text(
+        page_of(runs, tables, pictures, samples, headlines, notes, page), encoding="utf-8"
+    )
 
     def shown(title: str, rows: list[dict[str, str]], caption: str) -> table.Table:
         made = table.Table(
@@ -300,6 +306,7 @@ def page_of(
     runs: list[Run],
     tables: list[Table],
     pictures: dict[str, Path],
+    samples: dict[str, dict[str, Path]],
     headlines: list[str],
     notes: list[str],
     page: Path | None = None,
@@ -321,7 +328,7 @@ def page_of(
         caption = f"<figcaption>{CAPTIONS[name]}</figcaption>"
         parts.append(f"<h2>{name.capitalize()}</h2><figure>{image}{caption}</figure>")
     for run in runs:
-        for caption, path in samples_of(run).items():
+        for caption, path in samples[run.name].items():
             data = base64.b64encode(path.read_bytes()).decode("ascii")
             image = f'<img alt="samples" src="data:image/png;base64,{data}">'
             title_of = f"{html.escape(run.name)}, {caption}"

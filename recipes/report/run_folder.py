@@ -85,22 +85,42 @@ def read_run(folder: Path, name: str) -> Run:
 
 def _completions(run: Run) -> list[Row]:
     """Rows of the first, a middle and the newest table of completions that can be read."""
-    from pyarrow import ArrowInvalid, parquet
-
     paths, tables = sorted(run.folder.glob("completions/*.parquet")), []
     last = len(paths) - 1
     for place in sorted({0, last // 2, last}) if paths else []:
         # Of a table that cannot be read, the nearest older one stands in.
         for path in reversed(paths[: place + 1]):
-            try:
-                rows = parquet.read_table(path).to_pylist()
-            except (ArrowInvalid, OSError) as error:
-                run.note(f"{path.name} cannot be read: {error}")
+            if (rows := _read_table(run, path)) is None:
                 continue
             if rows not in tables:
                 tables.append(rows)
             break
     return [row for rows in tables for row in rows]
+
+
+def validation_tables(run: Run) -> list[list[Row]]:
+    """The first and the last table of validation completions that can be read; none without any."""
+    found: dict[Path, list[Row]] = {}
+    paths = sorted(run.folder.glob("validation/step-*.parquet"))
+    for order in (paths, paths[::-1]):
+        for path in order:
+            if path in found:
+                break
+            if rows := _read_table(run, path):
+                found[path] = rows
+                break
+    return list(found.values())
+
+
+def _read_table(run: Run, path: Path) -> list[Row] | None:
+    """The rows of a table; None, with a note, if it cannot be read."""
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (ArrowInvalid, OSError) as error:
+        run.note(f"{path.name} cannot be read: {error}")
+        return None
 
 
 def _about(run: Run) -> Row:

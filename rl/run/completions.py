@@ -17,6 +17,9 @@ logger = logging.get_logger(__name__)
 ANSWERS = ("answer", "solution", "ground_truth", "reference", "target", "label")
 """Columns that may hold a reference answer; the first that a prompt has is shown."""
 
+VALIDATED = 64
+"""Prompts of a table of validation completions."""
+
 PER_PROMPT = 4
 """Rows of one prompt, so that they can be compared; more where a step has too few prompts."""
 
@@ -73,6 +76,29 @@ def _row(
         "truncated": bool(rollouts.truncated_N[i]),
         **{f"logged/{name}": values[i] for name, values in scored.logged_columns.items()},
     }
+
+
+def validation_table(prompts: list[Prompt], scored: Scored, *, step: int) -> list[dict[str, Any]]:
+    """Completions of a validation as a table: at most 64 of its prompts, evenly spread, a row each.
+
+    Columns: step, prompt_key, prompt (chat as text), completion and reward. A prompt without a reward
+    is left out.
+    """
+    first: dict[int, int] = {}
+    for i, p in enumerate(scored.rollouts.prompt_N.tolist()):
+        first.setdefault(p, i)
+    wanted = np.linspace(0, len(prompts) - 1, min(len(prompts), VALIDATED)).round().astype(int)
+    return [
+        {
+            "step": step,
+            "prompt_key": prompts[p].key,
+            "prompt": text_of(prompts[p].prompt),
+            "completion": scored.shown_N[first[p]],
+            "reward": float(scored.reward_N[first[p]]),
+        }
+        for p in wanted.tolist()
+        if p in first
+    ]
 
 
 def text_of(prompt: str | list[dict[str, Any]]) -> str:

@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 METRICS, STEPS, RUN = "metrics.jsonl", "steps.jsonl", "run.json"
 TRACKED = ("data_fingerprint", "prompts", "validation_prompts", "processes", "versions", "command")
 """What trackers get of `run.json`, besides settings, recipe and origins."""
-FOLDERS = ("completions", "images")
+FOLDERS = ("completions", "validation", "images")
 """Folders that a run may make in its own."""
 
 
@@ -242,11 +242,13 @@ class RunFolder(TrainerCallback):
         """Add a step's decisions to `steps.jsonl`."""
         _append(self.folder / STEPS, record)
 
-    def write_completions(self, table: list[dict[str, Any]], *, step: int) -> None:
-        """Write a table of completions as parquet."""
+    def write_completions(
+        self, table: list[dict[str, Any]], *, step: int, folder: str = "completions", name: str = ""
+    ) -> None:
+        """Write a table of completions as parquet, to `folder`/[`name`-]step-....parquet."""
         from datasets import Dataset
 
-        target = self.folder / "completions" / f"step-{step:06d}.parquet"
+        target = self.folder / folder / f"{f'{name}-' if name else ''}step-{step:06d}.parquet"
         target.parent.mkdir(exist_ok=True)
         with no_progress_bars():
             Dataset.from_list(table).to_parquet(str(target))

@@ -4,12 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.arithmetic import task as arithmetic
-from recipes.arithmetic import warm_start as module
-from recipes.arithmetic.model import build_model, build_tokenizer
 from recipes.arithmetic.tasks import (
     LARGEST_MISS,
     LEVELS,
@@ -18,7 +15,8 @@ from recipes.arithmetic.tasks import (
     warm_start_rows,
     worked_solution,
 )
-from recipes.arithmetic.warm_start import SETTINGS_FILE, WarmStart, warm_start
+from recipes.arithmetic.words import build_tokenizer
+from recipes.tiny_model import build_model
 from samplers.keys import step_generator
 
 
@@ -201,85 +199,6 @@ def test_tokens_by_hand():
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "4 - 1 ="
 
 
-def test_the_model_is_a_function_of_its_seed_and_leaves_torch_alone():
-    tokenizer = build_tokenizer()
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    first, again, other = (build_model(tokenizer, seed=seed, num_layers=1) for seed in (1, 1, 2))
-    assert torch.equal(torch.rand(1), expected)
-    weights = [m.model.embed_tokens.weight for m in (first, again, other)]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-    assert first.config.eos_token_id == tokenizer.eos_token_id
-
-
-def tiny(**changes):
-    return WarmStart(
-        **{"steps": 2, "rows": 40, "batch_size": 4, "hidden_size": 16, "num_layers": 1}
-        | {"num_heads": 2, "validation": 2}
-        | changes
-    )
-
-
-@pytest.fixture
-def training(monkeypatch):
-    """Counts trainings; each writes a small file in place of a model."""
-    made = []
-
-    def train(scratch, folder, settings, *, quiet):
-        made.append(settings)
-        folder.mkdir()
-        (folder / "model.safetensors").write_text(str(settings.seed))
-
-    monkeypatch.setattr(module, "_train", train)
-    return made
-
-
-def test_a_finished_warm_start_is_not_made_again(tmp_path, training):
-    folder = warm_start(tmp_path / "model", tiny(), quiet=True)
-    assert warm_start(folder, tiny(), quiet=True) == folder
-    assert len(training) == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def test_other_settings_replace_the_folder_and_say_why(tmp_path, training, capsys):
-    folder = warm_start(tmp_path / "model", tiny(), quiet=True)
-    warm_start(folder, tiny(seed=7))
-    assert "made anew, because seed was 0, now 7" in capsys.readouterr().err
-    assert (folder / "model.safetensors").read_text() == "7"
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_damaged_folder_is_made_anew(tmp_path, training, capsys):
-    folder = warm_start(tmp_path / "model", tiny(), quiet=True)
-    (folder / "model.safetensors").write_text("")
-    warm_start(folder, tiny())
-    assert "it is damaged" in capsys.readouterr().err
-    assert len(training) == 2
-
-
-def test_a_failed_training_leaves_the_old_folder_and_no_trace(tmp_path, training, monkeypatch):
-    folder = warm_start(tmp_path / "model", tiny(), quiet=True)
-
-    def fail(scratch, new, settings, *, quiet):
-        new.mkdir()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "_train", fail)
-    with pytest.raises(KeyboardInterrupt):
-        warm_start(folder, tiny(seed=1), quiet=True)
-    assert (folder / "model.safetensors").read_text() == "0"
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_folder_with_something_else_is_not_touched(tmp_path, training):
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match=f"has no {SETTINGS_FILE}, so it is not a warm start"):
-        warm_start(tmp_path, tiny(), quiet=True)
-    assert (tmp_path / "thesis.tex").read_text() == "x"
-
-
 @pytest.mark.slow
 def test_the_warm_start_is_an_ordinary_checkpoint(tmp_path):
     folder, train, validation, rewards = arithmetic.prepare(
@@ -288,9 +207,12 @@ def test_the_warm_start_is_an_ordinary_checkpoint(tmp_path):
             "train": 2,
             "validation": 2,
             "warm_start": {
-                name: value
-                for name, value in vars(tiny()).items()
-                if name not in ("validation", "data_seed")
+                "steps": 2,
+                "rows": 40,
+                "batch_size": 4,
+                "hidden_size": 16,
+                "num_layers": 1,
+                "num_heads": 2,
             },
         },
         seed=0,

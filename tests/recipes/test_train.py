@@ -114,7 +114,7 @@ def test_lora_trains_an_adapter(arguments, tmp_path):
     [
         (["--dataset_name", "promts.jsonl"], "no file or folder 'promts.jsonl'"),
         (["--rewards", "exact_mach"], "'exact_mach'.*exact_match"),
-        (["--task", "arithmetics"], "task must be one of arithmetic, got 'arithmetics'"),
+        (["--task", "arithmetics"], "task must be one of arithmetic, maze, got 'arithmetics'"),
         (["--learning_rat", "1"], "unknown argument --learning_rat.*learning_rate"),
         (["--prompts_per_step", "40"], "prompts_per_step=40 exceeds the 18 prompts"),
         (["--max_prompt_length", "1"], "max_prompt_length"),

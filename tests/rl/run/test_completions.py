@@ -43,6 +43,37 @@ def test_a_table_shows_several_prompts_with_answers_rewards_and_advantages(tmp_p
     assert table["advantage"].notna().any()
 
 
+@pytest.mark.slow
+def test_a_validation_leaves_a_table_of_its_greedy_completions(tmp_path):
+    def run(name, **settings):
+        made = tiny.run(
+            tmp_path / name,
+            reward=tiny.small_digit,
+            data=tiny.rows("ab"),
+            eval_dataset=tiny.rows("c"),
+            eval_strategy="steps",
+            eval_steps=2,
+            max_steps=2,
+            **settings,
+        )
+        return made, tmp_path / name / "validation"
+
+    made, folder = run("with", completions_every=2)
+    assert [path.name for path in folder.iterdir()] == ["step-000002.parquet"]
+    table = pandas.read_parquet(folder / "step-000002.parquet").to_dict("records")
+    prompts = made.eval_prompts
+    assert [row["prompt_key"] for row in table] == [prompt.key for prompt in prompts]
+    assert [row["prompt"] for row in table] == [prompt.prompt for prompt in prompts]
+    for row in table:
+        assert row["step"] == 2
+        assert row["reward"] == tiny.small_digit([row["completion"]])[0]
+    accuracy = tiny.lines(tmp_path / "with", "metrics.jsonl")
+    (greedy,) = (r["eval_greedy_accuracy"] for r in accuracy if "eval_greedy_accuracy" in r)
+    assert greedy == sum(row["reward"] for row in table) / len(table)
+    _, folder = run("without", completions_every=0)
+    assert not folder.exists()
+
+
 def batch_of(folder, **settings) -> Batch:
     made = tiny.trainer(
         folder, reward=tiny.small_digit, trainer="grpo", allocator="uniform", **settings

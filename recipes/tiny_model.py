@@ -1,4 +1,4 @@
-"""A causal language model of the Qwen3 architecture with 0.7 million parameters, and its tokenizer.
+"""A causal language model of the Qwen3 architecture with under a million parameters, and its tokenizer.
 
 Both are ordinary: `AutoModelForCausalLM` and `AutoTokenizer` load the saved folder, and whatever
 trains or serves a Qwen3 checkpoint takes this one.
@@ -6,25 +6,13 @@ trains or serves a Qwen3 checkpoint takes this one.
 
 from __future__ import annotations
 
-import re
-import string
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-
-PHRASES = (
-    "State the final answer to the following arithmetic problem: ",
-    "Spell this word backward (example: sun -> nus): ",
-    "<answer>",
-    "</answer>",
-    " + ",
-    " - ",
-    " =",
-)
-"""What is one token, longest match first in this order."""
 
 CHAT_TEMPLATE = """\
 {% for message in messages %}{{ message['content'] }}\
@@ -33,20 +21,18 @@ CHAT_TEMPLATE = """\
 """The last message as it stands, earlier ones above it, each on a line of its own."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Tokenizer over phrases, two-digit numbers and printable characters; it loses nothing.
+def build_tokenizer(words: Sequence[str], *, pattern: str, longest: int) -> PreTrainedTokenizerFast:
+    """Tokenizer with one token per word, and three more: pad, end of text, unknown.
 
-    The text is cut into the phrases of the prompts, pairs of digits, and single characters. So a
-    problem is 6 to 20 tokens and a solution 4 to 30, and a sum up to 99 is one token. What is not
-    printable ASCII or a newline becomes the unknown token.
+    Args:
+        words: distinct; a text of these words is given back as it was.
+        pattern: regular expression whose matches cut a text into words.
+        longest: tokens that the model reads, at most.
     """
-    characters = [c for c in string.printable if c.isprintable() or c == "\n"]
-    pairs = [f"{number:02d}" for number in range(100)]
-    tokens = [PAD, EOS, UNKNOWN, *PHRASES, *pairs, *characters]
+    tokens = [PAD, EOS, UNKNOWN, *words]
     tokenizer = Tokenizer(
         models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token=UNKNOWN)
     )
-    pattern = "|".join([*(re.escape(phrase) for phrase in PHRASES), "[0-9]{2}", "[\\s\\S]"])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
@@ -55,7 +41,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=EOS,
         unk_token=UNKNOWN,
         clean_up_tokenization_spaces=False,
-        model_max_length=128,
+        model_max_length=longest,
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast

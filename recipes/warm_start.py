@@ -1,6 +1,4 @@
-"""Supervised warm start: worked solutions, TRL's SFTTrainer, an ordinary checkpoint folder.
-
-    python -m recipes.arithmetic.warm_start --folder runs/warm-start [--seed 1] [--config file.yaml]
+"""Supervised warm start of a tiny model: a task's solutions, TRL's SFTTrainer, an ordinary checkpoint.
 
 A folder that was made with the same settings is left as it is, so a second run costs nothing.
 """
@@ -13,22 +11,26 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import datasets
 import torch
 import transformers
 import trl
+from transformers import PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback
 
 from rl.run.checkpoint import TornCheckpointError, seal, verify
 from rl.run.tracking import no_progress_bars
 
-from ..config import parse
-from .model import build_model, build_tokenizer
-from .tasks import LEVELS, problems, warm_start_rows
+from .arguments import check_names, read_settings
+from .config import parse
+from .tiny_model import build_model
+
+Row = dict[str, Any]
 
 SETTINGS_FILE = "warm_start.json"
 """What a folder was made with, beside the checkpoint."""
@@ -53,6 +55,45 @@ class WarmStart:
 
 
 @dataclass
+class TaskSettings:
+    """`task_settings` of the YAML file of an embedded language task.
+
+    Example::
+
+        TaskSettings(folder="runs/warm-start", train=100, warm_start={"steps": 600})
+    """
+
+    folder: str | None = None
+    """Where the warm-started model is, or is put. A name of its own for each setting keeps both.
+    Default: runs/TASK-warm-start."""
+    train: int = 100
+    """Training prompts of each level."""
+    validation: int = 28
+    """Validation prompts of each level."""
+    data_seed: int = 0
+    """Of the problems. It is not the run's seed, so that every run is judged on the same prompts."""
+    warm_start: dict[str, Any] = field(default_factory=dict)
+    """Fields of `WarmStart` that are to differ from their defaults."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What an embedded language task consists of."""
+
+    name: str
+    levels: Sequence[Any]
+    """Dataclasses, one per level; a warm start made with others is made anew."""
+    problems: Callable[..., tuple[list[Row], list[Row]]]
+    """`(seed, *, train, validation)` -> training rows and validation rows."""
+    solutions: Callable[..., list[Row]]
+    """`(data_seed, *, size, held_out, seed)` -> rows with `prompt` and `completion`."""
+    build_tokenizer: Callable[[], PreTrainedTokenizerFast]
+    rewards: Sequence[Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `WarmStart` that differ for this task."""
+
+
+@dataclass
 class Place:
     """Where the command writes, and on how many threads it computes."""
 
@@ -60,13 +101,40 @@ class Place:
     num_threads: int | None = field(default=None, metadata={"help": "Default: all cores."})
 
 
-def warm_start(folder: str | Path, settings: WarmStart, *, quiet: bool = False) -> Path:
+def prepare(
+    task: Task, settings: Mapping[str, Any] | str
+) -> tuple[Path, list[Row], list[Row], list[Any]]:
+    """The warm-started model, training rows, validation rows and rewards of a task.
+
+    Args:
+        task: what is prepared.
+        settings: fields of `TaskSettings`, or the same as JSON. The run's seed is not among them, so
+            seeds of one setting share model and prompts; `warm_start: {seed: 1}` makes another model.
+
+    Raises:
+        ValueError: for a setting that does not exist or does not fit.
+    """
+    chosen = read_settings(TaskSettings, settings, where="task_settings")
+    check_names(WarmStart, chosen.warm_start, where="task_settings.warm_start")
+    shared = {"data_seed": chosen.data_seed, "validation": chosen.validation}
+    for name in shared.keys() & chosen.warm_start.keys():
+        raise ValueError(f"write {name} in task_settings itself, it serves rollouts and warm start")
+    train, validation = task.problems(
+        chosen.data_seed, train=chosen.train, validation=chosen.validation
+    )
+    wanted = WarmStart(**{**task.defaults, **shared, **chosen.warm_start})
+    folder = warm_start(task, chosen.folder or f"runs/{task.name}-warm-start", wanted)
+    return folder, train, validation, list(task.rewards)
+
+
+def warm_start(task: Task, folder: str | Path, settings: WarmStart, *, quiet: bool = False) -> Path:
     """Make the checkpoint, unless `folder` holds it already.
 
     The folder appears under its name when it is complete. One that was made with other settings,
     or that is damaged, is made anew and replaced at the end.
 
     Args:
+        task: whose model is made.
         folder: where the checkpoint goes.
         settings: what it depends on.
         quiet: no progress bar and no messages.
@@ -78,7 +146,7 @@ def warm_start(folder: str | Path, settings: WarmStart, *, quiet: bool = False) 
         ValueError: if the folder holds something else than a warm start, which is not touched.
     """
     folder = Path(folder)
-    wanted = _identity(settings)
+    wanted = _identity(task, settings)
 
     def say(text: str) -> None:
         if not quiet:
@@ -100,7 +168,7 @@ def warm_start(folder: str | Path, settings: WarmStart, *, quiet: bool = False) 
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         say(f"{settings.steps} steps of {settings.batch_size} worked solutions")
-        _train(staging / "scratch", staging / "new", settings, quiet=quiet)
+        _train(task, staging / "scratch", staging / "new", settings, quiet=quiet)
         (staging / "new" / SETTINGS_FILE).write_text(json.dumps(wanted, indent=1))
         seal(staging / "new")
         if folder.exists():
@@ -112,8 +180,8 @@ def warm_start(folder: str | Path, settings: WarmStart, *, quiet: bool = False) 
     return folder
 
 
-def _identity(settings: WarmStart) -> dict[str, Any]:
-    return {"settings": asdict(settings), "levels": [asdict(level) for level in LEVELS]}
+def _identity(task: Task, settings: WarmStart) -> dict[str, Any]:
+    return {"settings": asdict(settings), "levels": [asdict(level) for level in task.levels]}
 
 
 def _difference(folder: Path, wanted: dict[str, Any]) -> str:
@@ -130,13 +198,13 @@ def _difference(folder: Path, wanted: dict[str, Any]) -> str:
     return ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in changed)
 
 
-def _train(scratch: Path, folder: Path, settings: WarmStart, *, quiet: bool) -> None:
+def _train(task: Task, scratch: Path, folder: Path, settings: WarmStart, *, quiet: bool) -> None:
     # Levels do not depend on how many training problems are drawn; 1 is the fewest.
-    _, held_out = problems(settings.data_seed, train=1, validation=settings.validation)
-    rows = warm_start_rows(
+    _, held_out = task.problems(settings.data_seed, train=1, validation=settings.validation)
+    rows = task.solutions(
         settings.data_seed, size=settings.rows, held_out=held_out, seed=settings.seed
     )
-    tokenizer = build_tokenizer()
+    tokenizer = task.build_tokenizer()
     model = build_model(
         tokenizer,
         seed=settings.seed,
@@ -181,13 +249,21 @@ def _train(scratch: Path, folder: Path, settings: WarmStart, *, quiet: bool) -> 
         path.unlink()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line and make the checkpoint."""
-    place, settings = parse((Place, WarmStart), arguments)
+def command(task: Task, arguments: list[str] | None = None) -> None:
+    """Parse the command line and make the checkpoint of a task.
+
+    Command line: `--folder runs/warm-start [--seed 1] [--config file.yaml]`.
+    """
+    of_type = get_type_hints(WarmStart)
+    own = make_dataclass(
+        "WarmStart",
+        [
+            (f.name, of_type[f.name], field(default=value, metadata=f.metadata))
+            for f in fields(WarmStart)
+            for value in [task.defaults.get(f.name, f.default)]
+        ],
+    )
+    place, given = parse((Place, own), arguments)
     torch.set_num_threads(place.num_threads or os.cpu_count() or 1)
     transformers.utils.logging.set_verbosity_error()
-    warm_start(place.folder, settings)
-
-
-if __name__ == "__main__":
-    main()
+    warm_start(task, place.folder, WarmStart(**asdict(given)))
