@@ -50,6 +50,7 @@ from rl.stages.planning import check_takes_starts, column_of, make_planner, make
 from rl.stages.prepare import prepare
 from rl.stages.prompt_features import prompt_features
 from rl.stages.records import Batch, Scored
+from rl.stages.replay import make_replay
 from rl.stages.validate import check_best_metric, evaluate
 from rl.step import collect, mini_batches, update
 from rollouts.engines.contract import Engine, end_of_sequence_ids
@@ -175,6 +176,7 @@ class RolloutTrainer(Trainer):
         self.objective = self._make_objective(advantage=advantage, loss=loss)
         self.sampling = Sampling(args, self.prompts, self.planner, self.ranks)
         self.ledger = self.sampling.ledger
+        self.replay = make_replay(args, self.prompts)
         self.fidelity = fidelity.Fidelity(args, self.policy, self.ranks)
         self.recipe: dict[str, Any] = {}
         """Settings besides `args` by which model, data and rewards were found, for `run.json`."""
@@ -301,6 +303,9 @@ class RolloutTrainer(Trainer):
                     progress=sampling.progress(step),
                     ledger=self.ledger,
                 )
+                if self.replay is not None:
+                    made = {"step": step, "ledger": self.ledger}
+                    batch = self.replay.mix(batch, objective, policy, ranks, model, **made)
                 loss, learned = update(
                     batch,
                     objective,
@@ -675,16 +680,19 @@ class RolloutTrainer(Trainer):
 
     def stages_state(self) -> dict[str, Any]:
         """What later steps depend on besides the weights; a copy."""
-        return {
+        state = {
             "sampling": self.sampling.state_dict(),
             "policy": self.policy.state_dict(),
             "objective": self.objective.state_dict(),
         }
+        return state if self.replay is None else state | {"replay": self.replay.state_dict()}
 
     def _load_stages(self, state: dict[str, Any]) -> None:
         self.sampling.load_state_dict(state["sampling"])
         self.policy.load_state_dict(state["policy"])
         self.objective.load_state_dict(state["objective"])
+        if self.replay is not None:
+            self.replay.load_state_dict(state.get("replay", {}))
 
     def _run_state(self) -> dict[str, Any]:
         return {

@@ -83,6 +83,14 @@ class Ledger:
                 raise ValueError(f"{count} {unit} taken from a buffer that holds {held}")
         self._count("taken", rollouts, tokens, detail="")
 
+    def replayed(self, rollouts: int, tokens: int) -> None:
+        """Count rollouts of earlier steps that train once more; they were accounted for when drawn.
+
+        Raises:
+            ValueError: if a count is negative or no step is open.
+        """
+        self._count("replayed", rollouts, tokens, detail="")
+
     def account(self, fate: str, rollouts: int, tokens: int, *, reason: str = "") -> None:
         """Say what became of rollouts that were drawn.
 

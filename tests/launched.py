@@ -94,6 +94,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "starts": {"reward": "small_digit", "trainer": "grpo", "max_steps": 5, "starts": "traces"}
     | {"starts_delta": 0.0, "starts_until": 1.0, "posterior_decay_chosen": 0.9}
     | {"allocator": "neyman", "refill": "true", "prompts_per_step": 4, "refill_max_age": 1},
+    "replay": {"reward": "small_digit", "trainer": "grpo", "max_steps": 4, "replay_share": 0.4}
+    | {"per_device_train_batch_size": 5, "beta": 0.1, "allocator": "uniform"},
     # Every row trains where entropies count, also those that no group tells from its others.
     "entropies": {"reward": "small_digit", "trainer": "grpo", "max_steps": 3, "beta": 0.1}
     | {"entropy_coef": 0.1, "top_entropy_quantile": 0.5, "loss": "dapo", "allocator": "uniform"}

@@ -23,6 +23,7 @@ LANGUAGE = {
     "hapo": {"loss": "hapo", "advantage": "token_level", "adaptive_temperature_tau": 0.1},
     "corrected": {"importance_correction": "sequence_mask", "loss": "vespo"},
     "capped": {"loss": "cispo"},
+    "replayed": {"replay_share": 0.4},
     "retired": {"retire_above": 0.9, "greso_explore": 0.5},
     "started": {"starts": "traces", "starts_delta": 0.0, "starts_until": 1.0, "max_steps": 5},
 }

@@ -48,6 +48,7 @@ class DiffusionSettings(SharedSettings):
     token_denominator, entropy_coef, reward_kl, kl_rows = "kept_tokens", 0.0, 0.0, "trained"
     old_logprobs, importance_correction, sync_ref_model = "engine", "none", False
     importance_cap, importance_floor, completions_every = None, None, 0
+    replay_share = 0.0
 
     # -- the run
     max_evaluations: int | None = setting(

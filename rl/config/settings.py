@@ -1259,6 +1259,28 @@ class LanguageSettings(SharedSettings):
     )
 
     # -- update the weights
+    replay_share: float = setting(
+        0.0,
+        "Share of a step's rows that comes from the last replay_steps collections, at most 0.5: every "
+        "row is replayed once or never, with the advantage it had, weighed by the ratio of the policy "
+        "to the one that made it. 0: none.",
+        stage=UPDATE,
+        decides=ROLLOUTS,
+    )
+    replay_steps: int = setting(
+        2,
+        "Collections that replay draws from, and so the age in steps of its oldest rows.",
+        stage=UPDATE,
+        decides=ROLLOUTS,
+        only=on("replay_share", "replay_share above 0"),
+    )
+    replay_weight_max: float = setting(
+        2.0,
+        "Largest ratio that weighs a replayed token (or row, for losses with one ratio per row).",
+        stage=UPDATE,
+        decides=TRAINING,
+        only=on("replay_share", "replay_share above 0"),
+    )
     micro_batch_tokens: int | None = setting(
         None,
         "Tokens of a micro-batch, padding included, instead of per_device_train_batch_size rows.",

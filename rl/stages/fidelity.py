@@ -79,8 +79,10 @@ class Fidelity:
         return EXACT if own and not rounded else ROUNDED
 
     def fresh(self, batch: Batch, rows: Rollouts) -> torch.Tensor | None:
-        """(N,) bool: rows drawn at this step; None: all. Groups that waited have an older policy."""
-        if not self._config.refill_max_age or not isinstance(rows, TokenRollouts):
+        """(N,) bool: rows drawn at this step; None: all. Groups that waited, and rows that are replayed,
+        have an older policy."""
+        waits = self._config.refill_max_age or self._config.replay_share
+        if not waits or not isinstance(rows, TokenRollouts):
             return None
         seeds = [
             scored.rollouts.seed_N
