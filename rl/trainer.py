@@ -304,8 +304,8 @@ class RolloutTrainer(Trainer):
                     ledger=self.ledger,
                 )
                 if self.replay is not None:
-                    made = {"step": step, "ledger": self.ledger}
-                    batch = self.replay.mix(batch, objective, policy, ranks, model, **made)
+                    mix, ledger = self.replay.mix, self.ledger
+                    batch = mix(batch, objective, policy, ranks, model, step=step, ledger=ledger)
                 loss, learned = update(
                     batch,
                     objective,

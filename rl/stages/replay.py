@@ -154,7 +154,7 @@ class Replay:
         )
         short = {name: value[:, :longest].clone() for name, value in _columns(rollouts, "_NT")}
         row_P = tuple(self._row_of[batch.prompts[p].key] for p in used.tolist())
-        return _Due(rollouts=replace(rollouts, **short), row_P=row_P)
+        return _Due(rollouts=replace(rollouts, **short), row_P=row_P)  # type: ignore[arg-type]
 
     def _weighed(
         self,
@@ -167,7 +167,9 @@ class Replay:
         part: float,
     ) -> tuple[TokenRollouts, dict[str, float]]:
         """Rows that are due, with their weights in this step, and how far the policy went from them."""
-        old = recompute(policy, ranks, model, old, {OLD})
+        scored = recompute(policy, ranks, model, old, {OLD})
+        assert isinstance(scored, TokenRollouts)
+        old = scored
         assert old.old_logprob_NT is not None and old.weight_NT is not None
         factor_NT, sums = replay_factor(
             old.old_logprob_NT, old.logprob_NT, old.mask_NT, cap=self._cap, per_row=self._per_row
@@ -226,12 +228,13 @@ def make_replay(config: Any, prompts: list[Prompt]) -> Replay | None:
 
 def _fresh(rollouts: Rollouts, objective: Objective, part: float) -> Rollouts:
     """The step's own rows, which leave a part of the step to others. The KL's weights stay."""
-    assert rollouts.weight_NT is not None
+    weight_NT = rollouts.weight_NT
+    assert weight_NT is not None
     if objective.kl_function is not None and rollouts.kl_weight_NT is None:
-        rollouts = replace(rollouts, kl_weight_NT=rollouts.weight_NT)
+        rollouts = replace(rollouts, kl_weight_NT=weight_NT)
     if rollouts.old_logprob_NT is None:
         rollouts = replace(rollouts, old_logprob_NT=rollouts.logprob_NT)
-    return replace(rollouts, weight_NT=rollouts.weight_NT * part)
+    return replace(rollouts, weight_NT=weight_NT * part)
 
 
 def _joined(dues: list[_Due], *, version: int) -> _Due:
@@ -245,7 +248,7 @@ def _joined(dues: list[_Due], *, version: int) -> _Due:
 def _alike(parts: list[Any]) -> list[Any]:
     """`parts` without the columns that not all of them have: what one step alone computed."""
     names = [{name for name, _ in _columns(part)} for part in parts]
-    lacking = set.union(*names) - set.intersection(*names)
+    lacking = {name for has in names for name in has if not all(name in has for has in names)}
     return [replace(part, **dict.fromkeys(lacking)) for part in parts]
 
 

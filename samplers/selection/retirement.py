@@ -95,7 +95,7 @@ class RetiringSelector:
         excluded = self._pool.excluded(num_prompts, exclude)
         row_K = self._pool.candidates(None, excluded, generator)
         mean_K = self._posterior.mean(row_K)
-        chance_K = np.ones(len(row_K))
+        chance_K: FloatArray = np.ones(len(row_K))
         retired_K = np.zeros(len(row_K), dtype=bool)
         skipped_K = np.zeros(len(row_K), dtype=bool)
         back = row_K[:0]

@@ -43,11 +43,12 @@ class Seen(list):
 
 
 @pytest.mark.slow
-def test_a_policy_that_stands_still_counts_a_replayed_row_as_at_its_birth(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rate", [0.0, 1e-2])
+def test_a_replayed_row_counts_as_at_its_birth_times_the_capped_ratio(tmp_path, monkeypatch, rate):
     seen = Seen()
-    made = seen.watch(tiny.trainer(tmp_path, **RUN | {"learning_rate": 0.0}), monkeypatch)
+    made = seen.watch(tiny.trainer(tmp_path, **RUN | {"learning_rate": rate}), monkeypatch)
     born = {}  # seed of a row -> (step, weights over its denominator, advantage, tokens)
-    replayed = set()
+    replayed, ratios = set(), []
     rho = 0.4 / 0.6 / 2
     for step, (fresh, mixed) in enumerate(seen):
         part = 1 / (1 + rho * min(step, 2))
@@ -64,14 +65,17 @@ def test_a_policy_that_stands_still_counts_a_replayed_row_as_at_its_birth(tmp_pa
             birth, whole_T, advantage, token_T = born[seed]
             assert seed not in replayed and 1 <= step - birth <= 2
             replayed.add(seed)
-            # The policy is the one that drew it, so the ratio is 1 up to rounding.
-            torch.testing.assert_close(weight_T, whole_T * part, rtol=1e-4, atol=0)
+            ratio_T = (rows.old_logprob_NT[i] - rows.logprob_NT[i]).exp()[:length].clamp(max=2)
+            torch.testing.assert_close(weight_T, whole_T * part * ratio_T, rtol=1e-6, atol=0)
+            # A policy that stands still is the one that drew it.
+            assert (ratio_T - 1).abs().max() < 1e-4 or rate > 0
+            ratios += ratio_T.tolist()
             assert rows.advantage_N[i] == advantage
             assert torch.equal(rows.token_NT[i, :length], token_T)
             key = mixed.prompts[int(rows.prompt_N[i])].key
             ids = rows.prompt_ids[int(rows.prompt_N[i])]
             assert {p.key: p for p in made.prompts}[key].token_ids == ids
-    assert len(replayed) > 10
+    assert len(replayed) > 10 and (max(ratios) == 2) == (rate > 0)
     totals = made.ledger.totals
     assert totals["rollouts_replayed"] == len(replayed)
     assert 0 < totals["tokens_replayed"] < totals["tokens_trained"]
