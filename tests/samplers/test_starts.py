@@ -405,15 +405,16 @@ def test_a_started_group_is_allocated_by_its_own_counts():
 
 def test_pilots_of_a_started_group_count_in_its_own_allocation():
     plans = planner(
-        with_starts(), allocate=allocation.neyman, pilot=2, rollouts_per_step=60, minimum=2
+        with_starts(), allocate=allocation.neyman, pilot=4, rollouts_per_step=60, minimum=4
     )
     hopeless(plans)
     first = plans.propose()
-    # Of one prompt both pilots pass, of one none, of one one: that one varies most.
-    plans.observe(first, [1, 1, 0, 0, 1, 0], first.prompt_N)
+    # All four pilots of one prompt pass, none of another's and two of the last: that one varies most.
+    plans.observe(first, [1] * 4 + [0] * 4 + [1, 1, 0, 0], first.prompt_N)
     second = plans.propose()
     assert second.starts is first.starts
-    assert second.budget_P.argmax() == 2
+    # Beta(5, 1), Beta(1, 5) and Beta(3, 3): the reward's std is .345, .345 and .463.
+    assert (second.budget_P + 4).tolist() == [18, 18, 24]
 
 
 def test_the_rounds_of_a_step_share_their_start_and_move_its_length_once(tmp_path):
