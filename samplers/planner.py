@@ -480,6 +480,11 @@ class Planner:
             assert self._last is not None
             self._in_flight = self._proposal(self._last, np.array(budget_P, dtype=np.int64))
 
+    def reliability(self) -> dict[str, list[tuple[float, float, float]]]:
+        """Expected pass rate, observed one and rollouts, by decile of the expectation, over the last
+        steps: of the `posterior` and, where it learns, of its `prior` alone."""
+        return {name: each.table() for name, each in self._reliability.items()}
+
     def metrics(self) -> dict[str, float]:
         """Flat numbers of the posterior, of visits, and of the step that was proposed last.
 

@@ -250,6 +250,10 @@ def record_of(planner: Planner, batch: Batch, *, step: int) -> dict[str, Any]:
         ),
         "failures": [failure for scored in batch.rounds for failure in scored.failures],
         "unrewarded": sum(len(s.unrewarded) for s in batch.rounds if s.unrewarded is not None),
+        "reliability": {
+            name: [[round(value, 4) for value in decile] for decile in table]
+            for name, table in planner.reliability().items()
+        },
         "posterior_histogram": np.histogram(mean_D, bins=20, range=(0, 1))[0].tolist(),
     }
 

@@ -105,6 +105,13 @@ def test_what_a_group_is_compared_with_knows_nothing_of_its_own_rewards(settings
     assert found[0] == found[1]
 
 
+def test_reliability_forgets_once_a_training_step():
+    planner = make()
+    rounds(planner, 2)  # of 36 rollouts each
+    for table in planner.reliability().values():
+        assert sum(trials for *_, trials in table) == pytest.approx((36 * 0.95 + 36) * 0.95)
+
+
 def test_metrics_say_what_the_prior_expects_and_how_well():
     planner = make(kappa=5)
     rounds(planner, 10)
@@ -115,3 +122,9 @@ def test_metrics_say_what_the_prior_expects_and_how_well():
     assert metrics["planner/prior_kappa"] == 5
     assert 0 < metrics["planner/prior_calibration_error"] < 0.5
     assert 0 <= metrics["selector/uniform_share"] <= 1
+    tables = planner.reliability()
+    assert [*tables] == ["posterior", "prior"]
+    for name, error in (("posterior", "calibration_error"), ("prior", "prior_calibration_error")):
+        predicted, observed, trials = np.array(tables[name]).T
+        distance = (np.abs(predicted - observed) * trials).sum() / trials.sum()
+        assert metrics[f"planner/{error}"] == pytest.approx(distance)
