@@ -101,7 +101,8 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"entropy_coef": 0.1, "top_entropy_quantile": 0.5, "loss": "dapo", "allocator": "uniform"}
     | {"per_device_train_batch_size": 5, "mask_truncated_completions": "true"},
     # One prompt of sixteen has accepted rows, so most steps have none and some have a single one.
-    "sparse": {"reward": "one_prompt", "per_device_train_batch_size": 5, "max_steps": 7, "seed": 7},
+    "sparse": {"reward": "one_prompt", "per_device_train_batch_size": 5, "max_steps": 7, "seed": 7}
+    | {"posterior_prior": "flat"},
 }
 
 

@@ -108,7 +108,7 @@ class RetiringSelector:
             if hasattr(self._selector, "waive"):
                 self._selector.waive(row_K[retired_K])
         if self._explore is not None:
-            chance_K = self._explore ** self._alike_D[row_K]
+            chance_K = np.power(self._explore, self._alike_D[row_K], dtype=np.float64)
             skipped_K = (generator.random(len(row_K)) >= chance_K) & ~retired_K
         # The selector does not see the retired, who have no turn; the skipped lose theirs.
         num_free = min(num_prompts - len(back), int((~retired_K).sum()))
