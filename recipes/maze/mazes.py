@@ -37,6 +37,11 @@ PASSAGES = {
     **{a + c + DOWN: (a + c, b + c) for a, b in pairwise(ROWS) for c in COLUMNS},
 }
 """Word -> the two cells that it joins."""
+BESIDE = {
+    cell: tuple(b if a == cell else a for a, b in PASSAGES.values() if cell in (a, b))
+    for cell in CELLS
+}
+"""Cell -> the cells beside it, walls or not, also of those outside a small maze."""
 WORDS = (*CELLS, *PASSAGES, GOAL, START, LINE)
 WORD = re.compile("[a-h][1-8][>v]?|[\\s\\S]")
 """What is one word of a text; what is neither a passage nor a cell is a character."""
@@ -167,37 +172,44 @@ def shortest_path(maze: Maze) -> str:
     return path
 
 
-def wandering_path(
-    maze: Maze, wander: float, *, longest: int, generator: np.random.Generator
-) -> tuple[str, int, int]:
-    """A path that does not always take a shortest way, and ends at the goal or when it is too long.
+def stray_path(
+    maze: Maze, wander: float, stumble: float, *, longest: int, generator: np.random.Generator
+) -> tuple[str, int, str]:
+    """A path of somebody who knows a shortest way, and does not always take it.
 
-    Each move is with probability `wander` drawn evenly from the open ways, and else leads one cell
-    nearer to the goal. (Project default, not from a paper.)
+    Each move is with probability `stumble` one into a wall, which ends the path; else with probability
+    `wander` drawn evenly from the open ways; else it leads one cell nearer to the goal. A cell without
+    a wall to a neighbour has nothing to stumble over. (Project default, not from a paper.)
 
     Args:
         maze: with a way from every cell to the goal.
-        wander: probability in [0, 1]; 0 gives a shortest path.
+        wander: probability in [0, 1].
+        stumble: probability in [0, 1]; 0 for both gives a shortest path.
         longest: moves of the path, at most.
-        generator: draws where the path wanders.
+        generator: draws where the path strays.
 
     Returns:
-        The path, its number of moves, and how many of them were drawn.
+        The path, its number of moves, and a letter for how each was chosen: n nearer, w wandering,
+        s stumbled.
     """
-    if not 0 <= wander <= 1:
-        raise ValueError(f"wander must lie in [0, 1], got {wander}")
+    for name, value in (("wander", wander), ("stumble", stumble)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}")
     distance = distances(maze)
-    path, cell, moves, drawn = "", maze.start, 0, 0
-    while cell != maze.goal and moves < longest:
+    path, cell, kinds = "", maze.start, ""
+    while cell != maze.goal and len(kinds) < longest:
         ways = maze.ways[cell]
+        walls = [other for other in BESIDE[cell] if other not in ways]
+        if walls and generator.random() < stumble:
+            return path + walls[generator.integers(len(walls))], len(kinds) + 1, kinds + "s"
         if generator.random() < wander:
             cell = ways[generator.integers(len(ways))]
-            drawn += 1
+            kinds += "w"
         else:
             cell = min(ways, key=distance.__getitem__)
+            kinds += "n"
         path += cell
-        moves += 1
-    return path, moves, drawn
+    return path, len(kinds), kinds
 
 
 def draw(size: int, *, loops: float, generator: np.random.Generator) -> Maze:

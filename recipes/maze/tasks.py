@@ -1,8 +1,8 @@
 """Mazes at seven levels, paths to warm-start a model on, and the reward.
 
 Levels run from nearly solved after the warm start to hopeless: the largest mazes are never in it. Its
-paths wander on purpose, so that reinforcement learning has something to find: a move is with a declared
-probability drawn among the open ways instead of leading nearer to the goal.
+paths stray on purpose, so that reinforcement learning has something to find: a move is with declared
+probabilities one into a wall, or drawn among the open ways instead of leading nearer to the goal.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from samplers.keys import step_generator
 
-from .mazes import distances, distinct, draw, read, walk, wandering_path
+from .mazes import distances, distinct, draw, read, stray_path, walk
 
 Row = dict[str, Any]
 
@@ -29,6 +29,12 @@ class Level:
     """Share of the warm start's rows; 0: the model never sees such a maze before the rollouts."""
     most: int | None = None
     """Mazes that there are, where these are few."""
+    loops: float = 0.15
+    """Probability that a wall is open although every cell can be reached without."""
+    wander: float = 0.25
+    """Probability that a move of the warm start's paths is drawn among the open ways."""
+    stumble: float = 0.12
+    """Probability that a move of the warm start's paths hits a wall and ends the path."""
 
     @property
     def name(self) -> str:
@@ -46,10 +52,6 @@ LEVELS = (
 )
 """The shares add up to 1."""
 
-LOOPS = 0.15
-"""Probability that a wall is open although every cell can be reached without."""
-WANDER = 0.5
-"""Probability that a move of the warm start's paths is drawn among the open ways."""
 LONGEST = 20
 """Moves of the warm start's paths, at most."""
 
@@ -83,7 +85,7 @@ def problems(seed: int, *, train: int, validation: int) -> tuple[list[Row], list
                 f"train at least 1, got {validation} and {train}"
             )
         generator = step_generator(seed, f"mazes of {level.name}", 0)
-        mazes = distinct(level.size, loops=LOOPS, generator=generator)
+        mazes = distinct(level.size, loops=level.loops, generator=generator)
         rows = [
             {"prompt": maze.text, "level": level.name, "shortest": distances(maze)[maze.start]}
             for maze in itertools.islice(mazes, validation + here)
@@ -102,11 +104,12 @@ def warm_start_rows(
         data_seed: of the draw of mazes.
         size: rows, over all levels; each level gets its share, rounded.
         held_out: rows whose mazes must not occur, wherever they lie.
-        seed: of where the paths wander.
+        seed: of where the paths stray.
         copies: paths of each maze.
 
     Returns:
-        Rows with the columns `prompt`, `completion`, `level`, `moves` and `drawn`.
+        Rows with the columns `prompt`, `completion` and `level`, and `moves` and `kinds` as `stray_path`
+        returns them.
     """
     hidden = {read(row["prompt"]).content for row in held_out}
     mazes = step_generator(data_seed, "mazes of the warm start", 0)
@@ -115,18 +118,20 @@ def warm_start_rows(
     for level in LEVELS:
         wanted = len(rows) + round(size * level.warm_start_share)
         while len(rows) < wanted:
-            maze = draw(level.size, loops=LOOPS, generator=mazes)
+            maze = draw(level.size, loops=level.loops, generator=mazes)
             if maze.content in hidden:
                 continue
             for _ in range(min(copies, wanted - len(rows))):
-                path, moves, drawn = wandering_path(maze, WANDER, longest=LONGEST, generator=paths)
+                path, moves, kinds = stray_path(
+                    maze, level.wander, level.stumble, longest=LONGEST, generator=paths
+                )
                 rows.append(
                     {
                         "prompt": maze.text,
                         "completion": path,
                         "level": level.name,
                         "moves": moves,
-                        "drawn": drawn,
+                        "kinds": kinds,
                     }
                 )
     return rows

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from recipes.maze.mazes import (
+    BESIDE,
     PASSAGES,
     SIZES,
     WORD,
@@ -16,8 +17,8 @@ from recipes.maze.mazes import (
     draw,
     read,
     shortest_path,
+    stray_path,
     walk,
-    wandering_path,
 )
 from samplers.keys import step_generator
 
@@ -139,21 +140,43 @@ def test_where_a_path_ends_by_hand():
         assert walk(WALLED, wrong) == (["d5"], 0.0)
 
 
-def test_a_path_that_does_not_wander_is_a_shortest_one_and_any_path_reaches_the_goal():
+def test_a_path_that_does_not_stray_is_a_shortest_one():
     for maze in mazes(2):
-        path, moves, drawn = wandering_path(maze, 0.0, longest=99, generator=generator())
-        assert (path, moves, drawn) == (shortest_path(maze), distances(maze)[maze.start], 0)
-        path, moves, drawn = wandering_path(maze, 0.5, longest=10_000, generator=generator(1))
-        assert walk(maze, path)[1] == 1.0 and len(path) == 2 * moves
-        path, moves, _ = wandering_path(maze, 1.0, longest=3, generator=generator(1))
-        assert moves <= 3 and walk(maze, path)[1] in (None, 1.0)
+        path, moves, kinds = stray_path(maze, 0.0, 0.0, longest=99, generator=generator())
+        assert path == shortest_path(maze)
+        assert moves == len(kinds) == distances(maze)[maze.start] and set(kinds) == {"n"}
 
 
-def test_moves_are_drawn_as_often_as_declared():
+def test_a_path_that_wanders_reaches_the_goal_and_one_that_stumbles_ends_there():
+    for maze in mazes(2):
+        path, moves, kinds = stray_path(maze, 0.5, 0.0, longest=10_000, generator=generator(1))
+        assert walk(maze, path)[1] == 1.0 and len(path) == 2 * moves == 2 * len(kinds)
+        assert stray_path(maze, 1.0, 0.0, longest=1, generator=generator(1))[1] == 1
+        path, moves, kinds = stray_path(maze, 0.0, 1.0, longest=99, generator=generator(1))
+        cells, outcome = walk(maze, path)
+        assert (outcome == 0.0) == (kinds[-1] == "s") and "s" not in kinds[:-1]
+        if outcome == 0.0:
+            assert len(cells) == moves and path[-2:] in BESIDE[cells[-1]]
+
+
+def test_the_cells_beside_a_cell_by_hand():
+    assert set(BESIDE["a1"]) == {"a2", "b1"}
+    assert set(BESIDE["c5"]) == {"b5", "d5", "c4", "c6"}
+    assert sum(map(len, BESIDE.values())) == 2 * len(PASSAGES)
+
+
+def test_moves_stray_as_often_as_declared():
     draws = generator(4)
-    paths = [wandering_path(m, 0.4, longest=99, generator=draws) for m in mazes(20)]
-    moves, drawn = sum(p[1] for p in paths), sum(p[2] for p in paths)
-    assert abs(drawn / moves - 0.4) < 4 * (0.4 * 0.6 / moves) ** 0.5  # false alarms: 6 in 100,000
+    paths = [stray_path(m, 0.4, 0.0, longest=99, generator=draws)[2] for m in mazes(20)]
+    moves = sum(map(len, paths))
+    share = sum(kinds.count("w") for kinds in paths) / moves
+    assert abs(share - 0.4) < 4 * (0.4 * 0.6 / moves) ** 0.5  # false alarms: 6 in 100,000
+    # Every cell of a perfect maze of size 5 within the names has a wall beside it.
+    walled = [draw(5, loops=0.0, generator=draws) for _ in range(300)]
+    paths = [stray_path(m, 0.0, 0.3, longest=99, generator=draws)[2] for m in walled]
+    moves = sum(map(len, paths))
+    share = sum(kinds.count("s") for kinds in paths) / moves
+    assert share < 0.3 + 4 * (0.3 * 0.7 / moves) ** 0.5 and share > 0.2
 
 
 def test_a_seed_draws_the_same_mazes_and_another_seed_others():
@@ -191,5 +214,6 @@ def test_settings_out_of_range_are_refused():
         draw(8, loops=0.0, generator=generator())
     with pytest.raises(ValueError, match=r"loops must lie in \[0, 1\], got 2"):
         draw(9, loops=2, generator=generator())
-    with pytest.raises(ValueError, match=r"wander must lie in \[0, 1\], got -1"):
-        wandering_path(WALLED, -1, longest=9, generator=np.random.default_rng(0))
+    for given, wrong in (((-1, 0), "wander must lie in .* got -1"), ((0, 2), "stumble .* got 2")):
+        with pytest.raises(ValueError, match=wrong):
+            stray_path(WALLED, *given, longest=9, generator=np.random.default_rng(0))
