@@ -200,7 +200,7 @@ def stray_path(
     while cell != maze.goal and len(kinds) < longest:
         ways = maze.ways[cell]
         walls = [other for other in BESIDE[cell] if other not in ways]
-        if walls and generator.random() < stumble:
+        if stumble and walls and generator.random() < stumble:
             return path + walls[generator.integers(len(walls))], len(kinds) + 1, kinds + "s"
         if generator.random() < wander:
             cell = ways[generator.integers(len(ways))]

@@ -29,7 +29,7 @@ TASK = warm_start.Task(
     solutions=warm_start_rows,
     build_tokenizer=words,
     rewards=[goal_reached],
-    defaults={"rows": 40_000, "steps": 640, "learning_rate": 2e-3, "num_layers": 2},
+    defaults={"rows": 32_000, "steps": 1000, "learning_rate": 2e-3, "num_layers": 2},
 )
 
 

@@ -2,7 +2,7 @@
 
 Levels run from nearly solved after the warm start to hopeless: the largest mazes are never in it. Its
 paths stray on purpose, so that reinforcement learning has something to find: a move is with declared
-probabilities one into a wall, or drawn among the open ways instead of leading nearer to the goal.
+probabilities drawn among the open ways instead of leading nearer to the goal, or one into a wall.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Level:
     """Mazes that there are, where these are few."""
     loops: float = 0.15
     """Probability that a wall is open although every cell can be reached without."""
-    wander: float = 0.25
+    wander: float = 0.5
     """Probability that a move of the warm start's paths is drawn among the open ways."""
-    stumble: float = 0.12
+    stumble: float = 0.0
     """Probability that a move of the warm start's paths hits a wall and ends the path."""
 
     @property
