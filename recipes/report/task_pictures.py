@@ -23,7 +23,7 @@ COLUMNS = 7
 
 def before_and_after(run: Run, page: Path) -> dict[str, Path]:
     """Caption -> picture, `<page>-<run>-paths.png`; empty for a run without such a task or tables."""
-    task = (run.about.get("recipe") or {}).get("task")
+    task = str((run.about.get("recipe") or {}).get("task"))
     tables = validation_tables(run) if task in PICTURES else []
     if not tables:
         return {}

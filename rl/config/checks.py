@@ -322,17 +322,6 @@ def _selection(config: Settings) -> None:
     check_needs(config, "posterior_prior")
 
 
-def checkcheck_needs(config: Settings, stage: str) -> None:
-    """Refuse a method without a setting that it cannot do without."""
-    for name in method_of(config, stage).needs:
-        if getattr(config, name) is None:
-            help_ = type(config).__dataclass_fields__[name].metadata["help"]
-            what = help_.partition(".")[0]
-            raise ValueError(
-                f"{stage} {getattr(config, stage)!r} needs {name}: {what[0].lower()}{what[1:]}"
-            )
-
-
 def _retirement(config: Settings) -> None:
     """Ranges of what makes prompts leave the pool, and a mean that no prompt can reach."""
     above, explore = config.retire_above, config.greso_explore
