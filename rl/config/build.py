@@ -207,7 +207,10 @@ def stopping_of(config: Settings) -> stopping.Stopping | None:
 def advantage_of(
     config: LanguageSettings, own: Callable[..., torch.Tensor] | None = None
 ) -> Callable[[Rollouts, Any], torch.Tensor]:
-    """`advantage(rollouts, prompts)` of a batch with rewards, as `config` names it.
+    """`advantage(rollouts, groups)` of a batch with rewards, as `config` names it.
+
+    `groups` has the batch's `prompts`, and `a_P` and `b_P` of their posteriors before it; without it
+    nothing is known of them, Beta(1, 1).
 
     Args:
         own: a function of your own, `f(reward_N, prompt_N, ...)`, in the place of the named one.
@@ -226,17 +229,27 @@ def advantage_of(
         any_order = not isinstance(config, DiffusionSettings)
         kept_to(partial(check_advantage, any_order=any_order), config, method)
 
-    def advantage(rollouts: Rollouts, prompts: Any = None) -> torch.Tensor:
+    def advantage(rollouts: Rollouts, groups: Any = None) -> torch.Tensor:
         more = {name: _column(rollouts, column) for name, column in columns.items()}
         value_N = successes(rollouts) if by_success else required(rollouts.reward_N)
-        if binary and prompts is not None:
-            _require_binary(value_N, rollouts.prompt_N, prompts, name=method.name)
+        if binary and groups is not None:
+            _require_binary(value_N, rollouts.prompt_N, groups.prompts, name=method.name)
+        if method.reads_posterior:
+            more |= (
+                _parameters(rollouts) if groups is None else {"a_P": groups.a_P, "b_P": groups.b_P}
+            )
         return function(value_N, rollouts.prompt_N, **more)
 
-    def checked(rollouts: Rollouts, prompts: Any = None) -> torch.Tensor:
-        return own_advantage(advantage(rollouts, prompts), rollouts, name=method.name)
+    def checked(rollouts: Rollouts, groups: Any = None) -> torch.Tensor:
+        return own_advantage(advantage(rollouts, groups), rollouts, name=method.name)
 
     return advantage if own is None and not is_own(method.name) else checked
+
+
+def _parameters(rollouts: Rollouts) -> dict[str, torch.Tensor]:
+    """`a_P` and `b_P` of prompts of which nothing is known."""
+    num_prompts = int(rollouts.prompt_N.max()) + 1 if len(rollouts) else 0
+    return {name: torch.ones(num_prompts, dtype=torch.float64) for name in ("a_P", "b_P")}
 
 
 def _require_binary(

@@ -35,10 +35,15 @@ def check_language(config: LanguageSettings) -> None:
             "reward_kl makes rewards differ that are accepted alike: write another advantage than "
             f"{config.advantage}, or beta in its place"
         )
-    if config.reward_kl and advantage.binary:
+    if config.reward_kl and (advantage.binary or advantage.reads_posterior):
         raise ValueError(
             f"advantage {config.advantage!r} compares passes with failures, in which reward_kl has no "
             "place: write another advantage, or beta in its place"
+        )
+    if config.refill and advantage.reads_posterior:
+        raise ValueError(
+            f"refill replaces groups that are all alike, which train under advantage "
+            f"{config.advantage!r}: leave refill out, or write advantage: leave_one_out"
         )
     _reference(config)
     if not np.isfinite(config.entropy_coef):
@@ -168,7 +173,7 @@ def _rows_and_tokens(config: LanguageSettings) -> None:
             "down_sampling 'pods' compares the rows it keeps by their std: write trainer: grpo, or "
             "down_sampling: balanced"
         )
-    if again and advantage.binary:
+    if again and (advantage.binary or advantage.reads_posterior):
         raise ValueError(
             f"down_sampling 'pods' compares the rows it keeps by their std, so that advantage "
             f"{config.advantage!r} would be ignored: write advantage: grpo, or down_sampling: balanced"

@@ -24,6 +24,7 @@ from rl.objective import (
     advantages,
     hapo,
     losses,
+    posterior_baseline,
     prompt_history,
     sequence_losses,
     token_selection,
@@ -591,6 +592,15 @@ ADVANTAGES: dict[str, AdvantageMethod] = _named(
         source="MaxRL, arXiv:2602.02710",
         help="Success minus the prompt's pass rate, divided by it: with objective mean it ascends the "
         "first n - 1 terms of the log of the pass rate. Rewards must pass or fail.",
+    ),
+    AdvantageMethod(
+        name="posterior",
+        function=posterior_baseline.posterior_leave_one_out,
+        by_success=True,
+        reads_posterior=True,
+        source="SPO, arXiv:2509.13232, for one rollout",
+        help="Success minus what the prompt's posterior expects, given the group's other rollouts too. "
+        "Groups of one, and groups that are all alike, train.",
     ),
     AdvantageMethod(
         name="batch_whitened",

@@ -42,7 +42,8 @@ def denoising_objective_of(
     """
     history = _history_of(config) if advantage is None else None
     rows = {prompt.key: row for row, prompt in enumerate(prompts)}
-    credit: Any = credit_of(config, rows, history)
+    named = credit_of(config, rows, history)
+    credit: Any = lambda rollouts, groups: named(rollouts, groups.prompts)  # noqa: E731
     loss_function, loss_columns = denoising_loss(config), {"elements": "elements"}
     own: Any = config  # functions of the user's own are called alike for both kinds of policy
     if advantage is not None:

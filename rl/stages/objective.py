@@ -30,7 +30,6 @@ from rl.objective import weights
 from rl.policies.contract import ScoredDecisions
 from rl.stages.records import Batch, Groups
 from rollouts.batch import Rollouts, TokenRollouts
-from rollouts.prompts import Prompt
 
 ENTROPY, OLD, REFERENCE = "entropy_NT", "old_logprob_NT", "reference_logprob_NT"
 """Columns that the policy fills in before its first update."""
@@ -58,7 +57,7 @@ class Objective:
     """What a run ascends, from rewards to a loss. `objective_of` builds it from settings."""
 
     config: Settings
-    advantage: Callable[[Rollouts, list[Prompt]], Tensor]
+    advantage: Callable[[Rollouts, Groups], Tensor]
     """Advantages of full groups, (N,) or (N, T)."""
     advantage_after: Callable[[Rollouts], Tensor] | None = None
     """Advantages of the rows that were kept, compared once more (PODS)."""
@@ -83,9 +82,9 @@ class Objective:
         """Whether rows without an advantage stay: their entropies or their KL count."""
         return trains_everywhere(self.config)
 
-    def credit(self, rollouts: Rollouts, prompts: list[Prompt]) -> Rollouts:
-        """`rollouts` with the advantages of full groups."""
-        return with_credit(rollouts, self.advantage(rollouts, prompts))
+    def credit(self, rollouts: Rollouts, groups: Groups) -> Rollouts:
+        """`rollouts`, which are those of `groups`, with the advantages of full groups."""
+        return with_credit(rollouts, self.advantage(rollouts, groups))
 
     def keep(self, rollouts: Rollouts, progress: float) -> Tensor:
         """(K,) the rows that down-sampling keeps, increasing."""

@@ -47,7 +47,7 @@ def weigh(
     """
     everything, unknown = without_unknown(policy, ranks, groups.rollouts)
     everything = with_kl_penalty(objective, policy, ranks, everything)
-    everything = objective.credit(everything, groups.prompts)
+    everything = objective.credit(everything, groups)
     chosen = objective.keep(everything, progress)
     rollouts = objective.credit_kept(everything.take(chosen))
     weight_K, denominator, original = _weights(objective, groups, everything, chosen)
