@@ -118,7 +118,7 @@ def run_one(arm: str, seed: int, folder: Path, options: argparse.Namespace) -> d
 
     _, settings, solve, scale = ARMS[arm]
     arguments = ["--config", str(ROOT / options.config), "--output_dir", str(folder)]
-    arguments += ["--seed", str(seed)]
+    arguments += ["--seed", str(seed), "--posterior_prior", "flat"]
     if options.max_steps:
         arguments += ["--max_steps", str(options.max_steps)]
     for name, value in settings.items():

@@ -97,6 +97,7 @@ def arguments_of(arm: str, seed: int, folder: Path, tokens: int) -> list[str]:
         "max_generated_tokens": tokens,
         "max_steps": 10_000,
         "eval_steps": 20,
+        "posterior_prior": "flat",
     } | changed
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 

@@ -195,7 +195,7 @@ def run_ours(
 
         def on_evaluate(self, *_: Any, metrics: Mapping[str, float], **__: Any) -> None:
             totals = trainer.ledger.totals
-            tokens, processed = totals["tokens_drawn"], totals.get("tokens_processed")
+            tokens, processed = totals["tokens_drawn"], totals.get("tokens_processed", 0)
             curve.append(point(metrics, tokens, processed, clock, totals["rollouts_drawn"]))
 
     trainer.add_callback(Watch())

@@ -803,7 +803,12 @@ DOWN_SAMPLERS: dict[str, DownSamplingMethod] = _named(
             "advantage": tuple(
                 name
                 for name, method in ADVANTAGES.items()
-                if not (method.never_negative or method.per_token or method.binary)
+                if not (
+                    method.never_negative
+                    or method.per_token
+                    or method.binary
+                    or method.reads_posterior
+                )
             )
         },
         source="PODS, arXiv:2504.13818",

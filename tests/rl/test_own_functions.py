@@ -64,7 +64,7 @@ def neyman_by_a_stranger(std_P, total, *, minimum=1, maximum=None):
         ({"loss": "grpo", "updates_per_step": 2}, {"loss": clipped_by_a_stranger}),
         ({"allocator": "neyman"}, {"allocate": neyman_by_a_stranger}),
         (
-            {"selector": "vade"},
+            {"selector": "vade", "posterior_prior": "flat", "uniform_share": 0.0},
             {"selector": lambda posterior, keys: ThompsonSelector(posterior, keys=keys)},
         ),
     ],

@@ -399,7 +399,8 @@ def weighed(settings, reward_N, prompt_N, mask_NT, truncated_N):
     groups = Groups(
         prompts=[None] * num_prompts,
         rollouts=rollouts,
-        pass_rate_P=torch.full((num_prompts,), 0.5).double(),
+        a_P=torch.ones(num_prompts).double(),
+        b_P=torch.ones(num_prompts).double(),
         weight_P=torch.ones(num_prompts).double(),
     )
     objective = objective_of(config)

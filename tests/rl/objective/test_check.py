@@ -16,8 +16,13 @@ pytestmark = pytest.mark.slow  # whole runs
 def test_every_advantage_of_ours_keeps_the_contract(name):
     settings = {"batch_whitened_tokens": {"beta": 0.1}}.get(name, {})
     function = ADVANTAGES[name].function
-    if ADVANTAGES[name].binary:  # given successes, not the made-up rewards
-        check_advantage(lambda reward_N, prompt_N: function((reward_N > 0).to(reward_N), prompt_N))
+    if ADVANTAGES[name].binary or ADVANTAGES[name].reads_posterior:
+        # Given successes, not the made-up rewards, and the parameters of each prompt.
+        known = {"a_P": torch.ones(100), "b_P": torch.full((100,), 0.5)}
+        known = known if ADVANTAGES[name].reads_posterior else {}
+        check_advantage(
+            lambda reward_N, prompt_N: function((reward_N > 0).to(reward_N), prompt_N, **known)
+        )
     else:
         check_advantage(function, **settings)
 
