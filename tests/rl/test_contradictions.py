@@ -118,6 +118,7 @@ def test_one_rollout_of_each_prompt_is_refused_where_it_has_nothing_to_be_compar
 def test_a_lone_rollout_has_no_advantage_within_its_group(advantage):
     method = ADVANTAGES[advantage]
     more = [torch.ones(2, dtype=torch.int64) for _ in method.columns]
+    more += [torch.ones(2)] * 2 * method.reads_posterior
     advantage_N = method.function(torch.tensor([1.0, 0.0]), torch.tensor([0, 1]), *more)
     assert bool((advantage_N == 0).all()) == method.within_group
 
