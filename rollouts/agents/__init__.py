@@ -1,0 +1,1 @@
+"""Rollouts in which a model calls tools: the loop, tools, environments with state, and search."""
