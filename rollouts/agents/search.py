@@ -44,8 +44,10 @@ MOST_WORDS = 64
 """Different words of a query. Project default."""
 MOST_RESULTS = 50
 """Passages that one search may ask for. Project default."""
-MOST_MATCHES = 100_000
+MOST_MATCHES = 20_000
 """Passages that a search scores at most: the commonest words are left out beyond it. Project default."""
+_ALONE = 10
+"""The rarest word of a query may be in that many times as many. Project default."""
 SECONDS = 20.0
 """Seconds after which a search is given up. Project default."""
 
@@ -84,8 +86,9 @@ class SearchIndex:
     spaces between words is found by whole runs of letters only.
 
     A word that most passages have costs much time and says little. So words are used from the rarest on,
-    as long as no more than `most_matches` passages have them; a query whose rarest word is above
-    that is refused. All of that depends on corpus and query only, never on time.
+    as long as no more than `most_matches` passages have them. The rarest is always used, unless more
+    than ten times as many have it: such a query is refused. All of that depends on corpus and query
+    only, never on time. (Project default.)
     """
 
     def __init__(
@@ -205,7 +208,7 @@ class SearchIndex:
             connection.set_progress_handler(None, 0)
 
     def _affordable(self, connection: sqlite3.Connection, words: list[str]) -> list[str]:
-        """The words from the rarest on, as long as `most_matches` passages are not exceeded."""
+        """The words from the rarest on, as long as `most_matches` is not exceeded."""
         stems = _stems(words)
         marks = ",".join("?" * len(stems))
         number_of = dict(
@@ -216,12 +219,13 @@ class SearchIndex:
         total = 0
         for number, word in sorted(zip(number_W, words, strict=True), key=lambda pair: pair[0]):
             total += number
-            if total > max(self.most_matches, _COMMON):
+            if total > max(self.most_matches, _COMMON) * (1 if chosen else _ALONE):
                 break
             chosen.append(word)
         if not chosen:
             raise SearchError(
-                f"every word of the query is in more than {self.most_matches} passages; use rarer words"
+                f"every word of the query is in more than {_ALONE * self.most_matches} passages; "
+                "use rarer words"
             )
         return chosen
 
