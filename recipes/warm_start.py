@@ -86,7 +86,8 @@ class Task:
     problems: Callable[..., tuple[list[Row], list[Row]]]
     """`(seed, *, train, validation)` -> training rows and validation rows."""
     solutions: Callable[..., list[Row]]
-    """`(data_seed, *, size, held_out, seed)` -> rows with `prompt` and `completion`."""
+    """`(data_seed, *, size, held_out, seed)` -> rows with `prompt` and `completion`; or with `input_ids`
+    and `completion_mask`, where more than one part of a text is to be learnt."""
     build_tokenizer: Callable[[], PreTrainedTokenizerFast]
     rewards: Sequence[Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -204,6 +205,9 @@ def _train(task: Task, scratch: Path, folder: Path, settings: WarmStart, *, quie
     rows = task.solutions(
         settings.data_seed, size=settings.rows, held_out=held_out, seed=settings.seed
     )
+    columns = (
+        ("input_ids", "completion_mask") if "input_ids" in rows[0] else ("prompt", "completion")
+    )
     tokenizer = task.build_tokenizer()
     model = build_model(
         tokenizer,
@@ -237,7 +241,7 @@ def _train(task: Task, scratch: Path, folder: Path, settings: WarmStart, *, quie
             model,
             args=config,
             train_dataset=datasets.Dataset.from_list(
-                [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+                [{column: row[column] for column in columns} for row in rows]
             ),
             processing_class=tokenizer,
         )

@@ -57,6 +57,24 @@ def exact_match(completions: list[Any], answer: list[Any], **columns: Any) -> li
     ]
 
 
+def exact_answer(completions: list[Any], answer: list[Any], **columns: Any) -> list[float | None]:
+    """1 where `final_answer(completion)` is the answer by SQuAD's rules, else 0.
+
+    Both are lower-cased, freed of punctuation and of the articles a, an, the, and compared word by word
+    in order. (Rajpurkar et al., 2016, arXiv:1606.05250: "exact match".)
+
+    Column `answer`: a string, a number, or a list of accepted ones; None does not apply.
+    """
+    return [
+        None
+        if gold is None
+        else float(
+            _words(final_answer(_text(completion))) in [_words(str(g)) for g in _alternatives(gold)]
+        )
+        for completion, gold in zip(completions, answer, strict=True)
+    ]
+
+
 def f1(completions: list[Any], answer: list[Any], **columns: Any) -> list[float | None]:
     """Overlap of the words of `final_answer(completion)` with those of the answer, in [0, 1].
 
@@ -210,6 +228,7 @@ def _overlong(
 
 
 BUILT_IN: dict[str, RewardFunction] = {
+    "exact_answer": exact_answer,
     "exact_match": exact_match,
     "f1": f1,
     "format_answer": format_answer,

@@ -18,6 +18,7 @@ from rollouts.rewards.contract import RewardError, check_columns, score
 from rollouts.rewards.math_worker import MathWorker
 from rollouts.rewards.text import (
     BUILT_IN,
+    exact_answer,
     exact_match,
     f1,
     final_answer,
@@ -415,6 +416,22 @@ def test_f1_by_hand():
     ]
     answers = ["a red house", "red", "red", ["x", "x b c"], "", "the", None]
     assert f1(completions, answers) == [1.0, 0.5, 0.0, pytest.approx(2 / 3), 1.0, 0.0, None]
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold", "expected"),
+    [
+        ("<answer>The Eiffel Tower!</answer>", "Eiffel tower", 1.0),
+        ("Answer: eiffel, tower", ["Paris", "an Eiffel Tower"], 1.0),
+        ("the tower is <answer>Tower Eiffel</answer>", "Eiffel Tower", 0.0),  # the order counts
+        ("Eiffel Tower, I think", "Eiffel Tower", 0.0),
+        ("<answer></answer>", "the", 1.0),  # no words on either side
+        ("<answer>7</answer>", 7, 1.0),
+        ("anything", None, None),
+    ],
+)
+def test_exact_answer_compares_by_the_rules_of_squad(completion, gold, expected):
+    assert exact_answer([completion], answer=[gold]) == [expected]
 
 
 def test_format_answer():
