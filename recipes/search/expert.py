@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import get_json_schema
 
 from rollouts.agents.search import Retriever, SearchIndex
 from samplers.keys import stable_hash, step_generator
@@ -144,19 +145,18 @@ def token_row(messages: list[Message], tokenizer: PreTrainedTokenizerFast, tools
     """Token ids of a transcript, and 1 where the policy wrote the token."""
     ids: list[int] = []
     mask: list[int] = []
-    text = ""
     for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        for end, written in ((number, 0), (number + 1, 1)):
-            so_far = tokenizer.apply_chat_template(
-                messages[:end], tools=tools, add_generation_prompt=not written, tokenize=False
-            )
-            assert so_far.startswith(text)
-            new = tokenizer(so_far[len(text) :], add_special_tokens=False)["input_ids"]
-            ids += new
-            mask += [written] * len(new)
-            text = so_far
+        written = message["role"] == "assistant"
+        text = tokenizer.apply_chat_template(
+            [message],
+            tools=tools if number == 0 else None,
+            add_generation_prompt=not written,
+            tokenize=False,
+        )
+        text = text.removeprefix("<|assistant|>") if written else text  # the message before has it
+        new = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += new
+        mask += [int(written)] * len(new)
     return {"input_ids": ids, "completion_mask": mask}
 
 
@@ -206,7 +206,7 @@ def _in_one_world(
     corpus = world.write(folder / "corpus.jsonl")
     index = SearchIndex.build(corpus, folder / "index.sqlite", quiet=True)
     search = functools.cache(search_tool(index))
-    tools = [search_tool(index)]
+    tools = [get_json_schema(search_tool(index))]
     edges = np.cumsum([level.warm_start_share for level in LEVELS])
     for row in range(size):
         level = LEVELS[int(np.searchsorted(edges, (row + 0.5) / size))]

@@ -490,12 +490,21 @@ def _finish(connection: sqlite3.Connection, corpus: Path) -> None:
 
 def _stems(words: list[str]) -> list[str]:
     """Each word as the index has it; what the tokenizer cuts into several is given by its last part."""
-    with closing(sqlite3.connect(":memory:")) as connection:
+    connection = getattr(_here, "stemmer", None)
+    if connection is None or _here.pid != os.getpid():
+        connection = sqlite3.connect(":memory:", isolation_level=None)
         connection.execute(f"CREATE VIRTUAL TABLE w USING fts5(word, tokenize='{_TOKENIZER}')")
         connection.execute("CREATE VIRTUAL TABLE v USING fts5vocab('w', 'instance')")
-        connection.executemany("INSERT INTO w(rowid, word) VALUES (?, ?)", enumerate(words))
-        stem_of = dict(connection.execute("SELECT doc, term FROM v"))
+        _here.stemmer, _here.pid = connection, os.getpid()
+    connection.execute("BEGIN")
+    connection.executemany("INSERT INTO w(rowid, word) VALUES (?, ?)", enumerate(words))
+    stem_of = dict(connection.execute("SELECT doc, term FROM v"))
+    connection.execute("ROLLBACK")
     return [stem_of.get(number, word) for number, word in enumerate(words)]
+
+
+_here = threading.local()
+"""The stemmer of this thread in this process: SQLite has no function for it."""
 
 
 def _why_not(corpus: Path, path: Path) -> str:
