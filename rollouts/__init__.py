@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers
     from rollouts.engines.contract import Engine, SamplingParams
     from rollouts.engines.transformers import TransformersEngine
     from rollouts.prompts import Prompt
+    from rollouts.rewards.verdicts import check_verdicts
 
 __distribution__ = "apportion"
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "TokenRollouts",
     "TransformersEngine",
     "check_engine",
+    "check_verdicts",
 ]
 
 _MODULE_OF = {
@@ -37,6 +39,7 @@ _MODULE_OF = {
     "TokenRollouts": "batch",
     "TransformersEngine": "engines.transformers",
     "check_engine": "engines.check",
+    "check_verdicts": "rewards.verdicts",
 }
 
 

@@ -186,6 +186,9 @@ class TokenRollouts(Rollouts):
     """(N,) int64: the seed that, with the prompt and the policy, determines the rollout."""
     prompt_ids: tuple[tuple[int, ...], ...]
     """Token ids of every prompt of the batch, indexed by `prompt_N`; `take` shares it."""
+    decided_N: Tensor | None = None
+    """(N,) bool: True where a verdict ended the rollout, whose reward does not depend on what would
+    have followed (`rollouts.rewards.verdicts`); such a row is not truncated. None: without verdicts."""
 
     def __post_init__(self) -> None:
         # slots=True rebuilds the class, which breaks super() without arguments.
@@ -194,9 +197,11 @@ class TokenRollouts(Rollouts):
             ("token_NT", torch.int64),
             ("truncated_N", torch.bool),
             ("seed_N", torch.int64),
+            ("decided_N", torch.bool),
         ):
-            if getattr(self, name).dtype != dtype:
-                raise ValueError(f"{name} must be {dtype}, got {getattr(self, name).dtype}")
+            column = getattr(self, name)
+            if column is not None and column.dtype != dtype:
+                raise ValueError(f"{name} must be {dtype}, got {column.dtype}")
         if len(self) and not 0 <= self.prompt_N.min() <= self.prompt_N.max() < len(self.prompt_ids):
             raise ValueError(
                 f"prompt_N must index the {len(self.prompt_ids)} prompts of prompt_ids, got values "

@@ -14,7 +14,7 @@ NAMES = {
     "samplers": "Planner BetaPosterior allocation selection stopping downsampling Ledger check_sampler "
     "save_state load_state",
     "rollouts": "Prompt TokenRollouts DenoisingRollouts Rollouts TransformersEngine DiffusersEngine "
-    "Engine SamplingParams check_engine",
+    "Engine SamplingParams check_engine check_verdicts",
     "rl": "RolloutTrainer RolloutConfig DenoisingTrainer DenoisingConfig check_advantage check_loss",
 }
 HEAVY = ("torch", "transformers", "trl", "accelerate", "datasets", "diffusers")

@@ -147,11 +147,15 @@ class GoalReached:
     ) -> list[float]:
         """The reward of each completion; words after the goal or the first wall do not count."""
         pairs = zip(prompts, completions, strict=True)
-        return [self.decided(prompt, path) or 0.0 for prompt, path in pairs]
+        return [walk(read(prompt), path)[1] or 0.0 for prompt, path in pairs]
 
     def decided(self, prompt: str, completion_so_far: str) -> float | None:
-        """What the finished completion will earn, whatever follows; None while that is open."""
-        return walk(read(prompt), completion_so_far)[1]
+        """What the finished completion will earn, whatever follows; None while that is open.
+
+        A goal at the very end is open: with a character more it could be the name of a passage.
+        """
+        cells, reward = walk(read(prompt), completion_so_far)
+        return None if reward == 1 and completion_so_far.endswith(cells[-1]) else reward
 
 
 goal_reached = GoalReached()

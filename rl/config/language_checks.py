@@ -59,7 +59,7 @@ def check_language(config: LanguageSettings) -> None:
         )
     at_least(config, 0, "importance_floor", "stratum_alpha", "reward_kl", "temperature", "min_p")
     at_least(config, 0, "adaptive_temperature_tau", "hapo_quantile", "pilot_rollouts", "top_k")
-    at_least(config, 0, "completions_every", "refill_max_age")
+    at_least(config, 0, "completions_every", "refill_max_age", "verdict_every")
     at_least(config, 1, "micro_batch_tokens", "importance_cap", "ratio_cap", "completions_rows")
     at_least(config, 1, "max_completion_length", "max_prompt_length", "refill_max_draws")
     at_least(config, 1, "refill_wave", "replay_steps", "replay_weight_max")

@@ -902,6 +902,16 @@ class LanguageSettings(SharedSettings):
         stage=GENERATE,
         decides=ROLLOUTS,
     )
+    verdict_every: int = setting(
+        8,
+        "Tokens between two questions to the rewards whether a rollout is decided: whether it earns the "
+        "same whatever follows. Such a rollout ends there, with the reward that it would have had. "
+        "Needs a `decided` on every reward with a weight (docs/verdicts.md); the first step's rollouts "
+        "are finished, to check it. With length_weight token_sum the expected gradient stays the same; "
+        "the other length rules, beta and entropy_coef cover fewer tokens. 0: finish every rollout.",
+        stage=GENERATE,
+        decides=ROLLOUTS,
+    )
     generation_kwargs: dict[str, Any] | str | None = setting(
         None,
         "TRL's: keys of transformers or vLLM become the settings of their meaning "

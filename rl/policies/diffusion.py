@@ -22,8 +22,9 @@ from rollouts.batch import DenoisingRollouts, Rollouts
 from rollouts.diffusion.engine import DiffusersEngine
 from rollouts.diffusion.sde import step_noise
 from rollouts.prompts import Prompt
-from rollouts.rewards.contract import RewardResult
+from rollouts.rewards.contract import RewardResult, name_of
 from rollouts.rewards.image import score_images
+from rollouts.rewards.verdicts import decided_of
 from rollouts.step_plan import StepPlan
 from samplers.keys import rollout_seeds
 
@@ -71,6 +72,11 @@ class DiffusionPolicy:
                 )
             denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
             config.activation_checkpointing = False
+        if deciding := [name_of(r) for r in rewards if decided_of(r) is not None]:
+            raise ValueError(
+                f"reward {deciding[0]} has a `decided`, which ends unfinished completions of language "
+                "models; a sample has no reward before its last denoising step: leave it out"
+            )
         if engine is None:
             engine = DiffusersEngine(pipeline, **config.engine_settings())
         record_used(config, engine)

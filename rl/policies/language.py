@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from rl.config.language import RolloutConfig
 from rl.logprobs import micro_batches
@@ -32,12 +33,16 @@ from rollouts.engines.contract import (
     GeneratesTogether,
     Rests,
     SamplingParams,
+    TakesVerdicts,
 )
 from rollouts.engines.model_limits import num_embeddings
 from rollouts.engines.transformers import TransformersEngine
 from rollouts.prompts import Prompt
 from rollouts.rewards.classifier import ClassifierReward
 from rollouts.rewards.contract import RewardFunction, RewardResult, check_columns, score
+from rollouts.rewards.verdicts import Verdicts, decided_of, undecided
+
+logger = logging.get_logger(__name__)
 
 
 class LanguagePolicy:
@@ -92,6 +97,15 @@ class LanguagePolicy:
             rows = config.generation_batch_size
             engine = TransformersEngine(model, tokenizer, max_batch_rows=rows)
         self.engine = engine
+        self.verdicts = _verdicts(
+            config,
+            rewards,
+            self.engine,
+            self._texts,
+            columns=sorted({name for prompt in prompts for name in prompt.columns}),
+            says=accelerator.is_main_process,
+        )
+        """Ends rollouts whose reward is decided, from the second step on; None: finishes them all."""
         self.sampling = SamplingParams(
             max_completion_length=config.max_completion_length,
             temperature=config.temperature,
@@ -100,6 +114,8 @@ class LanguagePolicy:
             min_p=config.min_p,
             repetition_penalty=config.repetition_penalty,
             stop=tuple(config.stop or ()),
+            over=None if self.verdicts is None else self.verdicts.over,
+            verdict_every=config.verdict_every or 1,
         )
         self.validations = {
             "greedy": (1, replace(self.sampling, temperature=0.0)),
@@ -158,7 +174,13 @@ class LanguagePolicy:
         version: int,
         start_seeds_P: np.ndarray | None = None,
     ) -> TokenRollouts | None:
-        """Rollouts under the weights of `version`; None for a budget of 0. Every rank calls this."""
+        """Rollouts under the weights of `version`; None for a budget of 0. Every rank calls this.
+
+        Before the first optimizer step every rollout is finished, so that `reward` can compare verdicts
+        with rewards before any verdict is used.
+        """
+        if not version:
+            params = replace(params, over=None)
         with self.generating() as model:
             self.load_weights(model, version=version)
             if not len(seeds_N) and not self._generates_together:
@@ -166,6 +188,9 @@ class LanguagePolicy:
             rollouts = self.engine.generate(
                 prompts, budget_P, seeds_N=seeds_N, params=params, version=version
             )
+        if self.verdicts is not None and rollouts.decided_N is None:
+            none_N = torch.zeros(len(rollouts), dtype=torch.bool)
+            rollouts = replace(rollouts, decided_N=none_N)
         return rollouts if len(seeds_N) else None
 
     @property
@@ -192,28 +217,37 @@ class LanguagePolicy:
 
         The texts are what was generated, to the space, with its start in front where it has one: a
         tokenizer's `clean_up_tokenization_spaces`, which would take spaces before punctuation away, is
-        not applied. Special tokens are left out, or not, by `skip_special_tokens`.
+        not applied. Special tokens are left out, or not, by `skip_special_tokens`. A row that a verdict
+        ended has the verdict as its reward.
+
+        Raises:
+            RewardError: as `score` does, and if a verdict on a rollout of the first step is wrong.
         """
         assert isinstance(rollouts, TokenRollouts)
         rows = zip(prompts, rollouts.token_NT, rollouts.mask_NT, strict=True)
         ids = [[*p.start_ids, *token_T[mask_T].tolist()] for p, token_T, mask_T in rows]
-        texts = self.tokenizer.batch_decode(
+        texts = self._texts(ids)
+        settings: dict[str, Any] = {
+            "timeout": self._config.reward_timeout,
+            "retries": self._config.reward_retries,
+            "max_failed_share": max_failed_share,
+            "shared": {"trainer_state": self._trainer_state()},
+        }
+        if self.verdicts is None:
+            weights = self._config.reward_weights
+            return texts, score(self._rewards, prompts, texts, ids, weights=weights, **settings)
+        result = self.verdicts.score(prompts, texts, ids, rollouts.decided_N, **settings)
+        if not rollouts.version:
+            self.verdicts.check(prompts, ids, result, every=self.sampling.verdict_every)
+        return texts, result
+
+    def _texts(self, ids: list[list[int]]) -> list[str]:
+        """Completions as rewards get them."""
+        return self.tokenizer.batch_decode(
             ids,
             skip_special_tokens=self._config.skip_special_tokens,
             clean_up_tokenization_spaces=False,
         )
-        result = score(
-            self._rewards,
-            prompts,
-            texts,
-            ids,
-            weights=self._config.reward_weights,
-            timeout=self._config.reward_timeout,
-            retries=self._config.reward_retries,
-            max_failed_share=max_failed_share,
-            shared={"trainer_state": self._trainer_state()},
-        )
-        return texts, result
 
     def prompt_features(self, prompts: list[Prompt]) -> np.ndarray:
         """(P, 2 C) hidden states of prompts under the weights of now. Every rank calls this."""
@@ -300,6 +334,50 @@ def _pad_id(tokenizer: Any, model: Any) -> int:
     num_ids = num_embeddings(model)
     pad = tokenizer.pad_token_id
     return pad if num_ids is None or pad < num_ids else 0
+
+
+def _verdicts(
+    config: RolloutConfig,
+    rewards: list[RewardFunction],
+    engine: Engine,
+    decode: Callable[[list[list[int]]], list[str]],
+    *,
+    columns: list[str],
+    says: bool,
+) -> Verdicts | None:
+    """What ends decided rollouts; None, with a warning where some reward could decide, if nothing can.
+
+    Args:
+        config: the settings.
+        rewards: the reward functions.
+        engine: generates the rollouts.
+        decode: texts of lists of token ids.
+        columns: names of the data set's columns.
+        says: whether this process warns.
+    """
+    if not config.verdict_every or all(decided_of(reward) is None for reward in rewards):
+        return None
+    why = ""
+    if missing := undecided(rewards, config.reward_weights):
+        why = f"reward {missing[0]} has a weight and no `decided`"
+    elif config.reward_kl:
+        why = "reward_kl depends on every token"
+    elif not (isinstance(engine, TakesVerdicts) and engine.takes_verdicts):
+        why = f"{type(engine).__name__} does not say takes_verdicts = True"
+    if not why:
+        return Verdicts(
+            rewards,
+            decode,
+            weights=config.reward_weights,
+            timeout=config.reward_timeout,
+            columns=columns,
+        )
+    if says:
+        logger.warning(
+            f"No rollout is ended early by a verdict, because {why} (docs/verdicts.md; verdict_every: 0 "
+            "says that this is meant)"
+        )
+    return None
 
 
 def _vllm(config: RolloutConfig, model: Any, tokenizer: Any, accelerator: Accelerator) -> Engine:

@@ -30,8 +30,8 @@ def table_of(batch: Batch, *, rows: int, step: int) -> list[dict[str, Any]]:
     The prompts are spread evenly over those of the step, in the order they were drawn; a prompt's
     rollouts stand together, in the order of their slots. Columns: step, prompt_key, prompt (chat as
     text), answer (if the data set has one), completion, reward, reward/NAME of each function, advantage
-    (None: the row did not train), tokens, truncated, and logged/NAME of what reward functions gave to
-    `log_extra`.
+    (None: the row did not train), tokens, truncated, decided (with verdicts: whether one ended the row),
+    and logged/NAME of what reward functions gave to `log_extra`.
     """
     groups: dict[str, list[tuple[Prompt, Scored, int]]] = {}
     for visit in batch.visits:
@@ -74,6 +74,7 @@ def _row(
         "advantage": advantages.get((prompt.key, _tokens(rollouts, i))),
         "tokens": int(rollouts.length_N[i]),
         "truncated": bool(rollouts.truncated_N[i]),
+        **({} if rollouts.decided_N is None else {"decided": bool(rollouts.decided_N[i])}),
         **{f"logged/{name}": values[i] for name, values in scored.logged_columns.items()},
     }
 

@@ -58,6 +58,8 @@ def of_rollouts(visits: list[Visit], kept: Rollouts) -> dict[str, float]:
             "completions/max_length": length_N.max().item(),
             "completions/clipped_ratio": rollouts.truncated_N.double().mean().item(),
         }
+    if isinstance(rollouts, TokenRollouts) and rollouts.decided_N is not None and len(rollouts):
+        metrics["verdicts/decided_share"] = rollouts.decided_N.double().mean().item()
     if len(kept):
         assert kept.reward_N is not None and kept.advantage_N is not None
         metrics |= {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rollouts.batch import DenoisingRollouts, Rollouts, TokenRollouts
-from rollouts.engines.contract import Engine, SamplingParams
+from rollouts.engines.contract import Engine, SamplingParams, asked_at
 from rollouts.prompts import Prompt
 from rollouts.step_plan import StepPlan
 
@@ -37,7 +37,8 @@ def check_engine(
     frequencies with their log-probabilities: an engine that reports those of another temperature does
     not pass. Of denoising steps it compares the spread of the log-probabilities of the first step with
     that of the Gaussian they are of: an engine that averages over the elements does not pass. An engine
-    that takes starts (`TakesStarts`) is given some, and must draw what follows them.
+    that takes starts (`TakesStarts`) is given some, and must draw what follows them. One that takes
+    verdicts (`TakesVerdicts`) must end exactly the rollouts that it is told to, and change no other.
 
     Example::
 
@@ -130,6 +131,9 @@ def check_engine(
     if getattr(engine, "takes_starts", False):
         _check_starts(engine, prompts, params, batch[0], logprob_tolerance, same_rollouts)
 
+    if getattr(engine, "takes_verdicts", False):
+        _check_verdicts(engine, prompts, params, logprob_tolerance, same_rollouts)
+
     nothing, _ = drawn(prompts, [0] * len(prompts), [])
     _require(len(nothing) == 0, "a request for no rollouts must return a batch without rows")
 
@@ -182,6 +186,65 @@ def _check_starts(
         other = make([prompt], settings, seeds[p : p + 1])
         origin: list[Origin] = [(tuple(prompt.token_ids), seeds[p])]
         _check_same_rollouts((one, origin), (other, origin), tolerance, share)
+
+
+def _check_verdicts(
+    engine: Engine[Any, Any],
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    tolerance: float,
+    share: float,
+) -> None:
+    """Check that verdicts end the rollouts they are about where they are given, and change no other.
+
+    The rule that ends rollouts here is arbitrary: their tokens add up to a multiple of 3.
+    """
+    most, each = params.max_completion_length, 4
+
+    def is_over(ids: Sequence[int]) -> bool:
+        return sum(ids) % 3 == 0
+
+    def over(some: Sequence[Prompt], ids_N: Sequence[Sequence[int]]) -> list[bool]:
+        return [is_over(ids) for ids in ids_N]
+
+    def never(some: Sequence[Prompt], ids_N: Sequence[Sequence[int]]) -> list[bool]:
+        return [False] * len(ids_N)
+
+    budget, every = [each] * len(prompts), max(1, min(2, most - 1))
+    seeds_N = torch.arange(each * len(prompts))
+
+    def make(function: Any) -> TokenRollouts:
+        settings = replace(params, over=function, verdict_every=every)
+        return engine.generate(prompts, budget, seeds_N=seeds_N, params=settings)
+
+    whole, ended = make(never), make(over)
+    for rollouts in (whole, ended):
+        _check_tokens(rollouts, prompts, replace(params, over=over, verdict_every=every))
+    assert whole.decided_N is not None and ended.decided_N is not None
+    _require(
+        not whole.decided_N.any(),
+        "decided_N must be False for rollouts that `over` never answered True for",
+    )
+    same, expected = 0, []
+    for row in range(len(whole)):
+        tokens = whole.token_NT[row][whole.mask_NT[row]].tolist()
+        ends = [at for at in asked_at(len(tokens), every) if is_over(tokens[:at])]
+        length = ends[0] if ends else len(tokens)
+        expected.append(length)
+        found_T = ended.token_NT[row][ended.mask_NT[row]]
+        logprob_T = whole.logprob_NT[row, :length]
+        same += (
+            found_T.tolist() == tokens[:length]
+            and bool(ended.decided_N[row]) == bool(ends)
+            and bool(ended.truncated_N[row]) == (not ends and bool(whole.truncated_N[row]))
+            and bool(((ended.logprob_NT[row, :length] - logprob_T).abs() <= tolerance).all())
+        )
+    _require(
+        same >= share * len(whole),
+        f"a verdict must end its rollout where it is given, and change nothing else: of {len(whole)} "
+        f"rollouts {same} came out as they must, their lengths being {ended.length_N.tolist()} and not "
+        f"{expected}",
+    )
 
 
 def _named(prompt: Prompt, denoises: bool) -> tuple[int, ...] | str:
@@ -255,6 +318,15 @@ def _check_tokens(
         (end_N[rollouts.truncated_N] >= limit).all(),
         f"truncated_N marks rollouts that the length limit of {limit} ended, but it is True for "
         f"rollouts of lengths {end_N[rollouts.truncated_N].tolist()}",
+    )
+    decided_N = rollouts.decided_N
+    _require(
+        (decided_N is not None) == (params.over is not None),
+        "decided_N must be set if and only if params.over is",
+    )
+    _require(
+        decided_N is None or not (decided_N & rollouts.truncated_N).any(),
+        "a rollout that a verdict ended must not be marked as truncated",
     )
     logprob_NT = rollouts.logprob_NT
     entropy_NT = rollouts.entropy_NT

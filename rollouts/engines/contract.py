@@ -8,7 +8,7 @@ Axes: P prompts, N rollouts, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -27,11 +27,18 @@ __all__ = [
     "Rests",
     "SamplingParams",
     "TakesStarts",
+    "TakesVerdicts",
+    "asked_at",
     "end_of_sequence_ids",
     "num_positions",
     "requested_rows",
     "room_of",
 ]
+
+
+IsOver = Callable[[Sequence[Prompt], Sequence[Sequence[int]]], Sequence[bool]]
+"""`over(prompts, ids_N)`: whether each of N rollouts may end, by its prompt and its completion so far,
+the start included (`rollouts.rewards.verdicts.Verdicts.over`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +73,16 @@ class SamplingParams:
     """Fill in `entropy_NT`: entropies at `temperature` over the whole vocabulary, before any filter
     and before `adaptive_temperature`; at temperature 1 under greedy decoding."""
 
+    over: IsOver | None = None
+    """Ends a rollout before its end: asked of those that are still being drawn, after the numbers of
+    tokens that `asked_at` says. A rollout that it ends is marked in `decided_N`, is not truncated, and
+    gets no end-of-sequence token. None: every rollout is finished."""
+    verdict_every: int = 8
+    """Tokens between two questions to `over`; see `asked_at`."""
+
     def __post_init__(self) -> None:
+        if self.verdict_every < 1:
+            raise ValueError(f"verdict_every must be at least 1, got {self.verdict_every}")
         if self.max_completion_length < 1:
             raise ValueError(
                 f"max_completion_length must be at least 1, got {self.max_completion_length}"
@@ -191,6 +207,35 @@ class TakesStarts(Protocol):
     def takes_starts(self) -> bool:
         """Whether it does; an engine without this draws whole completions only."""
         ...
+
+
+@runtime_checkable
+class TakesVerdicts(Protocol):
+    """What an engine has besides, if it can end rollouts before their end.
+
+    It asks `SamplingParams.over` after the numbers of drawn tokens that `asked_at` says, of the rollouts
+    that have not ended by then, and ends those that it is answered True for. The other rollouts are as
+    if `over` had always answered False.
+    """
+
+    @property
+    def takes_verdicts(self) -> bool:
+        """Whether it does; an engine without this finishes every rollout."""
+        ...
+
+
+def asked_at(most: int, every: int) -> list[int]:
+    """Numbers of drawn tokens below `most` after which `SamplingParams.over` is asked.
+
+    `every` tokens apart, and from 8 `every` tokens on an eighth of the length apart: reading texts again
+    and again then costs time linear in their length, and at most an eighth of a rollout's tokens come
+    after the one that decided it. (Project default, not from a paper.)
+    """
+    found, at = [], every
+    while at < most:
+        found.append(at)
+        at += max(every, at // 8)
+    return found
 
 
 def room_of(prompts: Sequence[Prompt], params: SamplingParams) -> list[int]:

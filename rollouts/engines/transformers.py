@@ -31,6 +31,7 @@ from rollouts.batch import TokenRollouts
 from rollouts.engines.adaptive_temperature import entropy
 from rollouts.engines.contract import (
     SamplingParams,
+    asked_at,
     end_of_sequence_ids,
     requested_rows,
     room_of,
@@ -77,6 +78,7 @@ class TransformersEngine:
     """
 
     takes_starts = True
+    takes_verdicts = True
 
     def __init__(self, model: Any, tokenizer: Any, *, max_batch_rows: int = 256) -> None:
         if max_batch_rows < 1:
@@ -185,14 +187,16 @@ class TransformersEngine:
         entropy_NT = torch.zeros(token_NT.shape) if params.record_entropy else None
         length_N = torch.zeros(len(seed_N), dtype=torch.int64)
         truncated_N = torch.zeros(len(seed_N), dtype=torch.bool)
+        decided_N = torch.zeros(len(seed_N), dtype=torch.bool)
         with torch.no_grad(), _eval_mode(self.model):
             for row_R in order_N.split(self.max_batch_rows):
                 if len(row_R) == 0:
                     continue
                 wave = self._wave([prompts[p] for p in prompt_N[row_R]], seed_N[row_R], params)
                 token_NT[row_R], logprob_NT[row_R], length_N[row_R], truncated_N[row_R] = wave[:4]
+                decided_N[row_R] = wave[4]
                 if entropy_NT is not None:
-                    entropy_NT[row_R] = wave[4]
+                    entropy_NT[row_R] = wave[5]
 
         num_steps = int(length_N.max()) if len(length_N) else 0
         return TokenRollouts(
@@ -204,14 +208,15 @@ class TransformersEngine:
             truncated_N=truncated_N,
             seed_N=seed_N,
             prompt_ids=tuple(tuple(prompt.token_ids) for prompt in prompts),
+            decided_N=None if params.over is None else decided_N,
             entropy_NT=None if entropy_NT is None else entropy_NT[:, :num_steps].clone(),
         )
 
     def _wave(
         self, prompt_R: Sequence[Prompt], seed_R: Tensor, params: SamplingParams
     ) -> tuple[Tensor, ...]:
-        """Generate these together: (R, T) tokens and log-probs, (R,) lengths and truncated, and
-        with `record_entropy` (R, T) entropies."""
+        """Generate these together: (R, T) tokens and log-probs, (R,) lengths, truncated and decided,
+        and with `record_entropy` (R, T) entropies."""
         model, device = self.model, self.model.device
         forward: _Forward
         forward = (_SharedForward if self.shares_prefill else _PlainForward)(model, prompt_R)
@@ -235,6 +240,8 @@ class TransformersEngine:
         truncated_R = torch.zeros(shape[0], dtype=torch.bool, device=device)
         rooms = room_of(prompt_R, params)
         room_K, least, most = torch.tensor(rooms, device=device), min(rooms), max(rooms)
+        decided_R = torch.zeros_like(truncated_R)
+        questions = set() if params.over is None else set(asked_at(most, params.verdict_every))
         for t in range(most):
             uniform_K = uniform(key_K, t)
             token_K, logprob_K = draw(forward.logits_KV, uniform_K, params, seen_KV, known_V)
@@ -254,6 +261,10 @@ class TransformersEngine:
                 full_K = running_K & (room_K <= t + 1)
                 truncated_R[row_K] |= full_K
                 running_K = running_K & ~full_K
+            if t + 1 in questions:
+                over_K = _over(params, prompt_R, token_RT, row_K, running_K, t)
+                decided_R[row_K] |= over_K
+                running_K = running_K & ~over_K
             num_running = 0 if t + 1 == most else int(running_K.sum())
             if num_running == 0:
                 break
@@ -275,9 +286,30 @@ class TransformersEngine:
                 f"the model's log-probabilities are not finite for {len(bad_R)} of {shape[0]} "
                 f"rollouts, first for prompt {prompt_R[bad_R[0]].key!r}"
             )
-        columns = [token_RT, logprob_RT, length_R, truncated_R]
+        columns = [token_RT, logprob_RT, length_R, truncated_R, decided_R]
         columns += [] if entropy_RT is None else [entropy_RT]
         return tuple(column.cpu() for column in columns)
+
+
+def _over(
+    params: SamplingParams,
+    prompt_R: Sequence[Prompt],
+    token_RT: Tensor,
+    row_K: Tensor,
+    running_K: Tensor,
+    step: int,
+) -> Tensor:
+    """(K,) bool: running rollouts, whose newest token is at `step`, that a verdict ends."""
+    over_K = torch.zeros_like(running_K)
+    position = running_K.nonzero().flatten()
+    if params.over is None or len(position) == 0:
+        return over_K
+    row = row_K[position]
+    asked = [prompt_R[r] for r in row.tolist()]
+    drawn = token_RT[row, : step + 1].tolist()
+    ids = [[*prompt.start_ids, *tokens] for prompt, tokens in zip(asked, drawn, strict=True)]
+    over_K[position] = torch.tensor(list(params.over(asked, ids)), device=over_K.device)
+    return over_K
 
 
 def _seen(prompt_R: Sequence[Prompt], logits_RV: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import math
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,10 +25,12 @@ from trl.generation import vllm_client, vllm_generation
 from rollouts.batch import TokenRollouts
 from rollouts.engines.contract import (
     SamplingParams,
+    asked_at,
     end_of_sequence_ids,
     requested_rows,
     room_of,
 )
+from rollouts.engines.drawing import mix64
 from rollouts.prompts import Prompt
 
 LAUNCH = (
@@ -41,6 +44,15 @@ COLDEST = 0.01
 
 CLAMPED = -9999.0
 """A server writes this for log-probabilities that are lower, minus infinity included."""
+
+
+@dataclass
+class _Drawn:
+    """A completion while it grows, piece by piece where verdicts are asked for between pieces."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    is_decided: bool = False
 
 
 class VLLMEngine:
@@ -63,6 +75,11 @@ class VLLMEngine:
     for those that share a vLLM (tensor parallelism): these generate the rows of all of them, and each
     keeps its own, so all of them call `generate`, also for no rows (`generates_together`).
 
+    Where verdicts end rollouts (`SamplingParams.over`), a rollout is asked for in pieces, each a request
+    that continues what was drawn, whose prefix vLLM has cached. vLLM begins the noise of every request
+    anew, so each piece after the first has a seed made of the rollout's and its number: with verdicts,
+    or at another `verdict_every`, other tokens are drawn than without, with the same probabilities.
+
     Args:
         generation: TRL's `VLLMGeneration`, in either mode. `vllm_engine` makes one.
         tokenizer: for end-of-sequence ids, and to find stop strings.
@@ -77,6 +94,7 @@ class VLLMEngine:
     """
 
     takes_starts = True
+    takes_verdicts = True
 
     def __init__(
         self,
@@ -190,7 +208,8 @@ class VLLMEngine:
         answer = self._from_server if self._generation.mode == "server" else self._from_colocated
         asks = bool(rows) or self.generates_together
         room_N = [room_P[p] for p in prompt_N.tolist()]
-        drawn = answer(rows, seed_N.tolist(), room_N, settings, more) if asks else []
+        pieces = _Pieces(self.tokenizer, params, eos)
+        drawn = answer(rows, seed_N.tolist(), room_N, settings, more, pieces) if asks else []
         return self._batch(prompts, prompt_N, seed_N, drawn, eos, params, version, room_N)
 
     def _refuse(self, params: SamplingParams) -> None:
@@ -215,16 +234,21 @@ class VLLMEngine:
             )
 
     def _from_server(
-        self, rows: list[Prompt], seeds: list[int], rooms: list[int], settings: dict, more: dict
-    ) -> list[tuple[list[int], list[float | None]]]:
+        self,
+        rows: list[Prompt],
+        seeds: list[int],
+        rooms: list[int],
+        settings: dict,
+        more: dict,
+        pieces: _Pieces,
+    ) -> list[_Drawn]:
         """Tokens and log-probabilities of each row, asked for one by one, many at a time."""
 
-        def ask(row: int) -> tuple[list[int], list[float | None]]:
-            ids = list(rows[row].token_ids)
-            extra = more | {"seed": _usable(seeds[row]), "cache_salt": self._salt}
+        def piece(row: int, ids: list[int], seed: int, size: int) -> dict:
+            extra = more | {"seed": _usable(seed), "cache_salt": self._salt}
             try:
                 answer = self._client.generate(
-                    [ids], n=1, max_tokens=rooms[row], **settings, generation_kwargs=extra
+                    [ids], n=1, max_tokens=size, **settings, generation_kwargs=extra
                 )
             except Exception as error:
                 raise RuntimeError(
@@ -236,42 +260,92 @@ class VLLMEngine:
                     f"the vLLM server at {self._client.base_url} answered another prompt than "
                     f"{rows[row].key}, or {len(answer['completion_ids'])} completions instead of 1"
                 )
-            return _sampled(answer, 0, rows[row])
+            return answer
+
+        def ask(row: int) -> _Drawn:
+            drawn, prompt, number, goes_on = _Drawn(), rows[row], 0, True
+            while goes_on:
+                size = pieces.size(drawn, rooms[row])
+                ids = [*prompt.token_ids, *drawn.ids]
+                answer = piece(row, ids, _piece_seed(seeds[row], number), size)
+                goes_on = pieces.add(drawn, *_sampled(answer, 0, prompt), size, rooms[row])
+                goes_on = goes_on and not pieces.decide([drawn], [prompt])[0]
+                number += 1
+            return drawn
 
         with ThreadPoolExecutor(min(self._concurrency, len(rows))) as pool:
             return list(pool.map(ask, range(len(rows))))
 
     def _from_colocated(
-        self, rows: list[Prompt], seeds: list[int], rooms: list[int], settings: dict, more: dict
-    ) -> list[tuple[list[int], list[float | None]]]:
-        """The same from the vLLM of this process, or of its group, in one call."""
+        self,
+        rows: list[Prompt],
+        seeds: list[int],
+        rooms: list[int],
+        settings: dict,
+        more: dict,
+        pieces: _Pieces,
+    ) -> list[_Drawn]:
+        """The same from the vLLM of this process, or of its group, in one call for each piece.
+
+        The processes of a group make the same calls: the last is that in which none has a row left.
+        """
+        drawn_N = [_Drawn() for _ in rows]
+        running = list(range(len(rows)))
+        number = 0
+        while True:
+            sizes = [pieces.size(drawn_N[row], rooms[row]) for row in running]
+            mine = [
+                (
+                    [*rows[row].token_ids, *drawn_N[row].ids],
+                    _usable(_piece_seed(seeds[row], number)),
+                    size,
+                )
+                for row, size in zip(running, sizes, strict=True)
+            ]
+            asked, salt, first = self._of_group(mine)
+            if not asked:
+                return drawn_N
+            answer = self._colocated_answer(asked, salt, settings, more, first, len(mine))
+            left = []
+            for place, (row, size) in enumerate(zip(running, sizes, strict=True)):
+                found = _sampled(answer, place, rows[row])
+                if pieces.add(drawn_N[row], *found, size, rooms[row]):
+                    left.append(row)
+            over = pieces.decide([drawn_N[row] for row in left], [rows[row] for row in left])
+            running = [row for row, is_over in zip(left, over, strict=True) if not is_over]
+            number += 1
+            if pieces.over is None:
+                return drawn_N
+
+    def _colocated_answer(
+        self,
+        asked: list[tuple[list[int], int, int]],
+        salt: str,
+        settings: dict,
+        more: dict,
+        first: int,
+        count: int,
+    ) -> dict:
+        """What vLLM draws for `count` of these requests, from the `first` on."""
         from vllm import SamplingParams as RequestParams
 
-        mine = [
-            (list(prompt.token_ids), _usable(seed), room)
-            for prompt, seed, room in zip(rows, seeds, rooms, strict=True)
-        ]
-        asked, salt, first = self._of_group(mine)
-        if not asked:
-            return []
         outputs = self._generation.llm.generate(
             [{"prompt_token_ids": ids, "cache_salt": salt} for ids, _, _ in asked],
             sampling_params=[
-                RequestParams(n=1, seed=seed, max_tokens=room, **settings, **more)
-                for _, seed, room in asked
+                RequestParams(n=1, seed=seed, max_tokens=size, **settings, **more)
+                for _, seed, size in asked
             ],
             use_tqdm=False,
         )
         if len(outputs) != len(asked):
             raise RuntimeError(f"vLLM was asked for {len(asked)} rollouts and gave {len(outputs)}")
-        outputs = outputs[first : first + len(rows)]
+        outputs = outputs[first : first + count]
         logprobs, ids = vllm_generation.extract_logprobs(outputs)
-        answer = {
+        return {
             "completion_ids": [list(output.outputs[0].token_ids) for output in outputs],
             "logprobs": logprobs,
             "logprob_token_ids": ids,
         }
-        return [_sampled(answer, row, prompt) for row, prompt in enumerate(rows)]
 
     def _of_group(self, mine: list[tuple[list[int], int, int]]) -> tuple[list, str, int]:
         """Requests of all processes that share this vLLM, their salt, and where this one's begin."""
@@ -289,27 +363,28 @@ class VLLMEngine:
         prompts: Sequence[Prompt],
         prompt_N: Tensor,
         seed_N: Tensor,
-        drawn: list[tuple[list[int], list[float | None]]],
+        drawn: list[_Drawn],
         eos: tuple[int, ...],
         params: SamplingParams,
         version: int,
         room_N: list[int],
     ) -> TokenRollouts:
         vocabulary = self._generation.model.config.get_text_config().vocab_size
-        length_N = torch.tensor([len(ids) for ids, _ in drawn], dtype=torch.int64)
+        length_N = torch.tensor([len(one.ids) for one in drawn], dtype=torch.int64)
         longest = int(length_N.max()) if drawn else 0
         pad = self.tokenizer.pad_token_id
         token_NT = torch.full((len(drawn), longest), 0 if pad is None else pad, dtype=torch.int64)
         logprob_NT = torch.zeros(token_NT.shape)
         truncated_N = torch.zeros(len(drawn), dtype=torch.bool)
-        for row, (ids, logprobs) in enumerate(drawn):
+        for row, one in enumerate(drawn):
+            ids, logprobs = one.ids, one.logprobs
             key, limit = prompts[int(prompt_N[row])].key, room_N[row]
             _check(ids, logprobs, key, limit=limit, vocabulary=vocabulary)
             token_NT[row, : len(ids)] = torch.tensor(ids)
             logprob_NT[row, : len(ids)] = torch.tensor(
                 [math.nan if x is None else x for x in logprobs]
             )
-            ended = ids[-1] in eos or self._has_stop(ids, params)
+            ended = one.is_decided or ids[-1] in eos or has_stop(self.tokenizer, ids, params)
             if len(ids) < limit and not ended:
                 raise RuntimeError(
                     f"vLLM ended a completion of prompt {key} after {len(ids)} of {limit} tokens, at "
@@ -327,15 +402,74 @@ class VLLMEngine:
             truncated_N=truncated_N,
             seed_N=seed_N,
             prompt_ids=tuple(tuple(prompt.token_ids) for prompt in prompts),
+            decided_N=None
+            if params.over is None
+            else torch.tensor([one.is_decided for one in drawn], dtype=torch.bool),
         )
 
-    def _has_stop(self, ids: list[int], params: SamplingParams) -> bool:
-        if not params.stop:
+
+def has_stop(tokenizer: Any, ids: list[int], params: SamplingParams) -> bool:
+    """Whether the text of a completion has one of the stop strings."""
+    if not params.stop:
+        return False
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return any(s in text for s in params.stop)
+
+
+class _Pieces:
+    """Asks for completions piece by piece, for verdicts in between; in one piece without verdicts."""
+
+    def __init__(self, tokenizer: Any, params: SamplingParams, eos: tuple[int, ...]) -> None:
+        self.over = params.over
+        self._tokenizer, self._params, self._eos = tokenizer, params, eos
+        self._asked_at = asked_at(params.max_completion_length, params.verdict_every)
+
+    def size(self, drawn: _Drawn, room: int) -> int:
+        """Tokens of the next piece: to the next question, or to the end."""
+        ends = [] if self.over is None else self._asked_at
+        later = (end for end in ends if end > len(drawn.ids))
+        return min(next(later, room), room) - len(drawn.ids)
+
+    def add(
+        self,
+        drawn: _Drawn,
+        ids: list[int],
+        logprobs: list[float | None],
+        size: int,
+        room: int,
+    ) -> bool:
+        """Add a piece to `drawn`; whether the completion may go on after it.
+
+        vLLM looks for stop strings in each piece. One that lies across two is found here, and what was
+        drawn after it is cut off.
+        """
+        before = len(drawn.ids)
+        drawn.ids += ids
+        drawn.logprobs += logprobs
+        if self.over is None or not ids:
             return False
-        text = self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return any(s in text for s in params.stop)
+        if has_stop(self._tokenizer, drawn.ids, self._params):
+            end = before + 1
+            while not has_stop(self._tokenizer, drawn.ids[:end], self._params):
+                end += 1
+            del drawn.ids[end:], drawn.logprobs[end:]
+            return False
+        return len(ids) == size and len(drawn.ids) < room and ids[-1] not in self._eos
+
+    def decide(self, drawn: list[_Drawn], prompts: list[Prompt]) -> list[bool]:
+        """Which of these completions a verdict ends; they are marked."""
+        if self.over is None or not drawn:
+            return [False] * len(drawn)
+        ids = [[*p.start_ids, *one.ids] for p, one in zip(prompts, drawn, strict=True)]
+        over = [bool(is_over) for is_over in self.over(prompts, ids)]
+        for one, is_over in zip(drawn, over, strict=True):
+            one.is_decided = is_over
+        return over
+
+
+def _piece_seed(seed: int, number: int) -> int:
+    """The seed of one piece of a rollout: its own for the first, so that it is as one without pieces."""
+    return seed if number == 0 else int(mix64(mix64(torch.tensor(seed)) + number))
 
 
 def vllm_engine(

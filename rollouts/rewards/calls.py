@@ -170,6 +170,22 @@ def attempt(call: Call, seconds: float | None) -> Called | BaseException:
         return error
 
 
+def outcome_of(run: Callable[[], Any], seconds: float | None, *, name: str) -> Any:
+    """What `run()` returns, or the exception that ended it; `Overdue` after `seconds`.
+
+    Raises:
+        RewardError: the function broke its contract.
+        KeyboardInterrupt: somebody stops the run.
+    """
+    try:
+        with _no_exit():
+            return _within(seconds, run, name=name)
+    except (RewardError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        return error
+
+
 async def attempt_async(call: Call, seconds: float | None) -> Called | BaseException:
     """`attempt` for asynchronous functions; a coroutine that took too long is cancelled."""
     task = asyncio.ensure_future(call.run_async())

@@ -56,7 +56,9 @@ __all__ = [
     "RewardFunction",
     "RewardResult",
     "check_columns",
+    "name_of",
     "nearest",
+    "own_copy",
     "score",
     "start_of",
 ]
@@ -513,7 +515,7 @@ class _Rows:
         """Arguments for some rows, copied wherever a function could change them."""
         prompts = [self._prompts[row] for row in rows]
         columns = {
-            name: [_own(prompt.columns.get(name), name) for prompt in prompts]
+            name: [own_copy(prompt.columns.get(name), name) for prompt in prompts]
             for name in self._names
         }
         texts: list[Any] = [self._completions[row] for row in rows]
@@ -522,7 +524,7 @@ class _Rows:
                 texts[place] = [{"role": "assistant", "content": texts[place]}]
         return {
             **columns,
-            "prompts": [_own(prompt.prompt, "prompt") for prompt in prompts],
+            "prompts": [own_copy(prompt.prompt, "prompt") for prompt in prompts],
             "completions": texts,
             "completion_ids": [list(self._ids[row]) for row in rows],
         }
@@ -531,15 +533,15 @@ class _Rows:
 _IMMUTABLE = (str, int, float, bool, bytes, type(None))
 
 
-def _own(value: Any, column: str) -> Any:
+def own_copy(value: Any, column: str) -> Any:
     """A deep copy; lists and dicts, as data sets hold them, are copied faster than `deepcopy` does."""
     kind = type(value)
     if kind in _IMMUTABLE:
         return value
     if kind is list:
-        return [_own(one, column) for one in value]
+        return [own_copy(one, column) for one in value]
     if kind is dict:
-        return {key: _own(one, column) for key, one in value.items()}
+        return {key: own_copy(one, column) for key, one in value.items()}
     try:
         return copy.deepcopy(value)
     except Exception as error:
@@ -582,7 +584,7 @@ def _names(functions: Sequence[RewardFunction]) -> list[str]:
     """The functions' names, if these tell them apart and every function can be called."""
     if not functions:
         raise ValueError("at least one reward function is needed, got none")
-    names = [_name(function) for function in functions]
+    names = [name_of(function) for function in functions]
     if doubled := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(
             f"two reward functions are called {doubled[0]!r}, so their rewards cannot be told "
@@ -602,7 +604,7 @@ def _names(functions: Sequence[RewardFunction]) -> list[str]:
     return names
 
 
-def _name(function: RewardFunction) -> str:
+def name_of(function: RewardFunction) -> str:
     if not callable(function):
         raise ValueError(f"a reward function must be callable, got {function!r}")
     while isinstance(function, functools.partial) and not hasattr(function, "__name__"):

@@ -23,6 +23,41 @@ from typing import Any
 from rollouts.from_file import load_function
 from rollouts.rewards.contract import RewardError, RewardFunction, nearest
 from rollouts.rewards.math_worker import MathWorker
+from rollouts.rewards.strict import countdown, valid_json
+
+
+def _decides(decided: Callable[..., float | None]) -> Callable[[Any], Any]:
+    """Gives a reward function its `decided` (`rollouts.rewards.verdicts`)."""
+
+    def with_verdicts(function: Any) -> Any:
+        function.decided = decided
+        return function
+
+    return with_verdicts
+
+
+def _no_answer_any_more(prompt: Any, completion_so_far: str, answer: Any) -> float | None:
+    """0 once the text is no beginning of any answer: verdict of `exact_match`."""
+    begun = completion_so_far.lstrip()
+    if answer is None or not begun:
+        return None
+    golds = [str(gold).strip() for gold in _alternatives(answer)]
+    # White space may follow the whole answer.
+    open_ = any(gold.startswith(begun) or begun.rstrip() == gold for gold in golds)
+    return None if open_ else 0.0
+
+
+def _tags_are_wrong(prompt: Any, completion_so_far: str) -> float | None:
+    """0 once tags are doubled, in the wrong order or around nothing: verdict of `format_answer`."""
+    opens = completion_so_far.count("<answer>")
+    closes = completion_so_far.count("</answer>")
+    if opens > 1 or closes > 1:
+        return 0.0
+    if not closes:
+        return None
+    _, _, rest = completion_so_far.partition("<answer>")
+    answer, closed, _ = rest.partition("</answer>")
+    return None if closed and answer.strip() else 0.0
 
 
 def final_answer(text: str) -> str:
@@ -44,6 +79,7 @@ def final_answer(text: str) -> str:
     return text.strip()
 
 
+@_decides(_no_answer_any_more)
 def exact_match(completions: list[Any], answer: list[Any], **columns: Any) -> list[float | None]:
     """1 where the whole completion is the answer, white space around both aside; else 0.
 
@@ -95,6 +131,7 @@ def f1(completions: list[Any], answer: list[Any], **columns: Any) -> list[float 
     ]
 
 
+@_decides(_tags_are_wrong)
 def format_answer(completions: list[Any], **columns: Any) -> list[float | None]:
     """1 where the completion has exactly one <answer>...</answer>, and it is not empty; else 0."""
 
@@ -217,7 +254,14 @@ def soft_overlong(max_completion_len: int, soft_punish_cache: int) -> RewardFunc
     # A partial, so that its arguments can be told from outside, as a resumed run does.
     penalty = functools.partial(_overlong, largest, cache)
     penalty.__name__ = "soft_overlong"  # type: ignore[attr-defined]
+    penalty.decided = functools.partial(_too_long, largest)  # type: ignore[attr-defined]
     return penalty
+
+
+def _too_long(
+    largest: int, /, prompt: Any, completion_so_far: str, completion_ids: list[int]
+) -> float | None:
+    return -1.0 if len(completion_ids) > largest else None
 
 
 def _overlong(
@@ -228,12 +272,14 @@ def _overlong(
 
 
 BUILT_IN: dict[str, RewardFunction] = {
+    "countdown": countdown,
     "exact_answer": exact_answer,
     "exact_match": exact_match,
     "f1": f1,
     "format_answer": format_answer,
     "math_verify": math_verify,
     "reasoning_gym": reasoning_gym,
+    "valid_json": valid_json,
 }
 """The reward functions that a configuration names."""
 

@@ -98,7 +98,8 @@ def test_a_verdict_comes_with_the_word_that_decides():
     text = "c5>c5vc6v\nGd6Sd5"
     assert goal_reached.decided(text, "") is None
     assert goal_reached.decided(text, "c5c6") is None
-    assert goal_reached.decided(text, "c5c6d6") == 1.0
+    assert goal_reached.decided(text, "c5c6d6") is None  # a passage d6> may follow, which is a wall
+    assert goal_reached.decided(text, "c5c6d6d5") == 1.0
     assert goal_reached.decided(text, "c5d6") == 0.0
     assert goal_reached(prompts=[text] * 2, completions=["c5c6", "c5c6d6"]) == [0.0, 1.0]
 
