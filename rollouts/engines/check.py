@@ -312,13 +312,6 @@ def _check_tokens(
         f"completions must have 1 to max_completion_length={limit} tokens, "
         f"got lengths {length_N.tolist()}",
     )
-    # Engines may count what others wrote towards the limit.
-    end_N = (mask_NT * torch.arange(1, mask_NT.shape[1] + 1)).amax(1) if len(rollouts) else length_N
-    _require(
-        (end_N[rollouts.truncated_N] >= limit).all(),
-        f"truncated_N marks rollouts that the length limit of {limit} ended, but it is True for "
-        f"rollouts of lengths {end_N[rollouts.truncated_N].tolist()}",
-    )
     decided_N = rollouts.decided_N
     _require(
         (decided_N is not None) == (params.over is not None),
@@ -327,6 +320,13 @@ def _check_tokens(
     _require(
         decided_N is None or not (decided_N & rollouts.truncated_N).any(),
         "a rollout that a verdict ended must not be marked as truncated",
+    )
+    # Engines may count what others wrote towards the limit.
+    end_N = (mask_NT * torch.arange(1, mask_NT.shape[1] + 1)).amax(1) if len(rollouts) else length_N
+    _require(
+        (end_N[rollouts.truncated_N] >= limit).all(),
+        f"truncated_N marks rollouts that the length limit of {limit} ended, but it is True for "
+        f"rollouts of lengths {end_N[rollouts.truncated_N].tolist()}",
     )
     logprob_NT = rollouts.logprob_NT
     entropy_NT = rollouts.entropy_NT

@@ -8,7 +8,7 @@ import torch
 
 from rollouts.batch import TokenRollouts
 from rollouts.engines.check import check_engine
-from rollouts.engines.contract import SamplingParams, requested_rows
+from rollouts.engines.contract import SamplingParams, asked_at, requested_rows
 from tests.tiny_lm import tiny_prompts
 
 VOCABULARY, EOS = 40, 1
@@ -101,6 +101,86 @@ PLAIN = SamplingParams(max_completion_length=12)
 )
 def test_a_correct_engine_passes(params):
     check_engine(TableEngine(), tiny_prompts(3, 5, 2), params)
+
+
+class VerdictEngine(TableEngine):
+    """Draws whole rollouts and cuts them where a verdict would have ended them."""
+
+    takes_verdicts = True
+
+    def generate(self, prompts, budget_P, *, seeds_N, params, version=0):
+        whole = super().generate(prompts, budget_P, seeds_N=seeds_N, params=params, version=version)
+        if params.over is None:
+            return whole
+        cut = [self.cut(whole, row, prompts, params) for row in range(len(whole))]
+        length_N = torch.tensor([length for length, _ in cut], dtype=torch.int64)
+        mask_NT = torch.arange(whole.mask_NT.shape[1]) < length_N[:, None]
+        decided_N = torch.tensor([decided for _, decided in cut], dtype=torch.bool)
+        return changed(
+            whole,
+            mask_NT=mask_NT,
+            logprob_NT=torch.where(mask_NT, whole.logprob_NT, 0.0),
+            truncated_N=self.truncated(whole.truncated_N, decided_N),
+            decided_N=decided_N,
+        )
+
+    def cut(self, whole, row, prompts, params):
+        prompt = prompts[int(whole.prompt_N[row])]
+        tokens = whole.token_NT[row][whole.mask_NT[row]].tolist()
+        for at in self.asked_at(len(tokens), params.verdict_every):
+            if params.over([prompt], [tokens[:at]])[0]:
+                return at, True
+        return len(tokens), False
+
+    def asked_at(self, most, every):
+        return asked_at(most, every)
+
+    def truncated(self, truncated_N, decided_N):
+        return truncated_N & ~decided_N
+
+
+def test_an_engine_that_takes_verdicts_passes():
+    check_engine(VerdictEngine(), tiny_prompts(3, 5, 2), PLAIN)
+    check_engine(VerdictEngine(), tiny_prompts(3, 5, 2), SamplingParams(max_completion_length=2))
+
+
+class VerdictsAreForgotten(TableEngine):
+    takes_verdicts = True
+    says = "decided_N must be set if and only if"
+
+
+class VerdictsComeLate(VerdictEngine):
+    says = "a verdict must end its rollout where it is given"
+
+    def asked_at(self, most, every):
+        return asked_at(most, every)[1:]
+
+
+class VerdictsTruncate(VerdictEngine):
+    says = "a rollout that a verdict ended must not be marked as truncated"
+
+    def truncated(self, truncated_N, decided_N):
+        return truncated_N | decided_N
+
+
+class VerdictsMoveTheOthers(VerdictEngine):
+    says = "a verdict must end its rollout where it is given"
+
+    def generate(self, prompts, budget_P, *, seeds_N, params, version=0):
+        made = super().generate(prompts, budget_P, seeds_N=seeds_N, params=params, version=version)
+        if made.decided_N is None or not made.decided_N.any():
+            return made
+        return changed(made, token_NT=(made.token_NT + 1) % VOCABULARY)
+
+
+class EveryoneIsDecided(VerdictEngine):
+    says = "decided_N must be False for rollouts that `over` never answered True for"
+
+    def generate(self, prompts, budget_P, *, seeds_N, params, version=0):
+        made = super().generate(prompts, budget_P, seeds_N=seeds_N, params=params, version=version)
+        if made.decided_N is None:
+            return made
+        return changed(made, decided_N=~made.truncated_N)
 
 
 # What can go wrong in an engine, each with the words that must say so.
@@ -275,7 +355,8 @@ def test_check_engine_accepts_tokens_of_others_inside_a_row():
     check_engine(WithToolOutput(), tiny_prompts(3, 5, 2), SamplingParams(max_completion_length=6))
 
 
-BROKEN = [engine for engine in TableEngine.__subclasses__() if hasattr(engine, "says")]
+KINDS = TableEngine.__subclasses__() + VerdictEngine.__subclasses__()
+BROKEN = [engine for engine in KINDS if hasattr(engine, "says")]
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda engine: engine.__name__)

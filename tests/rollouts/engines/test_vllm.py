@@ -1,6 +1,7 @@
 """VLLMEngine against a server that speaks vLLM's protocol, and against a colocated stand-in."""
 
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from trl.generation import vllm_generation
 from rl.logprobs.from_logits import completion_logprobs
 from rollouts.engines.adaptive_temperature import AdaptiveTemperature
 from rollouts.engines.check import check_engine
-from rollouts.engines.contract import SamplingParams
+from rollouts.engines.contract import SamplingParams, asked_at
 from rollouts.engines.transformers import TransformersEngine
 from rollouts.engines.vllm import VLLMEngine, vllm_engine
 from tests.tiny_lm import EOS, PAD, VOCABULARY, tiny_model, tiny_prompts, tiny_tokenizer
@@ -548,3 +549,102 @@ def test_an_address_may_end_in_a_slash(served, model):
 def test_without_vllm_it_says_what_to_install(model):
     with pytest.raises(ImportError, match=r"pip install 'apportion\[vllm\]'"):
         vllm_engine(model, tiny_tokenizer(), Accelerator(cpu=True), mode="colocate")
+
+
+# -- verdicts, asked for between pieces of a completion
+
+
+def ended_by(over, every=2, **settings):
+    limits = {"max_completion_length": 7, **settings}
+    return SamplingParams(over=over, verdict_every=every, **limits)
+
+
+def even(prompts, ids_N):
+    return [sum(ids) % 2 == 0 for ids in ids_N]
+
+
+def never(prompts, ids_N):
+    return [False] * len(ids_N)
+
+
+@pytest.mark.parametrize("kind", ["server", "colocated"])
+def test_a_rollout_is_drawn_in_pieces_and_ends_where_it_is_decided(
+    served, model, monkeypatch, kind
+):
+    made = on_server(served, model) if kind == "server" else colocated(model, monkeypatch)[0]
+    asked = {"seeds_N": range(12)}
+    whole = made.generate(PROMPTS, [5, 0, 7], params=ended_by(never), **asked)
+    ended = made.generate(PROMPTS, [5, 0, 7], params=ended_by(even), **asked)
+    assert not whole.decided_N.any() and 2 < ended.decided_N.sum() < 12
+    for row in range(12):
+        tokens = whole.token_NT[row][whole.mask_NT[row]].tolist()
+        ends = [at for at in asked_at(len(tokens), 2) if sum(tokens[:at]) % 2 == 0]
+        length = ends[0] if ends else len(tokens)
+        assert ended.token_NT[row][ended.mask_NT[row]].tolist() == tokens[:length]
+        assert bool(ended.decided_N[row]) == bool(ends)
+        assert bool(ended.truncated_N[row]) == (bool(whole.truncated_N[row]) and not ends)
+    # The first piece is drawn as a rollout without verdicts, later ones under seeds of their own.
+    plain = made.generate(PROMPTS, [5, 0, 7], params=replace(ended_by(never), over=None), **asked)
+    assert plain.decided_N is None
+    assert torch.equal(plain.token_NT[:, :2], whole.token_NT[:, :2])
+    again = completion_logprobs(model, whole, temperature=1.0, pad_id=PAD)
+    torch.testing.assert_close(again, whole.logprob_NT, rtol=0, atol=1e-4)
+
+
+def test_pieces_continue_what_was_drawn_and_no_two_have_one_seed(served, model):
+    made = on_server(served, model)
+    rollouts = made.generate(PROMPTS[:1], [6], seeds_N=range(6), params=ended_by(never))
+    bodies = served.completions()
+    prompt = list(PROMPTS[0].token_ids)
+    assert {body["max_tokens"] for body in bodies} == {1, 2}  # 2, 2, 2 and the last of 7
+    seeds = [body["seed"] for body in bodies]
+    assert len(set(seeds)) == len(seeds) > 6 and {*range(6)} <= {*seeds}
+    drawn = [
+        row[mask].tolist() for row, mask in zip(rollouts.token_NT, rollouts.mask_NT, strict=True)
+    ]
+    for body in bodies:
+        (ids,) = body["prompt"]
+        begun = ids[len(prompt) :]
+        assert ids[: len(prompt)] == prompt and len(begun) % 2 == 0
+        assert any(row[: len(begun)] == begun for row in drawn)
+
+
+def test_a_stop_string_across_two_pieces_ends_the_rollout_there(served, model):
+    made = on_server(served, model)
+    params = ended_by(never, every=1, stop=("ab",))
+    rollouts = made.generate(PROMPTS[:1], [80], seeds_N=range(80), params=params)
+    stopped = has(rollouts, "ab")
+    assert stopped.any() and not rollouts.truncated_N[stopped].any()
+    for row in stopped.nonzero().flatten().tolist():
+        ids = rollouts.token_NT[row][rollouts.mask_NT[row]].tolist()
+        assert "ab" not in tiny_tokenizer().decode(ids[:-1])
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_vllm_ask_until_no_row_of_any_is_left(model, monkeypatch):
+    # Of two processes one has no rows: it calls as often as the other.
+    engine, llm = colocated(model, monkeypatch)
+    alone = engine.generate(PROMPTS, [4, 0, 0], seeds_N=range(4), params=ended_by(even))
+    other, other_llm = colocated(model, monkeypatch)
+    sent = []
+
+    def first(into, mine, group):
+        sent.append(mine)
+        into[:] = [mine, ([], "")]
+
+    def second(into, mine, group):
+        assert mine[0] == []
+        into[:] = [sent.pop(0), mine]
+
+    for made in (engine, other):
+        made._generation.tp_group, made._num_together = "group", 2
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", first)
+    llm.asked.clear()
+    found = engine.generate(PROMPTS, [4, 0, 0], seeds_N=range(4), params=ended_by(even))
+    assert torch.equal(found.token_NT, alone.token_NT)
+    asked = len(llm.asked)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", second)
+    nothing = other.generate(PROMPTS, [0, 0, 0], seeds_N=[], params=ended_by(even))
+    assert len(nothing) == 0 and not sent and len(other_llm.asked) == asked
