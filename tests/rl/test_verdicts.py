@@ -102,7 +102,7 @@ def test_decided_rows_are_not_masked_as_truncated_and_the_reward_is_not_asked_fo
 @pytest.mark.slow
 def test_validation_with_verdicts_has_the_same_pass_rate(tmp_path):
     def validated(folder, **settings):
-        made = trainer(folder, eval_dataset=tiny.rows("c"), **settings)
+        made = trainer(folder, data=tiny.rows("ab"), eval_dataset=tiny.rows("c"), **settings)
         made.state.global_step = 1
         return made.evaluate()
 
@@ -132,7 +132,11 @@ def test_the_first_step_is_drawn_whole_and_checks_the_verdicts(tmp_path):
     ):
         tiny.collect(made)
     made = trainer(
-        tmp_path / "c", reward=Hasty(), rollouts_per_prompt=20, eval_dataset=tiny.rows("c")
+        tmp_path / "c",
+        reward=Hasty(),
+        rollouts_per_prompt=20,
+        data=tiny.rows("ab"),
+        eval_dataset=tiny.rows("c"),
     )
     with pytest.raises(RewardError, match="verdicts of reward first_digit are wrong"):
         made.evaluate()
@@ -140,20 +144,12 @@ def test_the_first_step_is_drawn_whole_and_checks_the_verdicts(tmp_path):
 
 @pytest.mark.slow
 def test_a_verdict_that_fails_stops_the_run_as_a_reward_that_fails(tmp_path):
-    class Later(SmallDigit):
-        asked = 0
-
+    class Gone(SmallDigit):
         def decided(self, prompt, completion_so_far):
-            if self.asked:
-                raise KeyError("gone")
-            return
+            raise KeyError("gone")
 
-    reward = Later()
-    made = trainer(tmp_path, reward=reward)
-    tiny.collect(made)
-    reward.asked = 1
     with pytest.raises(RewardError, match="small_digit: decided raised KeyError: 'gone'"):
-        tiny.collect(made, version=1)
+        tiny.collect(trainer(tmp_path, reward=Gone()), version=1)
 
 
 def warnings_of(monkeypatch, folder, **settings):
@@ -244,7 +240,8 @@ def test_the_text_of_a_start_belongs_to_what_is_decided(tmp_path):
         prompts, np.array([4]), seeds_N=np.arange(4), params=made.policy.sampling, version=1
     )
     assert seen and all(text.startswith("01") for text in seen)
-    assert {len(text) for text in seen} <= {4, 6, 8, 10, 12}
+    # <pad> and <eos> are no text; two tokens of start and two, four, ... of what was drawn are.
+    assert min(map(len, seen)) >= 2 and max(map(len, seen)) <= 10
 
 
 @pytest.mark.slow
