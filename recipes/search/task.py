@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.agents.search import SearchIndex
+from rollouts.rewards.text import exact_answer, f1
 
 from .. import warm_start
 from .expert import LEVELS, Row, demonstrations
@@ -72,7 +73,7 @@ TASK = warm_start.Task(
     problems=problems,
     solutions=demonstrations,
     build_tokenizer=build_tokenizer,
-    rewards=[],
+    rewards=[exact_answer, f1],
     defaults={
         "rows": 12_000,
         "steps": 600,

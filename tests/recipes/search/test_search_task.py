@@ -3,8 +3,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from trl.chat_template_utils import is_chat_template_prefix_preserving, supports_tool_calling
 
+from recipes.search.by_hops import transcripts
 from recipes.search.expert import LEVELS, MOST_CALLS, demonstrate, demonstrations, search_tool
 from recipes.search.task import problems, world_index
 from recipes.search.words import build_tokenizer, words
@@ -150,3 +152,43 @@ def test_problems_are_as_many_of_each_level_and_apart():
     }
     with pytest.raises(ValueError, match="validation must be from 1 to .*, the questions of 1 hop"):
         problems(0, train=1, validation=10_000)
+
+
+class Scripted:
+    """A policy that writes the texts it is given, one per turn, for every transcript."""
+
+    def __init__(self, tokenizer, texts):
+        self.tokenizer, self.texts, self.read = tokenizer, list(texts), []
+
+    def generate(self, input_ids, attention_mask, **settings):
+        self.read.append(self.tokenizer.decode(input_ids[0][attention_mask[0].bool()]))
+        new = torch.tensor(self.tokenizer(self.texts.pop(0))["input_ids"])
+        return torch.cat([input_ids, new.expand(len(input_ids), -1)], dim=1)
+
+
+def call(query):
+    function = json.dumps({"name": "search", "arguments": {"query": query}})
+    return f"<tool_call>{function}</tool_call><eos>"
+
+
+def test_a_transcript_is_what_the_policy_wrote_and_what_the_search_returned(tokenizer):
+    def search(query: str) -> str:
+        """Search.
+
+        Args:
+            query: Words.
+        """
+        return " Mira Tolen was taught by Ivo Hale." if "taught" in query else ""
+
+    row = {"prompt": [{"role": "user", "content": "Who taught Mira Tolen?"}], "answer": "Ivo Hale"}
+    policy = Scripted(tokenizer, [call(" Mira Tolen taught"), "<answer> Ivo Hale</answer><eos>"])
+    (done,) = transcripts(policy, tokenizer, [row], search)
+    assert (done.calls, done.last) == (1, "<answer> Ivo Hale</answer>")
+    assert tokenizer.decode(done.ids) == policy.read[1] + "<answer> Ivo Hale</answer><eos>"
+    assert policy.read[1].endswith("<|tool|> Mira Tolen was taught by Ivo Hale.<|assistant|>")
+    # A call that cannot be read ends a transcript, and so does one beyond the limit.
+    (done,) = transcripts(Scripted(tokenizer, ["<tool_call> born<eos>"]), tokenizer, [row], search)
+    assert done.calls == 0
+    policy = Scripted(tokenizer, [call(" born")] * 3)
+    (done,) = transcripts(policy, tokenizer, [row], search, most_calls=2)
+    assert done.calls == 2 and not policy.texts
