@@ -19,7 +19,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
@@ -44,7 +43,7 @@ class Transcript:
 
 
 def transcripts(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, Any]],
     search: Callable[[str], str],
@@ -67,11 +66,12 @@ def transcripts(
     begun = [
         Transcript(
             row,
-            list(
+            tokenizer(
                 tokenizer.apply_chat_template(
-                    row["prompt"], tools=[search], add_generation_prompt=True, return_dict=False
-                )
-            ),
+                    row["prompt"], tools=[search], add_generation_prompt=True, tokenize=False
+                ),
+                add_special_tokens=False,
+            )["input_ids"],
         )
         for row in rows
     ]
@@ -80,8 +80,8 @@ def transcripts(
             part = live[start : start + batch_size]
             for each, new in zip(part, _turns(model, tokenizer, part, most_tokens), strict=True):
                 each.ids += new
-                each.last = tokenizer.decode(new, skip_special_tokens=True)
-                query = _query(tokenizer, tokenizer.decode(new))
+                each.last = str(tokenizer.decode(new, skip_special_tokens=True))
+                query = _query(tokenizer, str(tokenizer.decode(new)))
                 if query is None or each.calls == most_calls:
                     each.is_open = False
                     continue
@@ -100,7 +100,7 @@ def transcripts(
 
 @torch.no_grad()
 def _turns(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     part: list[Transcript],
     most_tokens: int,

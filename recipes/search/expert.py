@@ -147,11 +147,13 @@ def token_row(messages: list[Message], tokenizer: PreTrainedTokenizerFast, tools
     mask: list[int] = []
     for number, message in enumerate(messages):
         written = message["role"] == "assistant"
-        text = tokenizer.apply_chat_template(
-            [message],
-            tools=tools if number == 0 else None,
-            add_generation_prompt=not written,
-            tokenize=False,
+        text = str(
+            tokenizer.apply_chat_template(
+                [message],
+                tools=tools if number == 0 else None,
+                add_generation_prompt=not written,
+                tokenize=False,
+            )
         )
         text = text.removeprefix("<|assistant|>") if written else text  # the message before has it
         new = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -53,7 +53,7 @@ class Found:
 def _hotpotqa(row: Row) -> Found:
     context, support = _loaded(row["context"]), _loaded(row["supporting_facts"])
     if isinstance(context, dict):  # as on the hub
-        texts = context.get("sentences", context.get("content"))
+        texts = context["sentences" if "sentences" in context else "content"]
         context = list(zip(context["title"], texts, strict=True))
     titles = support["title"] if isinstance(support, dict) else [fact[0] for fact in support]
     passages = [
