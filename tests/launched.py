@@ -96,6 +96,10 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"allocator": "neyman", "refill": "true", "prompts_per_step": 4, "refill_max_age": 1},
     "replay": {"reward": "small_digit", "trainer": "grpo", "max_steps": 4, "replay_share": 0.4}
     | {"per_device_train_batch_size": 5, "beta": 0.1, "allocator": "uniform"},
+    # Rollouts end when their first character has decided, on whichever process.
+    "verdicts": {"reward": "decided_digit", "trainer": "grpo", "max_steps": 3, "verdict_every": 1}
+    | {"stopping": "balanced", "stopping_wave": 2, "allocator": "uniform", "updates_per_step": 2}
+    | {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": "true"},
     # Every row trains where entropies count, also those that no group tells from its others.
     "entropies": {"reward": "small_digit", "trainer": "grpo", "max_steps": 3, "beta": 0.1}
     | {"entropy_coef": 0.1, "top_entropy_quantile": 0.5, "loss": "dapo", "allocator": "uniform"}

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tests import tiny, tiny_denoising
-from tests.rl.test_verdicts import SmallDigit
 
 pytestmark = pytest.mark.slow  # whole runs
 
@@ -25,7 +24,7 @@ LANGUAGE = {
     "corrected": {"importance_correction": "sequence_mask", "loss": "vespo"},
     "capped": {"loss": "cispo"},
     "replayed": {"replay_share": 0.4},
-    "decided": {"reward": SmallDigit()},
+    "decided": {"reward": tiny.decided_digit},
     "retired": {"retire_above": 0.9, "greso_explore": 0.5},
     "started": {"starts": "traces", "starts_delta": 0.0, "starts_until": 1.0, "max_steps": 5},
 }

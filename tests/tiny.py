@@ -76,6 +76,22 @@ def small_digit(completions: list[str], **_: Any) -> list[float]:
     return [float(text.replace(" ", "")[:1] in ("0", "1", "2", "3")) for text in completions]
 
 
+class SmallDigit:
+    """`small_digit`, whose first character decides it."""
+
+    __name__ = "decided_digit"
+
+    def __call__(self, completions: list[str], **_: Any) -> list[float]:
+        return small_digit(completions)
+
+    def decided(self, prompt: str, completion_so_far: str) -> float | None:
+        text = completion_so_far.replace(" ", "")
+        return small_digit([text])[0] if text else None
+
+
+decided_digit = SmallDigit()
+
+
 def breaks_on_rank_1(completions: list[str], **_: Any) -> list[float]:
     """Raises on the second process only."""
     if os.environ.get("RANK") == "1":
@@ -93,7 +109,7 @@ def one_prompt(completions: list[str], prompts: list[str], **_: Any) -> list[flo
 
 REWARDS = {
     function.__name__: function
-    for function in (first_digit, small_digit, breaks_on_rank_1, one_prompt)
+    for function in (first_digit, small_digit, decided_digit, breaks_on_rank_1, one_prompt)
 }
 
 

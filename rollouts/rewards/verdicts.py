@@ -353,7 +353,7 @@ def check_verdicts(
     ]
     if tokenizer is None:
         ids_N, decode = [list(map(ord, text)) for text in completions], _characters
-        if "completion_ids" in _parameters(decided_of(reward)):
+        if "completion_ids" in (_parameters(decided_of(reward)) or ()):
             raise RewardError(
                 f"the verdicts of reward {name_of(reward)} read completion_ids: give check_verdicts "
                 "the tokenizer"

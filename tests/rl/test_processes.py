@@ -60,6 +60,9 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert 1 in trained and 0 in trained  # a process without rows, and both
     shares = [row["starts/share"] for row in tiny.step_logs(two / "starts")]
     assert max(shares) > 0.5  # starts were chosen
+    shares = [row["verdicts/decided_share"] for row in tiny.step_logs(two / "verdicts")]
+    assert shares[0] == 0 and min(shares[1:]) > 0.5  # the first step checks, the others end
+    assert validation(two / "verdicts") == validation(one / "verdicts") != []
     assert validation(two / "small") == validation(one / "small") != []
 
     for kind, folder in broken.items():

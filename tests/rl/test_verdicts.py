@@ -8,6 +8,7 @@ from rl.policies import language
 from rollouts.rewards.contract import RewardError
 from tests import tiny
 from tests.rl.test_trainer import Scripted
+from tests.tiny import SmallDigit
 
 SETTINGS = {
     "trainer": "grpo",
@@ -29,19 +30,6 @@ class FirstDigit:
     def decided(self, prompt, completion_so_far, answer):
         text = completion_so_far.replace(" ", "")
         return float(text.startswith(answer)) if text else None
-
-
-class SmallDigit(FirstDigit):
-    """1 if the completion begins with a small digit."""
-
-    __name__ = "small_digit"
-
-    def __call__(self, completions, **_):
-        return tiny.small_digit(completions)
-
-    def decided(self, prompt, completion_so_far):
-        text = completion_so_far.replace(" ", "")
-        return tiny.small_digit([text])[0] if text else None
 
 
 def trainer(folder, **settings):
@@ -75,7 +63,9 @@ def test_a_step_with_verdicts_is_the_step_without_but_for_tokens_after_the_decis
         assert not (short.decided_N[row] and short.truncated_N[row])
     assert ended.metrics["verdicts/decided_share"] == short.decided_N.double().mean().item()
     assert "verdicts/decided_share" not in whole.metrics
-    assert ended.metrics["rewards/small_digit/mean"] == whole.metrics["rewards/small_digit/mean"]
+    assert (
+        ended.metrics["rewards/decided_digit/mean"] == whole.metrics["rewards/decided_digit/mean"]
+    )
     drawn = [made.ledger.metrics()["ledger/tokens_drawn"] for made in (with_, without)]
     assert drawn == [short.size[1], long.size[1]] and drawn[0] < 0.5 * drawn[1]
 
@@ -148,7 +138,7 @@ def test_a_verdict_that_fails_stops_the_run_as_a_reward_that_fails(tmp_path):
         def decided(self, prompt, completion_so_far):
             raise KeyError("gone")
 
-    with pytest.raises(RewardError, match="small_digit: decided raised KeyError: 'gone'"):
+    with pytest.raises(RewardError, match="decided_digit: decided raised KeyError: 'gone'"):
         tiny.collect(trainer(tmp_path, reward=Gone()), version=1)
 
 
