@@ -20,8 +20,9 @@ from __future__ import annotations
 import inspect
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,6 +83,19 @@ class _Opinion:
     error: BaseException | None = None
 
 
+@dataclass(slots=True)
+class _Asking:
+    """How far one call has come; a thread that was abandoned must not go on."""
+
+    found: list[list[_Opinion]] = field(default_factory=list)
+    place: int = 0
+    is_given_up: bool = False
+
+
+MOST_OVERDUE = 3
+"""Rows of one question that may take `timeout` seconds before the others fail (project default)."""
+
+
 class Verdicts:
     """Asks rewards whether rollouts are decided, and rewards those that were ended.
 
@@ -93,7 +107,7 @@ class Verdicts:
         decode: texts of lists of token ids, as the rewards get them.
         weights: one per function. A function of weight 0 without `decided` says nothing of a rollout
             that was ended: it is only reported, over the others.
-        timeout: seconds that one question may take, or None.
+        timeout: seconds that one question, about however many rollouts, may take, or None.
         columns: names of the data set's columns, if the functions' parameters are to be checked.
 
     Raises:
@@ -129,11 +143,8 @@ class Verdicts:
             prompts: N, the prompt of each rollout.
             ids_N: N, the completion so far of each, its start included.
         """
-        texts = self._texts(ids_N)
-        return [
-            self._is_over(self._opinions(prompt, text, ids, until_open=True))
-            for prompt, text, ids in zip(prompts, texts, ids_N, strict=True)
-        ]
+        rows = list(zip(prompts, self._texts(ids_N), ids_N, strict=True))
+        return [self._is_over(of_row) for of_row in self._opinions(rows, until_open=True)]
 
     def score(
         self,
@@ -157,10 +168,8 @@ class Verdicts:
         """
         over = [] if decided_N is None else decided_N.nonzero().flatten().tolist()
         ids_K = [ids_N[row] for row in over]
-        opinions = {
-            row: self._opinions(prompts[row], text, ids_N[row])
-            for row, text in zip(over, self._texts(ids_K), strict=True)
-        }
+        rows = zip([prompts[row] for row in over], self._texts(ids_K), ids_K, strict=True)
+        opinions = dict(zip(over, self._opinions(list(rows)), strict=True))
         failed = {
             row: reason
             for row, of_row in opinions.items()
@@ -206,23 +215,29 @@ class Verdicts:
         Raises:
             RewardError: naming the reward, the prompt, the cut and both values, if they differ.
         """
-        cuts: list[tuple[int, Sequence[int]]] = []
         for row, (prompt, ids) in enumerate(zip(prompts, ids_N, strict=True)):
-            if row not in result.failed:
-                start = len(prompt.start_ids)
-                cuts += [(row, ids[: start + at]) for at in asked_at(len(ids) - start, every)]
-                cuts.append((row, ids))
-        texts = self._texts([ids for _, ids in cuts])
-        for (row, ids), text in zip(cuts, texts, strict=True):
+            if row in result.failed:
+                continue
             finals = [result.per_function[name][row] for name in self._names]
-            opinions = self._opinions(prompts[row], text, ids)
+            start = len(prompt.start_ids)
+            cuts = [ids[: start + at] for at in asked_at(len(ids) - start, every)] + [ids]
+            for text, name, said in self._contradictions(prompt, cuts, finals):
+                raise RewardError(
+                    f"the verdicts of reward {name} are wrong: for prompt {prompt.key}, after "
+                    f"{len(text)} characters, {start_of(text[-80:])}, its `decided` {said}. Correct it "
+                    "(check_verdicts tests it), or write verdict_every: 0"
+                )
+
+    def _contradictions(
+        self, prompt: Prompt, cuts: Sequence[Sequence[int]], finals: Sequence[float | None]
+    ) -> Iterator[tuple[str, str, str]]:
+        """Text, name and words of each verdict at a cut that is not the finished reward."""
+        texts = self._texts(cuts)
+        rows = [(prompt, text, ids) for text, ids in zip(texts, cuts, strict=True)]
+        for text, opinions in zip(texts, self._opinions(rows), strict=True):
             for name, opinion, final in zip(self._names, opinions, finals, strict=True):
                 if said := _contradiction(opinion, final):
-                    raise RewardError(
-                        f"the verdicts of reward {name} are wrong: for prompt {prompts[row].key}, "
-                        f"after {len(text)} characters, {start_of(text[-80:])}, its `decided` {said}. "
-                        "Correct it (check_verdicts tests it), or write verdict_every: 0"
-                    )
+                    yield text, name, said
 
     def _texts(self, ids_N: Sequence[Sequence[int]]) -> list[str]:
         """Completions so far, without a character at the end that is not whole yet."""
@@ -232,23 +247,61 @@ class Verdicts:
             return [text.rstrip(INCOMPLETE) for text in self._decode([list(i) for i in ids_N])]
 
     def _opinions(
-        self, prompt: Prompt, text: str, ids: Sequence[int], *, until_open: bool = False
-    ) -> list[_Opinion]:
-        """Of each function; with `until_open` none of those that cannot change whether it is over."""
-        found: list[_Opinion] = []
-        is_open = False
+        self, rows: Sequence[tuple[Prompt, str, Sequence[int]]], *, until_open: bool = False
+    ) -> list[list[_Opinion]]:
+        """Of each (prompt, text, ids) and function; with `until_open` none that cannot change `over`.
+
+        All rows are asked about in one timed call, as a watch over each would cost more than most
+        answers. The row at which the time runs out fails and the others are asked about in further
+        calls; after `MOST_OVERDUE` such rows the rest fails too.
+        """
+        found: list[list[_Opinion]] = []
+        num_overdue = 0
         with self._lock:
-            for weight, name, decided, takes in zip(
-                self._weights, self._names, self._decided, self._takes, strict=True
-            ):
+            while len(found) < len(rows):
+                asking = _Asking()
+                run = partial(self._ask, rows[len(found) :], asking, until_open=until_open)
+                outcome = outcome_of(run, self._timeout, name="decided of the reward functions")
+                asking.is_given_up = True
+                found += list(asking.found)[: len(rows) - len(found)]
+                if outcome is None or len(found) == len(rows):
+                    continue
+                if not isinstance(outcome, Overdue):
+                    raise outcome
+                num_overdue += 1
+                found.append(self._failed(asking.place, f"took longer than {self._timeout:g} s"))
+                if num_overdue == MOST_OVERDUE:
+                    rest = f"was not reached: {num_overdue} rollouts took {self._timeout:g} s each"
+                    found += [self._failed(0, rest)] * (len(rows) - len(found))
+        return found
+
+    def _ask(
+        self,
+        rows: Sequence[tuple[Prompt, str, Sequence[int]]],
+        asking: _Asking,
+        *,
+        until_open: bool,
+    ) -> None:
+        """Add the opinions on one row after the other to `asking.found`."""
+        functions = list(zip(self._weights, self._names, self._decided, self._takes, strict=True))
+        for prompt, text, ids in rows:
+            opinions: list[_Opinion] = []
+            is_open = False
+            for asking.place, (weight, name, decided, takes) in enumerate(functions):
                 if decided is None or (until_open and (is_open or weight == 0)):
-                    found.append(_Opinion())
+                    opinions.append(_Opinion())
                     continue
                 given = _given(prompt, ids, takes)
                 shown = own_copy(prompt.prompt, "prompt")
-                found.append(_asked(name, decided, shown, text, given, self._timeout))
-                is_open |= found[-1].value is None and not found[-1].failure
-        return found
+                opinions.append(_asked(name, decided, shown, text, given))
+                is_open |= opinions[-1].value is None and not opinions[-1].failure
+            if asking.is_given_up:
+                return
+            asking.found.append(opinions)
+
+    def _failed(self, place: int, failure: str) -> list[_Opinion]:
+        """Opinions of a row on which the function at `place` failed."""
+        return [_Opinion(failure=failure if p == place else "") for p in range(len(self._names))]
 
     def _is_over(self, opinions: list[_Opinion]) -> bool:
         pairs = [(w, o) for w, o in zip(self._weights, opinions, strict=True) if w != 0]
@@ -367,15 +420,13 @@ def check_verdicts(
     names = sorted({name for prompt in given for name in prompt.columns})
     verdicts = Verdicts([reward], decode, columns=names)
     result = score([reward], given, completions, ids_N)
-    every_cut = [(row, ids[:end]) for row, ids in enumerate(ids_N) for end in range(len(ids) + 1)]
-    texts = verdicts._texts([ids for _, ids in every_cut])
-    for (row, ids), text in zip(every_cut, texts, strict=True):
-        (opinion,) = verdicts._opinions(given[row], text, ids)
-        (values,) = result.per_function.values()
-        if said := _contradiction(opinion, values[row]):
+    (values,) = result.per_function.values()
+    for row, ids in enumerate(ids_N):
+        cuts = [ids[:end] for end in range(len(ids) + 1)]
+        for text, name, said in verdicts._contradictions(given[row], cuts, [values[row]]):
             raise AssertionError(
                 f"for prompt {given[row].key} and the completion {start_of(completions[row])}, "
-                f"`decided` of reward {name_of(reward)} {said}, after {start_of(text)}"
+                f"`decided` of reward {name} {said}, after {start_of(text)}"
             )
 
 
@@ -398,26 +449,14 @@ def _contradiction(opinion: _Opinion, final: float | None) -> str:
     return f"gave {opinion.value:g}, but the finished rollout gets {final:g}"
 
 
-def _asked(
-    name: str,
-    decided: Decided,
-    prompt: Any,
-    text: str,
-    given: dict[str, Any],
-    timeout: float | None,
-) -> _Opinion:
+def _asked(name: str, decided: Decided, prompt: Any, text: str, given: dict[str, Any]) -> _Opinion:
     """What `decided` says, or what went wrong with it."""
-    outcome = outcome_of(
-        lambda: numbers_of([decided(prompt, text, **given)], f"{name}.decided", [0]),
-        timeout,
-        name=f"decided of reward function {name!r}",
-    )
-    if isinstance(outcome, Overdue):
-        return _Opinion(failure=f"took longer than {timeout:g} s")
-    if isinstance(outcome, BaseException):
-        return _Opinion(failure=reason_of(outcome), error=outcome)
-    (value,), failed = outcome
-    return _Opinion(value=value, failure=failed.get(0, ""))
+    try:
+        value = decided(prompt, text, **given)
+    except (Exception, SystemExit) as error:
+        return _Opinion(failure=reason_of(error), error=error)
+    (number,), failed = numbers_of([value], f"{name}.decided", [0])
+    return _Opinion(value=number, failure=failed.get(0, ""))
 
 
 def _given(prompt: Prompt, ids: Sequence[int], takes: frozenset[str] | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Verdicts say what the finished reward says, and a failure never becomes a number."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -161,6 +162,32 @@ def test_a_verdict_that_is_taken_back_or_takes_too_long_fails_its_row():
     assert slow.over(prompts("a"), ids_of("x")) == [True]
     found = slow.score(prompts("a"), ["x"], ids_of("x"), torch.tensor([True]), max_failed_share=1.0)
     assert found.failed == {0: "endless: decided took longer than 0.05 s"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_row_that_hangs_fails_alone_and_many_fail_the_rest(in_thread):
+    def reward(completions, **_):
+        return [0.0] * len(completions)
+
+    def hangs(prompt, completion_so_far):
+        while "?" in completion_so_far:
+            pass
+        return 0.0
+
+    reward.decided = hangs
+    asked = Verdicts([reward], decode, timeout=0.1)
+
+    def failed(*texts):
+        rows, ids, decided_N = prompts(*texts), ids_of(*texts), torch.ones(len(texts)).bool()
+        found = asked.score(rows, texts, ids, decided_N, max_failed_share=1.0)
+        return {row: reason.partition("decided ")[2][:10] for row, reason in found.failed.items()}
+
+    with ThreadPoolExecutor(1) as pool:
+        ask = (lambda *texts: pool.submit(failed, *texts).result()) if in_thread else failed
+        assert ask("a", "?", "b", "?", "c") == {1: "took longe", 3: "took longe"}
+        late = dict.fromkeys(range(3), "took longe")
+        assert ask("?a", "?b", "?c", "d", "e") == late | dict.fromkeys((3, 4), "was not re")
 
 
 @pytest.mark.parametrize("value", ["1.0", [1.0, 2.0]])
