@@ -1304,6 +1304,15 @@ class LanguageSettings(SharedSettings):
         stage=UPDATE,
         decides=TRAINING,
     )
+    share_prompts: str = setting(
+        "off",
+        "auto: the update puts the rollouts of one prompt behind one copy of it, where the model allows"
+        " it and it costs less; log-probabilities and gradients are the same up to rounding. off: each"
+        " rollout has its own copy.",
+        stage=UPDATE,
+        decides=TRAINING,
+        choices=("off", "auto"),
+    )
 
     # -- validate, log and save
     completions_every: int = setting(

@@ -47,6 +47,7 @@ def fused_logprobs(
     temperature: float = 1.0,
     pad_id: int,
     right_padded: bool = False,
+    layout: Layout | None = None,
 ) -> Tensor:
     """`logprobs.completion_logprobs`, from the hidden states.
 
@@ -60,7 +61,7 @@ def fused_logprobs(
     Args:
         model: one for which `refusal` gives None. Gradients reach its parameters, the input
             embeddings too where they share the head's weight.
-        rollouts, temperature, pad_id, right_padded: as `completion_logprobs`.
+        rollouts, temperature, pad_id, right_padded, layout: as `completion_logprobs`.
 
     Returns:
         As `completion_logprobs`.
@@ -69,7 +70,7 @@ def fused_logprobs(
         ValueError: as `completion_logprobs`; or with the reason, if the head does not allow it or
             the model changes its logits after the head.
     """
-    layout = layout_of(model, rollouts, pad_id, right_padded=right_padded)
+    layout = layout or layout_of(model, rollouts, pad_id, right_padded=right_padded)
     return _scored(model, rollouts, temperature, layout, entropy=False).logprob_NT
 
 
@@ -81,12 +82,13 @@ def fused_statistics(
     pad_id: int,
     right_padded: bool = False,
     differentiable: bool = False,
+    layout: Layout | None = None,
 ) -> Statistics:
     """`logprobs.completion_statistics`, from the hidden states.
 
     Args, Returns and Raises: as `fused_logprobs` and `completion_statistics`.
     """
-    layout = layout_of(model, rollouts, pad_id, right_padded=right_padded)
+    layout = layout or layout_of(model, rollouts, pad_id, right_padded=right_padded)
     found = _scored(model, rollouts, temperature, layout, entropy=True)
     return found if differentiable else found._replace(entropy_NT=found.entropy_NT.detach())
 

@@ -16,6 +16,8 @@ Axes: N rollouts, T decision steps (columns of the rollouts), S columns of the m
 V vocabulary, C width of the head's input, M decisions of the mask, L decisions of a chunk.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -51,6 +53,7 @@ def completion_logprobs(
     temperature: float = 1.0,
     pad_id: int,
     right_padded: bool = False,
+    layout: Layout | None = None,
 ) -> Tensor:
     """Log-probability of each recorded token under `model`, differentiable.
 
@@ -69,6 +72,7 @@ def completion_logprobs(
             scored at temperature 1.
         pad_id: any valid token id; what the padding holds never matters.
         right_padded: pad on the right only, which costs the logits of the prompts.
+        layout: of these rows, where it is not `layout_of`'s.
 
     Returns:
         (N, T) log-probabilities in nats, float32 (float64 for a float64 model); exactly 0 where
@@ -77,7 +81,7 @@ def completion_logprobs(
     Raises:
         ValueError: without rows, for an empty prompt, or for a temperature that is not positive.
     """
-    layout = layout_of(model, rollouts, pad_id, right_padded=right_padded)
+    layout = layout or layout_of(model, rollouts, pad_id, right_padded=right_padded)
     return _scored(model, rollouts, temperature, layout, entropy=False).logprob_NT
 
 
@@ -89,6 +93,7 @@ def completion_statistics(
     pad_id: int,
     right_padded: bool = False,
     differentiable: bool = False,
+    layout: Layout | None = None,
 ) -> Statistics:
     """Log-probabilities as `completion_logprobs`, and the entropy of each decision.
 
@@ -104,7 +109,7 @@ def completion_statistics(
     Returns:
         Both (N, T), in nats and the dtype of `completion_logprobs`; exactly 0 off the mask.
     """
-    layout = layout_of(model, rollouts, pad_id, right_padded=right_padded)
+    layout = layout or layout_of(model, rollouts, pad_id, right_padded=right_padded)
     found = _scored(model, rollouts, temperature, layout, entropy=True)
     return found if differentiable else found._replace(entropy_NT=found.entropy_NT.detach())
 
@@ -174,10 +179,14 @@ class Layout(NamedTuple):
     num_steps: int
     size_N: Tensor | None = None
     """(N,) tokens of each prompt, where rows begin in the first column; None: completions do in one."""
+    at: tuple[Tensor, Tensor] | None = None
+    """(N, 1) rows and (N, T) columns of the output, counted from its right, that predict the completions."""
 
     def predicting(self, value_NSX: Tensor) -> Tensor:
         """The columns that predict the completion: its own, one to the left."""
         num_columns = value_NSX.shape[1]
+        if self.at is not None:
+            return value_NSX[self.at]
         if self.size_N is None:
             return value_NSX[:, num_columns - self.num_steps - 1 : -1]
         step_T = torch.arange(self.num_steps, device=value_NSX.device)

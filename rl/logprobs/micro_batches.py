@@ -36,6 +36,28 @@ def by_rows(length_K: Tensor, rows: int) -> list[Tensor]:
     return list(order_K.split(rows)) if len(order_K) else []
 
 
+def by_prompts(prompt_K: Tensor, length_K: Tensor, rows: int) -> list[Tensor]:
+    """As many micro-batches as `by_rows` makes, with rows of one prompt beside each other.
+
+    Prompts with the longest completion come first. A prompt's rows are split where a micro-batch is full.
+
+    Args:
+        prompt_K: (K,) integers, the prompt of each row.
+        length_K, rows: as `by_rows`.
+    """
+    by_rows(length_K, rows)  # checks both
+    if prompt_K.shape != length_K.shape:
+        raise ValueError(
+            f"prompt_K and length_K must be equally long, got {len(prompt_K)} and {len(length_K)}"
+        )
+    pairs = list(zip(prompt_K.tolist(), length_K.tolist(), strict=True))
+    longest: dict[int, int] = {}
+    for prompt, length in pairs:
+        longest[prompt] = max(length, longest.get(prompt, 0))
+    order = sorted(range(len(pairs)), key=lambda k: (-longest[pairs[k][0]], *pairs[k]))
+    return list(torch.tensor(order, dtype=torch.int64).split(rows)) if order else []
+
+
 def by_tokens(prompt_length_K: Tensor, length_K: Tensor, budget: int) -> list[Tensor]:
     """Micro-batches of as many rows as `budget` tokens hold, padding included.
 

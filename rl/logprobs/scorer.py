@@ -11,7 +11,8 @@ from transformers.utils import logging
 
 from rl.logprobs import from_hidden as fused_head
 from rl.logprobs import from_logits as logprobs
-from rl.logprobs.from_logits import Statistics
+from rl.logprobs import shared_prompts
+from rl.logprobs.from_logits import Layout, Statistics
 from rollouts.batch import TokenRollouts
 
 logger = logging.get_logger(__name__)
@@ -29,10 +30,18 @@ class Scorer:
         fused: True, False, or None for what the vocabulary suggests. Models whose head does not allow
             it (`fused_head.refusal`) are scored from their logits, with a warning if it was asked for.
         autocast: whether the model computes in half precision under autocast.
+        share_prompts: "auto": rollouts of one prompt stand behind one copy of it, where the model allows
+            it (`shared_prompts.refusal`; else a warning says why) and it costs less. "off": never.
     """
 
     def __init__(
-        self, *, temperature: float, pad_id: int, fused: bool | None, autocast: bool = False
+        self,
+        *,
+        temperature: float,
+        pad_id: int,
+        fused: bool | None,
+        autocast: bool = False,
+        share_prompts: str = "off",
     ) -> None:
         self.temperature, self.pad_id, self.autocast = temperature, pad_id, autocast
         self.right_padded = False
@@ -41,7 +50,10 @@ class Scorer:
         """The update runs in evaluation mode, for models with noise in training mode."""
         self.is_settled = False
         """Whether both were found out: `fidelity.settle`."""
+        self.keeps_siblings_together = share_prompts == "auto"
+        """Rollouts of one prompt should be scored in one micro-batch."""
         self._fused = fused
+        self._shares: WeakKeyDictionary[torch.nn.Module, dict[bool, bool]] = WeakKeyDictionary()
         self._is_fused: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
     @property
@@ -55,7 +67,7 @@ class Scorer:
         score: Callable[..., torch.Tensor] = (
             fused_head.fused_logprobs if self._uses_fused(model) else logprobs.completion_logprobs
         )
-        return score(model, rollouts, **self.settings)
+        return score(model, rollouts, layout=self._layout(model, rollouts), **self.settings)
 
     def statistics(
         self, model: torch.nn.Module, rollouts: TokenRollouts, *, differentiable: bool = False
@@ -66,7 +78,29 @@ class Scorer:
             if self._uses_fused(model)
             else logprobs.completion_statistics
         )
-        return score(model, rollouts, differentiable=differentiable, **self.settings)
+        layout = self._layout(model, rollouts)
+        return score(
+            model, rollouts, differentiable=differentiable, layout=layout, **self.settings
+        )
+
+    def _layout(self, model: torch.nn.Module, rollouts: TokenRollouts) -> Layout | None:
+        """Packed rows, or None for the usual ones."""
+        if not self.keeps_siblings_together or self.right_padded:
+            return None
+        if not self._allows_sharing(model) or not shared_prompts.pays(model, rollouts):
+            return None
+        return shared_prompts.packed_layout(model, rollouts, self.pad_id)
+
+    def _allows_sharing(self, model: torch.nn.Module) -> bool:
+        # Asking runs the model. Every rank scores its first rows at the same moment.
+        known = self._shares.setdefault(model, {})
+        if self.in_eval not in known:
+            rounds = self.autocast or next(model.parameters()).dtype.itemsize < 4
+            reason = shared_prompts.refusal(model, in_eval=self.in_eval, rounds=rounds)
+            if reason is not None and self.is_settled:
+                logger.warning(f"share_prompts stays off, as prompts cannot be shared here: {reason}")
+            known[self.in_eval] = reason is None
+        return known[self.in_eval]
 
     def _uses_fused(self, model: torch.nn.Module) -> bool:
         # Asking runs the model once. Every rank scores its first rows at the same moment.

@@ -130,6 +130,7 @@ class LanguagePolicy:
             pad_id=_pad_id(tokenizer, model),
             fused=config.fused_logprobs,
             autocast=accelerator.mixed_precision != "no",
+            share_prompts=config.share_prompts,
         )
         self._micro_batches: Callable[[Any], list[Tensor]] = micro_batches_of(config)
         self.pivot: EntropyPivot | None = None
@@ -412,4 +413,8 @@ def micro_batches_of(config: RolloutConfig) -> Callable[[TokenRollouts], list[to
     if most is not None:
         return by_tokens
     rows = config.per_device_train_batch_size
+    if config.share_prompts == "auto":
+        return lambda rollouts: micro_batches.by_prompts(
+            rollouts.prompt_N, ends(rollouts.mask_NT), rows
+        )
     return lambda rollouts: micro_batches.by_rows(ends(rollouts.mask_NT), rows)
