@@ -87,7 +87,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "methods": {"reward": "small_digit", "trainer": "grpo", "max_steps": 3, "beta": 0.1}
     | {"selector": "vade", "stopping": "early_unbiased", "stopping_wave": 2, "loss": "dapo"}
     | {"down_sampling": "d3s", "token_selection": "d3s", "importance_correction": "token_truncate"}
-    | {"micro_batch_tokens": 24, "num_iterations": 2, "allocator": "leave_one_out"},
+    | {"micro_batch_tokens": 24, "num_iterations": 2, "allocator": "leave_one_out"}
+    | {"share_prompts": "always"},
     "refill": {"reward": "small_digit", "trainer": "grpo", "max_steps": 4, "refill": "true"}
     | {"prompts_per_step": 3, "refill_wave": 5, "refill_max_age": 2, "loss": "gspo"},
     # Prompts start along what was done for them before, by whichever process.

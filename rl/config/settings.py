@@ -1305,13 +1305,13 @@ class LanguageSettings(SharedSettings):
         decides=TRAINING,
     )
     share_prompts: str = setting(
-        "off",
-        "auto: the update puts the rollouts of one prompt behind one copy of it, where the model allows"
-        " it and it costs less; log-probabilities and gradients are the same up to rounding. off: each"
-        " rollout has its own copy.",
+        "never",
+        "Put the rollouts of one prompt behind one copy of it in the update, where the model allows it"
+        " (else a warning says why not). auto: where that costs less; always; never. Log-probabilities"
+        " and gradients are the same up to rounding.",
         stage=UPDATE,
         decides=TRAINING,
-        choices=("off", "auto"),
+        choices=("never", "auto", "always"),
     )
 
     # -- validate, log and save

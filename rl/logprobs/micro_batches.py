@@ -39,23 +39,70 @@ def by_rows(length_K: Tensor, rows: int) -> list[Tensor]:
 def by_prompts(prompt_K: Tensor, length_K: Tensor, rows: int) -> list[Tensor]:
     """As many micro-batches as `by_rows` makes, with rows of one prompt beside each other.
 
-    Prompts with the longest completion come first. A prompt's rows are split where a micro-batch is full.
+    For packed rows (`shared_prompts`), which are padded to the longest group. Prompts with the most
+    completion tokens come first. A prompt's rows are split where a micro-batch is full.
 
     Args:
         prompt_K: (K,) integers, the prompt of each row.
         length_K, rows: as `by_rows`.
     """
     by_rows(length_K, rows)  # checks both
+    groups = _groups(prompt_K, length_K)
+    lengths = length_K.tolist()
+    groups.sort(key=lambda group: -sum(lengths[row] for row in group))
+    order = [row for group in groups for row in group]
+    return list(torch.tensor(order, dtype=torch.int64).split(rows)) if order else []
+
+
+def by_tokens_of_prompts(
+    prompt_K: Tensor, prompt_length_K: Tensor, length_K: Tensor, budget: int
+) -> list[Tensor]:
+    """Micro-batches of as many packed rows as `budget` tokens hold, padding included.
+
+        G (max prompt length + max sum of completion lengths) <= budget
+
+    A packed row is one prompt and its rollouts. A group too long for the budget is split, longest
+    rollouts first, into packed rows that fit; a rollout longer than the budget stands alone.
+
+    Args:
+        prompt_K: (K,) integers, the prompt of each row.
+        prompt_length_K, length_K, budget: as `by_tokens`.
+
+    Returns:
+        As `by_tokens`: (B,) int64 indices, each row once.
+
+    Raises:
+        ValueError: as `by_tokens`.
+    """
+    by_tokens(prompt_length_K, length_K, budget)  # checks all three
+    prompt_lengths, lengths = prompt_length_K.tolist(), length_K.tolist()
+    packed: list[list[int]] = []
+    for group in _groups(prompt_K, length_K):
+        room = 0
+        for i, row in enumerate(reversed(group)):
+            if i == 0 or lengths[row] > room:
+                packed.append([])
+                room = budget - prompt_lengths[row]
+            packed[-1].append(row)
+            room -= lengths[row]
+    prompts = [prompt_lengths[rows[0]] for rows in packed]
+    sums = [sum(lengths[row] for row in rows) for rows in packed]
+    order = sorted(range(len(packed)), key=lambda i: -prompts[i] - sums[i])
+    micro = _filled(order, prompts, sums, budget)
+    return [torch.tensor([row for i in part.tolist() for row in packed[i]]) for part in micro]
+
+
+def _groups(prompt_K: Tensor, length_K: Tensor) -> list[list[int]]:
+    """The rows of each prompt, by length, shortest first; prompts in the order they first appear."""
     if prompt_K.shape != length_K.shape:
         raise ValueError(
             f"prompt_K and length_K must be equally long, got {len(prompt_K)} and {len(length_K)}"
         )
-    pairs = list(zip(prompt_K.tolist(), length_K.tolist(), strict=True))
-    longest: dict[int, int] = {}
-    for prompt, length in pairs:
-        longest[prompt] = max(length, longest.get(prompt, 0))
-    order = sorted(range(len(pairs)), key=lambda k: (-longest[pairs[k][0]], *pairs[k]))
-    return list(torch.tensor(order, dtype=torch.int64).split(rows)) if order else []
+    rows_of: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompt_K.tolist()):
+        rows_of.setdefault(prompt, []).append(row)
+    lengths = length_K.tolist()
+    return [sorted(rows, key=lambda row: lengths[row]) for rows in rows_of.values()]
 
 
 def by_tokens(prompt_length_K: Tensor, length_K: Tensor, budget: int) -> list[Tensor]:

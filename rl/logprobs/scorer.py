@@ -30,8 +30,9 @@ class Scorer:
         fused: True, False, or None for what the vocabulary suggests. Models whose head does not allow
             it (`fused_head.refusal`) are scored from their logits, with a warning if it was asked for.
         autocast: whether the model computes in half precision under autocast.
-        share_prompts: "auto": rollouts of one prompt stand behind one copy of it, where the model allows
-            it (`shared_prompts.refusal`; else a warning says why) and it costs less. "off": never.
+        share_prompts: whether rollouts of one prompt stand behind one copy of it: "never", "always",
+            or "auto", where that costs less. No effect before `fidelity.settle` has asked the model.
+        max_tokens: of a micro-batch, beyond which separate rows are not an option under "auto".
     """
 
     def __init__(
@@ -41,7 +42,8 @@ class Scorer:
         pad_id: int,
         fused: bool | None,
         autocast: bool = False,
-        share_prompts: str = "off",
+        share_prompts: str = "never",
+        max_tokens: int | None = None,
     ) -> None:
         self.temperature, self.pad_id, self.autocast = temperature, pad_id, autocast
         self.right_padded = False
@@ -49,11 +51,11 @@ class Scorer:
         self.in_eval = False
         """The update runs in evaluation mode, for models with noise in training mode."""
         self.is_settled = False
-        """Whether both were found out: `fidelity.settle`."""
-        self.keeps_siblings_together = share_prompts == "auto"
-        """Rollouts of one prompt should be scored in one micro-batch."""
+        """Whether all of them were found out: `fidelity.settle`."""
+        self.share_prompts, self.max_tokens = share_prompts, max_tokens
+        self.width: int | None = None
+        """Of the model, if prompts are shared; None: every rollout has its own copy."""
         self._fused = fused
-        self._shares: WeakKeyDictionary[torch.nn.Module, dict[bool, bool]] = WeakKeyDictionary()
         self._is_fused: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
     @property
@@ -79,28 +81,40 @@ class Scorer:
             else logprobs.completion_statistics
         )
         layout = self._layout(model, rollouts)
-        return score(
-            model, rollouts, differentiable=differentiable, layout=layout, **self.settings
+        return score(model, rollouts, differentiable=differentiable, layout=layout, **self.settings)
+
+    def refuses_to_share(self, model: torch.nn.Module) -> str | None:
+        """Why prompts cannot be shared with this model in the settled mode; None if they can.
+
+        Runs the model. Every rank asks together.
+        """
+        if self.right_padded:
+            return "the model sees what an attention mask hides"
+        rounds = self.autocast or next(model.parameters()).dtype.itemsize < 4
+        return shared_prompts.refusal(model, in_eval=self.in_eval, rounds=rounds)
+
+    def cost(self, rollouts: TokenRollouts) -> float:
+        """Of a micro-batch as it would be scored, in units of `shared_prompts.cost`."""
+        assert self.width is not None
+        found = shared_prompts.cost(rollouts, self.width)
+        return found.packed if self._packs(rollouts) else found.separate
+
+    def _packs(self, rollouts: TokenRollouts) -> bool:
+        if self.width is None or not len(rollouts):
+            return False
+        if self.share_prompts == "always":
+            return True
+        found = shared_prompts.cost(rollouts, self.width)
+        too_many = self.max_tokens is not None and found.separate_tokens > self.max_tokens
+        return found.packed < found.separate or (
+            too_many and found.packed_tokens < found.separate_tokens
         )
 
     def _layout(self, model: torch.nn.Module, rollouts: TokenRollouts) -> Layout | None:
         """Packed rows, or None for the usual ones."""
-        if not self.keeps_siblings_together or self.right_padded:
-            return None
-        if not self._allows_sharing(model) or not shared_prompts.pays(model, rollouts):
+        if not self._packs(rollouts):
             return None
         return shared_prompts.packed_layout(model, rollouts, self.pad_id)
-
-    def _allows_sharing(self, model: torch.nn.Module) -> bool:
-        # Asking runs the model. Every rank scores its first rows at the same moment.
-        known = self._shares.setdefault(model, {})
-        if self.in_eval not in known:
-            rounds = self.autocast or next(model.parameters()).dtype.itemsize < 4
-            reason = shared_prompts.refusal(model, in_eval=self.in_eval, rounds=rounds)
-            if reason is not None and self.is_settled:
-                logger.warning(f"share_prompts stays off, as prompts cannot be shared here: {reason}")
-            known[self.in_eval] = reason is None
-        return known[self.in_eval]
 
     def _uses_fused(self, model: torch.nn.Module) -> bool:
         # Asking runs the model once. Every rank scores its first rows at the same moment.

@@ -1,14 +1,17 @@
-"""Lay rollouts of one prompt out behind one copy of it, so that it goes through the model once.
+"""Put the rollouts of one prompt behind one copy of it, so that the model reads it once.
 
     [left padding | prompt | rollout 1 | rollout 2 | ... | right padding]
 
-A rollout's tokens attend to the prompt and to themselves, not to siblings, and their positions go on
-from the prompt's: each log-probability and gradient is that of a row of its own, up to rounding.
+A rollout's tokens attend to the prompt and to their own rollout, not to siblings, and their positions
+continue the prompt's. Each log-probability and gradient is therefore that of a row of its own, up to
+rounding. Packed rows also need no padding between short and long siblings; their price is attention over
+longer rows (`cost`).
 
 Axes: N rollouts, T decision steps, G packed rows (one for each prompt), S columns of a packed row.
 """
 
 import inspect
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,26 +91,37 @@ def packed_layout(model: nn.Module, rollouts: TokenRollouts, pad_id: int) -> Lay
     return Layout(inputs, num_steps, at=(line_N[:, None].to(device), from_right_NT.to(device)))
 
 
-def pays(model: nn.Module, rollouts: TokenRollouts) -> bool:
-    """Whether packed rows cost less than separate ones, padding included.
+class Cost(NamedTuple):
+    """Cost of one micro-batch, in tokens (their attention counts as more of them), and its tokens."""
 
-    cost = rows (S + S^2 / (6 C)): a layer of width C takes some 24 C^2 operations for each token, and
-    4 S C for its attention to S columns.
+    packed: float
+    separate: float
+    packed_tokens: int
+    separate_tokens: int
+
+
+def cost(rollouts: TokenRollouts, width: int) -> Cost:
+    """What packed rows and separate rows cost, padding included.
+
+        cost = rows (S + S^2 / (6 C))
+
+    A layer of width C takes some 24 C^2 operations for each token, and 4 S C for its attention to S
+    columns. The prompt saved must outweigh the attention between siblings, which is computed and
+    masked. Project default.
+
+    Args:
+        rollouts: the rows of a micro-batch, at least one.
+        width: C, the model's hidden size.
     """
-    width = getattr(innermost(model).config, "hidden_size", None)
-    if width is None or not len(rollouts):
-        return False
     lengths: dict[tuple[int, ...], list[int]] = {}
     pairs = zip(rollouts.prompt_N.tolist(), ends(rollouts.mask_NT).tolist(), strict=True)
     for prompt, length in pairs:
         lengths.setdefault(rollouts.prompt_ids[prompt], []).append(length)
-
-    def cost(rows: int, columns: int) -> float:
-        return rows * columns * (1 + columns / (6 * width))
-
     longest = max(map(len, lengths))
-    packed = cost(len(lengths), longest + max(map(sum, lengths.values())))
-    return packed < cost(len(rollouts), longest + max(map(max, lengths.values())))
+    packed = len(lengths), longest + max(map(sum, lengths.values()))
+    separate = len(rollouts), longest + max(map(max, lengths.values()))
+    with_attention = (n * s * (1 + s / (6 * width)) for n, s in (packed, separate))
+    return Cost(*with_attention, packed[0] * packed[1], separate[0] * separate[1])
 
 
 def refusal(model: nn.Module, *, in_eval: bool = False, rounds: bool = False) -> str | None:
@@ -122,6 +136,8 @@ def refusal(model: nn.Module, *, in_eval: bool = False, rounds: bool = False) ->
     """
     language_model = innermost(model)
     config = language_model.config
+    if not isinstance(getattr(config, "hidden_size", None), int):
+        return "the model does not say how wide it is"
     attention = getattr(config, "_attn_implementation", None)
     if attention not in ("sdpa", "eager"):
         return f"attention {attention!r} takes no mask of rollouts; sdpa and eager do"

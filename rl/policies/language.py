@@ -131,8 +131,8 @@ class LanguagePolicy:
             fused=config.fused_logprobs,
             autocast=accelerator.mixed_precision != "no",
             share_prompts=config.share_prompts,
+            max_tokens=config.micro_batch_tokens,
         )
-        self._micro_batches: Callable[[Any], list[Tensor]] = micro_batches_of(config)
         self.pivot: EntropyPivot | None = None
         """Of the last step's entropies, around which the next step's temperature moves."""
         self._loaded_version: int | None = None  # of the weights the engine has
@@ -280,8 +280,18 @@ class LanguagePolicy:
         return rollouts.mask_NT
 
     def micro_batches(self, rollouts: Rollouts) -> list[Tensor]:
-        """Rows that are scored together: by their number, or by their tokens."""
-        return self._micro_batches(rollouts)
+        """Rows that are scored together, by their number or tokens; siblings together where that pays."""
+        assert isinstance(rollouts, TokenRollouts)
+        usual = micro_batches_of(self._config, rollouts)
+        if self.scorer.width is None or not len(rollouts):
+            return usual
+        together = micro_batches_of(self._config, rollouts, by_prompt=True)
+        if self.scorer.share_prompts == "always":
+            return together
+        ways = [together, usual]
+        return min(
+            ways, key=lambda way: sum(self.scorer.cost(rollouts.take(row_B)) for row_B in way)
+        )
 
     def cut(self, rollouts: Rollouts) -> list[Rollouts]:
         """The micro-batches of an update."""
@@ -401,20 +411,21 @@ def _vllm(config: RolloutConfig, model: Any, tokenizer: Any, accelerator: Accele
     )
 
 
-def micro_batches_of(config: RolloutConfig) -> Callable[[TokenRollouts], list[torch.Tensor]]:
-    """How rows are cut into micro-batches: by their number, or by their tokens."""
-    most = config.micro_batch_tokens
-
-    def by_tokens(rollouts: TokenRollouts) -> list[torch.Tensor]:
-        assert most is not None
-        prompt_K = torch.tensor([len(rollouts.prompt_ids[p]) for p in rollouts.prompt_N.tolist()])
-        return micro_batches.by_tokens(prompt_K.long(), ends(rollouts.mask_NT), most)
-
-    if most is not None:
-        return by_tokens
-    rows = config.per_device_train_batch_size
-    if config.share_prompts == "auto":
-        return lambda rollouts: micro_batches.by_prompts(
-            rollouts.prompt_N, ends(rollouts.mask_NT), rows
+def micro_batches_of(
+    config: RolloutConfig, rollouts: TokenRollouts, *, by_prompt: bool = False
+) -> list[Tensor]:
+    """Cut rows into micro-batches by their number or tokens; with `by_prompt` siblings stay together."""
+    length_K, most = ends(rollouts.mask_NT), config.micro_batch_tokens
+    if most is None:
+        rows = config.per_device_train_batch_size
+        if by_prompt:
+            return micro_batches.by_prompts(rollouts.prompt_N, length_K, rows)
+        return micro_batches.by_rows(length_K, rows)
+    prompt_length_K = torch.tensor(
+        [len(rollouts.prompt_ids[p]) for p in rollouts.prompt_N.tolist()], dtype=torch.int64
+    )
+    if by_prompt:
+        return micro_batches.by_tokens_of_prompts(
+            rollouts.prompt_N, prompt_length_K, length_K, most
         )
-    return lambda rollouts: micro_batches.by_rows(ends(rollouts.mask_NT), rows)
+    return micro_batches.by_tokens(prompt_length_K, length_K, most)

@@ -142,6 +142,8 @@ def settle(policy: Policy, ranks: Ranks) -> None:
     padding on the right, which a causal model cannot see, or in evaluation mode, which has no noise; or
     both. Rows are those of `rollouts.engines.probes`: some ten short forward passes of random tokens.
 
+    Then whether rollouts of a prompt share one copy of it, if `share_prompts` asks for it.
+
     Skipped for denoisers, whose replay `Fidelity.require` checks; and where only gathering sharded
     weights for it would make them whole.
 
@@ -153,8 +155,10 @@ def settle(policy: Policy, ranks: Ranks) -> None:
     scorer = policy.scorer
     scorer.is_settled = True
     if policy.generating is not policy.whole and ranks.is_sharded:
+        if scorer.share_prompts != "never" and ranks.is_main:
+            logger.warning(NOT_SHARED.format("the weights are sharded, and vLLM takes them so"))
         return
-    found: tuple[dict[str, bool], str | None] = ({}, None)
+    found: tuple[dict[str, bool], list[str], int | None] = ({}, [], None)
     error: Exception | None = None
     with policy.whole() as model:
         try:
@@ -162,13 +166,37 @@ def settle(policy: Policy, ranks: Ranks) -> None:
                 # First, as a model that keeps state in its modules scores otherwise afterwards.
                 policy.load_weights(model, version=-1)
                 policy.engine.check_model()
-            found = _settled(scorer, model, policy.tokenizer)
+            ways, note = _settled(scorer, model, policy.tokenizer)
+            scorer.right_padded, scorer.in_eval = ways["right_padded"], ways["in_eval"]
+            width, refusal = _shared(scorer, model)
+            found = (ways, [said for said in (note, refusal) if said is not None], width)
         except Exception as caught:
             error = caught
-    ways, note = ranks.gather(found, error=error)[0]
+    ways, notes, scorer.width = ranks.gather(found, error=error)[0]
     scorer.right_padded, scorer.in_eval = ways["right_padded"], ways["in_eval"]
-    if note is not None and ranks.is_main:
+    for note in notes if ranks.is_main else ():
         logger.warning(note)
+
+
+NOT_SHARED = (
+    "share_prompts has no effect, each rollout is scored with its own copy of the prompt: {}"
+)
+
+
+def _shared(scorer: Scorer, policy: Any) -> tuple[int | None, str | None]:
+    """The model's width if its prompts are shared, and why they are not if they should be."""
+    if scorer.share_prompts == "never":
+        return None, None
+    modes = [(module, module.training) for module in policy.modules()]
+    try:
+        policy.train(not scorer.in_eval)
+        reason = scorer.refuses_to_share(policy)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if reason is not None:
+        return None, NOT_SHARED.format(reason)
+    return innermost(policy).config.hidden_size, None
 
 
 def _settled(score: Scorer, policy: Any, tokenizer: Any) -> tuple[dict[str, bool], str | None]:
