@@ -180,7 +180,7 @@ class Layout(NamedTuple):
     size_N: Tensor | None = None
     """(N,) tokens of each prompt, where rows begin in the first column; None: completions do in one."""
     at: tuple[Tensor, Tensor] | None = None
-    """(N, 1) rows and (N, T) columns, counted from the right, of the output that predicts the completions."""
+    """(N, 1) rows and (N, T) columns, counted from the right, of outputs that predict completions."""
 
     def predicting(self, value_NSX: Tensor) -> Tensor:
         """The columns that predict the completion: its own, one to the left."""

@@ -11,7 +11,7 @@ Axes: N rollouts, T decision steps, G packed rows (one for each prompt), S colum
 """
 
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -120,8 +120,16 @@ def cost(rollouts: TokenRollouts, width: int) -> Cost:
     longest = max(map(len, lengths))
     packed = len(lengths), longest + max(map(sum, lengths.values()))
     separate = len(rollouts), longest + max(map(max, lengths.values()))
-    with_attention = (n * s * (1 + s / (6 * width)) for n, s in (packed, separate))
-    return Cost(*with_attention, packed[0] * packed[1], separate[0] * separate[1])
+
+    def with_attention(num_rows: int, columns: int) -> float:
+        return num_rows * columns * (1 + columns / (6 * width))
+
+    return Cost(
+        packed=with_attention(*packed),
+        separate=with_attention(*separate),
+        packed_tokens=packed[0] * packed[1],
+        separate_tokens=separate[0] * separate[1],
+    )
 
 
 def refusal(model: nn.Module, *, in_eval: bool = False, rounds: bool = False) -> str | None:
@@ -150,10 +158,16 @@ def refusal(model: nn.Module, *, in_eval: bool = False, rounds: bool = False) ->
         return "the model attends to a sliding window"
     if getattr(config, "output_router_logits", False):
         return "the loss of the model's router depends on how rows are laid out"
-    noisy = any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))
-    if not in_eval and (noisy or getattr(config, "attention_dropout", 0.0)):
+    if not in_eval and any(_drops(module) for module in model.modules()):
         return "the model has dropout, which siblings would share on their prompt"
     return _probe(model, ROUNDED if rounds else EXACT)
+
+
+def _drops(module: nn.Module) -> bool:
+    rate: Any = (
+        module.p if isinstance(module, nn.Dropout) else vars(module).get("attention_dropout")
+    )
+    return isinstance(rate, float) and rate > 0
 
 
 @torch.no_grad()

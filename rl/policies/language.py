@@ -280,7 +280,7 @@ class LanguagePolicy:
         return rollouts.mask_NT
 
     def micro_batches(self, rollouts: Rollouts) -> list[Tensor]:
-        """Rows that are scored together, by their number or tokens; siblings together where that pays."""
+        """Rows that are scored together, by their number or tokens; siblings together if it pays."""
         assert isinstance(rollouts, TokenRollouts)
         usual = micro_batches_of(self._config, rollouts)
         if self.scorer.width is None or not len(rollouts):
