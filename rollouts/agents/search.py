@@ -440,7 +440,7 @@ def _resume(connection: sqlite3.Connection, corpus: Path) -> tuple[int, int, Any
     if not record:
         return 0, 0, hashlib.sha256()
     digest = _digest(corpus, record["offset"])
-    if digest.hexdigest() != record["sha256"] or "format" in record:
+    if digest.hexdigest() != record["sha256"]:
         return 0, 0, None
     return record["offset"], record["lines"], digest
 

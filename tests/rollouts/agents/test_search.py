@@ -118,6 +118,8 @@ HOSTILE = [
     "-whale + \\ % _ whale",
     "whale\x00\x01\x1b[2J\ud800",
     "whale " * 150,
+    "whale " + " ".join(f"w{n}" for n in range(63)),
+    "whale " + "x" * 990,
 ]
 
 
@@ -301,6 +303,17 @@ def test_a_killed_build_goes_on_from_its_last_batch(tmp_path, monkeypatch):
     whole = SearchIndex.build(path, tmp_path / "y.sqlite", quiet=True)
     assert resumed.search("word5", k=50) == whole.search("word5", k=50)
     assert resumed.corpus_sha256 == whole.corpus_sha256
+
+
+def test_a_build_killed_at_its_very_end_is_not_repeated(tmp_path, monkeypatch):
+    path, file = write(tmp_path / "c.jsonl", PASSAGES), tmp_path / "x.sqlite"
+    monkeypatch.setattr(module, "_sync", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        SearchIndex.build(path, file, quiet=True)
+    assert not file.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "read_passage", lambda *a: 1 / 0)
+    assert ids(SearchIndex.build(path, file, quiet=True).search("mammal")) == ["w"]
 
 
 def test_what_a_killed_build_left_of_another_corpus_is_not_used(tmp_path):
