@@ -74,13 +74,7 @@ TASK = warm_start.Task(
     solutions=demonstrations,
     build_tokenizer=build_tokenizer,
     rewards=[exact_answer, f1],
-    defaults={
-        "rows": 12_000,
-        "steps": 600,
-        "batch_size": 32,
-        "learning_rate": 3e-3,
-        "num_layers": 3,
-    },
+    defaults={"rows": 12_000, "steps": 600, "batch_size": 32, "hidden_size": 96},
 )
 
 
