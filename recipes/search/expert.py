@@ -175,7 +175,7 @@ def demonstrations(
         size: rows, over all levels; each level gets its share, rounded.
         held_out: validation rows; they are in another world, so there is nothing to leave out.
         seed: of what goes wrong.
-        worlds: how many worlds.
+        worlds: how many worlds, at most; each has 100 rows or more.
 
     Returns:
         Rows with `input_ids` and `completion_mask`, and `messages` and `level` for a reader.
@@ -184,6 +184,7 @@ def demonstrations(
     tokenizer = build_tokenizer()
     generator = step_generator(seed, "demonstrations of the search task", 0)
     rows: list[Row] = []
+    worlds = max(1, min(worlds, size // 100))
     with tempfile.TemporaryDirectory() as folder:
         for number in range(worlds):
             share = size * (number + 1) // worlds - size * number // worlds

@@ -4,13 +4,16 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import trl
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import is_chat_template_prefix_preserving, supports_tool_calling
 
 from recipes.search.by_hops import transcripts
 from recipes.search.expert import LEVELS, MOST_CALLS, demonstrate, demonstrations, search_tool
-from recipes.search.task import problems, world_index
-from recipes.search.words import build_tokenizer, words
+from recipes.search.task import TASK, problems, world_index
+from recipes.search.words import RESPONSE_TEMPLATE, build_tokenizer, words
 from recipes.search.world import draw
+from recipes.warm_start import WarmStart, warm_start
 
 TOOLS = [search_tool(None)]
 
@@ -192,3 +195,26 @@ def test_a_transcript_is_what_the_policy_wrote_and_what_the_search_returned(toke
     policy = Scripted(tokenizer, [call(" born")] * 3)
     (done,) = transcripts(policy, tokenizer, [row], search, most_calls=2)
     assert done.calls == 2 and not policy.texts
+
+
+@pytest.mark.slow
+def test_the_warm_start_learns_what_the_policy_writes_and_nothing_else(tmp_path, monkeypatch):
+    seen = []
+    train = trl.SFTTrainer.train
+    monkeypatch.setattr(
+        trl.SFTTrainer, "train", lambda self: seen.extend(self.train_dataset) or train(self)
+    )
+    settings = WarmStart(rows=40, steps=2, batch_size=4, hidden_size=16, num_layers=1)
+    folder = warm_start(TASK, tmp_path / "model", settings, quiet=True)
+    expected = demonstrations(0, size=40, held_out=[], seed=0)
+    assert len(seen) == 40
+    for row, made in zip(seen, expected, strict=True):
+        assert row["input_ids"] == made["input_ids"]
+        learnt = [
+            token if bit else -100
+            for token, bit in zip(made["input_ids"], made["completion_mask"], strict=True)
+        ]
+        assert row["labels"] == learnt
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.response_template == RESPONSE_TEMPLATE
+    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == len(tokenizer)
