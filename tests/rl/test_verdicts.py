@@ -1,6 +1,7 @@
 """Verdicts through the pipeline: rewards, posterior, validation and other rollouts are as without."""
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -148,6 +149,7 @@ def warnings_of(monkeypatch, folder, **settings):
     return trainer(folder, **settings).policy.verdicts, said
 
 
+@pytest.mark.slow
 def test_what_keeps_verdicts_from_ending_rollouts_is_said_once(tmp_path, monkeypatch):
     def graded(completions, **_):
         return [0.0] * len(completions)
@@ -196,6 +198,9 @@ def test_with_starts_stopping_and_a_resumed_run_the_decisions_are_the_same(tmp_p
     assert logs[0]["verdicts/decided_share"] == 0.0
     assert all(log["verdicts/decided_share"] > 0.3 for log in logs[1:])
     assert sum(log["starts/share"] for log in logs) > 0
+    tables = sorted((tmp_path / "a" / "completions").glob("*.parquet"))
+    table = pandas.concat([pandas.read_parquet(path) for path in tables])
+    assert table["decided"].any() and not (table["decided"] & table["truncated"]).any()
 
 
 @pytest.mark.slow

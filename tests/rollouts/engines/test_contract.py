@@ -139,6 +139,7 @@ class VerdictEngine(TableEngine):
         return truncated_N & ~decided_N
 
 
+@pytest.mark.slow
 def test_an_engine_that_takes_verdicts_passes():
     check_engine(VerdictEngine(), tiny_prompts(3, 5, 2), PLAIN)
     check_engine(VerdictEngine(), tiny_prompts(3, 5, 2), SamplingParams(max_completion_length=2))

@@ -610,14 +610,22 @@ def test_pieces_continue_what_was_drawn_and_no_two_have_one_seed(served, model):
 
 
 def test_a_stop_string_across_two_pieces_ends_the_rollout_there(served, model):
-    made = on_server(served, model)
-    params = ended_by(never, every=1, stop=("ab",))
-    rollouts = made.generate(PROMPTS[:1], [80], seeds_N=range(80), params=params)
-    stopped = has(rollouts, "ab")
-    assert stopped.any() and not rollouts.truncated_N[stopped].any()
-    for row in stopped.nonzero().flatten().tolist():
-        ids = rollouts.token_NT[row][rollouts.mask_NT[row]].tolist()
-        assert "ab" not in tiny_tokenizer().decode(ids[:-1])
+    made, tokenizer = on_server(served, model), tiny_tokenizer()
+    limits = {"every": 1, "max_completion_length": 4}
+    asked = {"seeds_N": range(8)}
+    plain = made.generate(PROMPTS[:1], [8], params=ended_by(never, **limits), **asked)
+    row = int((plain.length_N == 4).nonzero()[0])
+    stop = tokenizer.decode(plain.token_NT[row, 1:3])  # the second and the third piece
+    found = made.generate(PROMPTS[:1], [8], params=ended_by(never, stop=(stop,), **limits), **asked)
+    assert found.length_N[row] == 3 and not found.truncated_N[row] and not found.decided_N[row]
+    assert torch.equal(found.token_NT[row, :3], plain.token_NT[row, :3])
+    # One within a piece ends it as it does without verdicts.
+    limits["every"] = 2
+    plain = made.generate(PROMPTS[:1], [8], params=ended_by(never, **limits), **asked)
+    row = int((plain.length_N == 4).nonzero()[0])
+    stop = tokenizer.decode(plain.token_NT[row, :1])
+    found = made.generate(PROMPTS[:1], [8], params=ended_by(never, stop=(stop,), **limits), **asked)
+    assert found.length_N[row] == 1 and not found.truncated_N[row]
 
 
 @pytest.mark.slow
