@@ -66,7 +66,8 @@ __all__ = [
 RewardFunction = Callable[..., Any]
 """`fn(prompts=..., completions=..., completion_ids=..., **columns)`, or `async def` the same. Attributes
 that a function may have: `remote = True` if it asks another machine (only such functions are
-retried), `isolated = True` to run in a process that can be killed, `untimed = True` for no timeout."""
+retried), `isolated = True` to run in a process that can be killed, `untimed = True` for no timeout,
+`decided`, a function that says what an unfinished completion will earn (`rollouts.rewards.verdicts`)."""
 
 RESERVED_COLUMNS = ("prompt", "completion", "completion_ids")
 """Columns of the data set that reward functions do not receive, as in TRL."""

@@ -306,7 +306,7 @@ class Verdicts:
     def _is_over(self, opinions: list[_Opinion]) -> bool:
         pairs = [(w, o) for w, o in zip(self._weights, opinions, strict=True) if w != 0]
         failed = any(opinion.failure for _, opinion in pairs)
-        return failed or all(opinion.value is not None for _, opinion in pairs)
+        return failed or (bool(pairs) and all(opinion.value is not None for _, opinion in pairs))
 
     def _failure(self, prompt: Prompt, opinions: list[_Opinion]) -> str:
         """Why a row that was ended has no reward; empty if it has one."""

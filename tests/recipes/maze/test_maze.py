@@ -5,11 +5,12 @@ import json
 
 import pytest
 
-from recipes.maze.mazes import WORD, WORDS, draw, read, walk
+from recipes.maze.mazes import WORD, WORDS, draw, read, shortest_path, walk
 from recipes.maze.pictures import FAILED, REACHED, picture
 from recipes.maze.task import TASK, prepare
 from recipes.maze.tasks import LEVELS, goal_reached, problems, warm_start_rows
 from recipes.train import main
+from rollouts import check_verdicts
 from samplers.keys import step_generator
 
 
@@ -92,6 +93,16 @@ def test_a_verdict_equals_the_final_reward_wherever_it_is_given():
                 assert reward == float(goal is not None and all(legal[:goal]))
                 for end in range(len(path) + 1):
                     assert goal_reached.decided(maze.text, path[:end]) in (None, reward)
+
+
+def test_verdicts_keep_their_contract_on_words_of_every_kind():
+    # Paths that go on after walls and goals, in cells, passages and other words, cut at characters.
+    draws = step_generator(1, "verdicts", 0)
+    maze = draw(5, loops=0.5, generator=draws)
+    words = [*maze.ways, *[w for w in WORD.findall(maze.text) if len(w) == 3], "G", "x"]
+    paths = ["".join(draws.choice(words, size=6)) for _ in range(60)]
+    paths += [shortest_path(maze) + tail for tail in ("", ">", "v", "x", maze.start, "G")]
+    check_verdicts(goal_reached, [maze.text] * len(paths), paths)
 
 
 def test_a_verdict_comes_with_the_word_that_decides():
