@@ -14,6 +14,9 @@ No generation and no optimizer step. Arms:
     rows, fused and entropies    the same with `fused_statistics`, as TRL has entropies in its loss
     tokens, plain  micro-batches of as many padded tokens as TRL's hold; `completion_logprobs`
     tokens, fused  the same with `fused_logprobs`
+    shared, plain  siblings in one micro-batch behind one copy of their prompt; `completion_logprobs`
+    shared, fused  the same with `fused_logprobs`
+    auto, plain    what `share_prompts: auto` makes of the rows of `rows, plain`
 
 Both models come out of `accelerate.prepare`; bfloat16 means its autocast over float32 weights. TRL
 runs as released: its fused head, its entropies, its batches padded to the longest row of all. Its
@@ -25,7 +28,8 @@ Each arm's loss and gradient must agree with TRL's before anything is timed: rel
 bfloat16 against its float32).
 
 Rounds go through all arms in turn, since other work may share the machine: the figure to read is
-`ratio_median`, TRL's seconds over the arm's, over neighbouring runs. Peak memory is what an update
+`ratio_median`, TRL's seconds over the arm's, over neighbouring runs. On a CPU seconds are those the
+processor spent on this process, which other work changes less. Peak memory is what an update
 allocates above what stood before it: of torch's allocator as its profiler records each allocation
 on a CPU (resident memory would add what the C library keeps of freed chunks: with
 MALLOC_MMAP_THRESHOLD_=262144, so that it keeps none, the two agree to 13 MiB), and
@@ -61,17 +65,28 @@ from torch import Tensor, nn
 from benchmarks import summaries
 from rl.logprobs.from_hidden import fused_logprobs, fused_statistics, refusal
 from rl.logprobs.from_logits import completion_logprobs, ends
-from rl.logprobs.micro_batches import by_rows, by_tokens, padding_share
+from rl.logprobs.micro_batches import by_prompts, by_rows, by_tokens
+from rl.logprobs.scorer import Scorer
+from rl.logprobs.shared_prompts import cost, packed_layout
 from rl.objective.losses import clipped_surrogate
 from rollouts.batch import TokenRollouts
 
 PAD, EOS = 0, 1
 CASES: dict[str, dict[str, Any]] = {
-    # name -> vocabulary, width, layers, completions' lengths, rows, rows of a micro-batch
+    # name -> vocabulary, width, layers, completions' lengths; rollouts of a prompt, if not 4, and sizes
     "wide, even": {"vocabulary": 32768, "width": 64, "layers": 2, "ragged": False},
     "wide, ragged": {"vocabulary": 32768, "width": 64, "layers": 2, "ragged": True},
     "small, even": {"vocabulary": 1024, "width": 128, "layers": 4, "ragged": False},
     "small, ragged": {"vocabulary": 1024, "width": 128, "layers": 4, "ragged": True},
+    "long prompts, even": {"vocabulary": 1024, "width": 128, "layers": 4, "ragged": False}
+    | {"group": 8, "sizes": (32, 8, 256, 64)},
+    "long prompts, ragged": {"vocabulary": 1024, "width": 128, "layers": 4, "ragged": True}
+    | {"group": 8, "sizes": (32, 8, 256, 64)},
+    # As the arithmetic recipe's: 42 % of the tokens are of prompts.
+    "short prompts, even": {"vocabulary": 64, "width": 128, "layers": 4, "ragged": False}
+    | {"group": 8, "sizes": (128, 64, 20, 28)},
+    "short prompts, ragged": {"vocabulary": 64, "width": 128, "layers": 4, "ragged": True}
+    | {"group": 8, "sizes": (128, 64, 20, 100)},
 }
 CUDA_CASES: dict[str, dict[str, Any]] = {
     "0.6B, even": {"vocabulary": 151936, "width": 1024, "layers": 28, "ragged": False},
@@ -87,7 +102,7 @@ TOLERANCE = 1e-4
 ROUNDING = 2.0
 """In bfloat16: how many times the error of TRL's own bfloat16 gradient an arm may be off."""
 ARMS = ("trl", "rows, plain", "rows, fused", "rows, fused and entropies")
-ARMS += ("tokens, plain", "tokens, fused")
+ARMS += ("tokens, plain", "tokens, fused", "shared, plain", "shared, fused", "auto, plain")
 
 
 def build_model(case: dict[str, Any]) -> nn.Module:
@@ -123,9 +138,10 @@ def build_rows(case: dict[str, Any], sizes: tuple[int, int, int, int]) -> TokenR
         length_N[0] = longest
     mask_NT = torch.arange(longest) < length_N[:, None]
     draw = partial(torch.randint, 2, case["vocabulary"], generator=generator)
-    num_prompts = num // 4
+    group = case.get("group", 4)
+    num_prompts = num // group
     return TokenRollouts(
-        prompt_N=torch.arange(num_prompts).repeat_interleave(4),
+        prompt_N=torch.arange(num_prompts).repeat_interleave(group),
         mask_NT=mask_NT,
         logprob_NT=torch.zeros(mask_NT.shape),
         version=0,
@@ -156,7 +172,7 @@ def build_trainer(
         output_dir=folder,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=rows // micro,
-        num_generations=4,
+        num_generations=case.get("group", 4),
         max_completion_length=longest,
         loss_type="dapo",
         beta=0.0,
@@ -227,6 +243,20 @@ def our_update(
     return total.item()
 
 
+def shared(
+    score: Callable[..., Tensor], model: nn.Module, rows: TokenRollouts, **settings: Any
+) -> Tensor:
+    """Log-probabilities from packed rows, whatever they cost."""
+    return score(model, rows, layout=packed_layout(model, rows, PAD), **settings)
+
+
+def forwarded_tokens(split: str, scorer: Scorer, rows: TokenRollouts) -> int:
+    """Tokens of a micro-batch that go through the model."""
+    found = cost(rows, scorer.width or 1)
+    packs = split == "shared" or (split == "auto" and found.packed < found.separate)
+    return found.packed_tokens if packs else found.separate_tokens
+
+
 def prompt_lengths(rollouts: TokenRollouts) -> Tensor:
     return torch.tensor([len(rollouts.prompt_ids[p]) for p in rollouts.prompt_N.tolist()])
 
@@ -234,7 +264,7 @@ def prompt_lengths(rollouts: TokenRollouts) -> Tensor:
 def arms(
     case: dict, sizes: tuple, precision: str, device: str, folder: str
 ) -> tuple[dict, dict, dict]:
-    """Name -> (its update, its model), and name -> its share of padding."""
+    """Name -> (its update, its model), name -> tokens it forwards, split -> its micro-batches."""
     rows, micro, prompt_length, longest = sizes
     base, rollouts = build_model(case), build_rows(case, sizes)
     trainer = build_trainer(copy.deepcopy(base), case, sizes, precision, device, folder)
@@ -251,8 +281,16 @@ def arms(
     old_NT = old_NT + 0.1 * torch.randn(old_NT.shape, generator=generator)
     rollouts = replace(rollouts, logprob_NT=torch.where(rollouts.mask_NT, old_NT, 0.0))
     end_N, prompt_N = ends(rollouts.mask_NT), prompt_lengths(rollouts)
+    scorer = Scorer(temperature=1.0, pad_id=PAD, fused=False, share_prompts="auto")
+    scorer.width = case["width"]  # as `fidelity.settle` finds it
+    together, apart = by_prompts(rollouts.prompt_N, end_N, micro), by_rows(end_N, micro)
     splits = {
-        "rows": by_rows(end_N, micro),
+        "rows": apart,
+        "shared": together,
+        "auto": min(
+            (together, apart),
+            key=lambda split: sum(scorer.cost(rollouts.take(row_B)) for row_B in split),
+        ),
         "tokens": by_tokens(prompt_N, end_N, micro * (prompt_length + longest)),
     }
     scores: dict[str, Callable[..., Tensor]] = {
@@ -261,20 +299,26 @@ def arms(
         "fused and entropies": lambda *args, **settings: fused_statistics(*args, **settings)[0],
     }
     updates = {"trl": (partial(trl_update, trainer, rollouts), trainer.model)}
-    padding = {"trl": 1 - float((prompt_N + end_N).sum()) / (rows * (prompt_length + longest))}
+    forwarded = {"trl": rows * (prompt_length + longest)}
     for name in ARMS[1:]:
-        split, score = name.split(", ")
+        split, kind = name.split(", ")
+        score = scores[kind]
+        if split == "shared":
+            score = partial(shared, score)
+        elif split == "auto":
+            score = lambda model, rows, **_: scorer.logprobs(model, rows)  # noqa: E731
         update = partial(
             our_update,
             ours,
             accelerator,
             rollouts,
             split=lambda _, micro=splits[split]: micro,
-            logprobs=scores[score],
+            logprobs=score,
         )
         updates[name] = (update, ours)
-        padding[name] = padding_share(prompt_N, end_N, splits[split])
-    return updates, padding, {name: len(micro) for name, micro in splits.items()}
+        parts = [rollouts.take(row_B) for row_B in splits[split]]
+        forwarded[name] = sum(forwarded_tokens(split, scorer, part) for part in parts)
+    return updates, forwarded, {name: len(micro) for name, micro in splits.items()}
 
 
 def gradient(model: nn.Module) -> Tensor:
@@ -291,11 +335,12 @@ def apart(one: Tensor, other: Tensor) -> float:
 def timed(update: Callable[[], float], model: nn.Module, device: str) -> float:
     model.zero_grad(set_to_none=True)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    clock = time.perf_counter if device == "cuda" else time.process_time
     wait()
-    start = time.perf_counter()
+    start = clock()
     update()
     wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak_bytes(update: Callable[[], float], model: nn.Module, device: str) -> int:
@@ -339,7 +384,7 @@ def measure(
     exact = None
     if precision == "bfloat16":  # what float32 gives, without autocast
         exact = torch.load(Path(folder) / f"{name}.pt")
-    updates, padding, micro = arms(case, sizes, precision, device, folder)
+    updates, forwarded, micro = arms(case, sizes, precision, device, folder)
     losses, errors, theirs = {}, {}, torch.empty(0)
     for arm, (update, model) in updates.items():  # also warms up
         losses[arm] = update()
@@ -377,7 +422,7 @@ def measure(
                 "peak_mib": round(peaks[arm] / 2**20, 1),
                 "peak_ratio": round(peaks["trl"] / peaks[arm], 2),
                 "micro_batches": micro.get(arm.split(",")[0], sizes[0] // sizes[1]),
-                "padding_share": round(padding[arm], 3),
+                "forwarded_tokens": forwarded[arm],
                 "gradient_error": float(f"{errors[arm]:.2g}"),
             }
         )
@@ -391,10 +436,12 @@ def child(arguments: argparse.Namespace) -> None:
     if arguments.quick:
         cases, sizes = QUICK_CASES, QUICK_SIZES
     for name, case in cases.items():
+        if arguments.only not in name:
+            continue
         result = measure(
             name,
             case,
-            sizes,
+            case.get("sizes", sizes),
             precision=arguments.precision,
             rounds=2 if arguments.quick else arguments.rounds,
             device=arguments.device,
@@ -424,6 +471,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--precision", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -438,6 +486,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--precision", precision, "--folder", folder]
             command += ["--device", arguments.device, "--rounds", str(arguments.rounds)]
             command += ["--threads", str(arguments.threads), *(["--quick"] * arguments.quick)]
+            command += ["--only", arguments.only]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found = [line for line in done.stdout.splitlines() if line.startswith('{"case"')]
             results += [json.loads(line) for line in found]
