@@ -499,7 +499,8 @@ def main() -> None:
 
     report = {
         "command": "python benchmarks/update.py "
-        f"--device {arguments.device} --rounds {arguments.rounds} --threads {arguments.threads}",
+        f"--device {arguments.device} --rounds {arguments.rounds} --threads {arguments.threads}"
+        + (f" --only '{arguments.only}'" if arguments.only else ""),
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "threads": arguments.threads,
         "python": platform.python_version(),
