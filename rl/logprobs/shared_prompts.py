@@ -76,7 +76,7 @@ def packed_layout(model: nn.Module, rollouts: TokenRollouts, pad_id: int) -> Lay
         dtype = next(language_model.parameters()).dtype
         hidden = torch.zeros(mask_G1SS.shape, dtype=dtype, device=device)
         mask_G1SS = hidden.masked_fill(~mask_G1SS, torch.finfo(dtype).min)
-    inputs = {
+    inputs: dict[str, Any] = {
         "input_ids": ids_GS.to(device),
         "attention_mask": mask_G1SS,
         "position_ids": position_GS.to(device),
