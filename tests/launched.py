@@ -110,6 +110,10 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"posterior_prior": "flat"},
 }
 
+SHARDED = ("small", "large", "methods", "sparse")
+"""Runs for sharded weights and optimizers: uneven rows, none at all, several updates and passes, a
+reference policy. What the others add does not depend on who holds which weights; DDP runs all."""
+
 
 def on_one_process(folder: Path, name: str, **changes: Any) -> None:
     """`RUNS[name]` in this process, in one micro-batch, with its weights in `final`."""

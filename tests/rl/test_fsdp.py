@@ -12,6 +12,7 @@ from tests import tiny
 from tests.launched import (
     CONFIGS,
     RUNS,
+    SHARDED,
     SHARDED_ON_CPU,
     assert_same,
     errors_of,
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_fsdp2_does_what_one_process_does_and_resumes(tmp_path):
-    runs = {name: SHARDED_ON_CPU | settings for name, settings in RUNS.items()}
+    runs = {name: SHARDED_ON_CPU | RUNS[name] for name in SHARDED}
     small, broken = runs["small"], tmp_path / "broken"
     done = launch(
         *[(tmp_path / name, settings) for name, settings in runs.items()],
@@ -35,7 +36,7 @@ def test_fsdp2_does_what_one_process_does_and_resumes(tmp_path):
     assert done.returncode == 0, errors_of(done)
     assert done.stdout.count("world size 2") == 2 * (len(runs) + 1)
     assert done.stdout.count("trained as FSDP FSDPQwen3ForCausalLM") == 2 * (len(runs) + 1)
-    for name in RUNS:
+    for name in SHARDED:
         on_one_process(tmp_path / "one" / name, name)
         assert_same(tmp_path / name, tmp_path / "one" / name)
 

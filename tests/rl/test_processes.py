@@ -41,14 +41,18 @@ def test_two_processes_do_what_one_does(tmp_path):
     """Whatever fails on one process stops both with its cause, and the run resumes as if unbroken."""
     two, one = tmp_path / "two", tmp_path / "one"
     small = ON_CPU | RUNS["small"]
-    broken = {kind: two / kind for kind in ("generation", "reward")}
+    broken = {kind: two / kind for kind in ("generation", "reward", "nan")}
     runs = [(two / name, ON_CPU | settings) for name, settings in RUNS.items()]
     for kind, folder in broken.items():
         runs += [(folder, small | {"fault": f"{kind}@3"})]
         runs += [(folder, small | {"resume_from_checkpoint": "true"})]
+    # Checkpoints are far apart, and both processes come to the same end: both save what they have.
+    saved, rare = two / "saved", small | {"save_steps": 100}
+    runs += [(saved, rare | {"fault": "reward@3"})]
+    runs += [(saved, rare | {"resume_from_checkpoint": "true"})]
     done = launch(*runs)
     assert done.returncode == 0, errors_of(done)
-    assert done.stdout.count("world size 2") == 2 * (len(RUNS) + len(broken))
+    assert done.stdout.count("world size 2") == 2 * (len(RUNS) + len(broken) + 1)
     assert done.stdout.count("trained as MULTI_CPU DistributedDataParallel") >= 2 * len(RUNS)
     for name, settings in RUNS.items():
         on_one_process(one / name, name)
@@ -65,10 +69,16 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert validation(two / "verdicts") == validation(one / "verdicts") != []
     assert validation(two / "small") == validation(one / "small") != []
 
+    why = {kind: f"MemoryError: no memory for {kind}" for kind in ("generation", "reward")}
+    why["nan"] = "FloatingPointError: the loss or a log-probability is NaN or infinite"
     for kind, folder in broken.items():
-        assert f"stopped: MemoryError: no memory for {kind}" in done.stdout
-        assert f"rank 1 failed, all stop: MemoryError: no memory for {kind}" in done.stdout
+        assert f"stopped: {why[kind]}" in done.stdout
+        assert f"rank 1 failed, all stop: {why[kind]}" in done.stdout
         assert_identical(folder, two / "small")
+    # An error that all processes hear of costs none of the steps before it.
+    assert json.loads((saved / "run.json").read_text())["resumed_from_step"] == 3
+    assert_identical(saved, two / "small")
+    assert done.stdout.count("stopped: ") == 2 * (len(broken) + 1)
 
     # And one process goes on from a checkpoint of two.
     shutil.copytree(two / "small", two / "copy")
@@ -92,17 +102,6 @@ def test_a_process_that_is_killed_ends_the_run_which_resumes(tmp_path):
     assert_identical(killed, whole)
 
 
-def test_a_loss_that_is_not_finite_on_one_process_stops_both(tmp_path):
-    small, broken, whole = ON_CPU | RUNS["small"], tmp_path / "broken", tmp_path / "whole"
-    resumed = small | {"resume_from_checkpoint": "true"}
-    done = launch((broken, small | {"fault": "nan@3"}), (broken, resumed), (whole, small))
-    assert done.returncode == 0, errors_of(done)
-    what = "FloatingPointError: the loss or a log-probability is NaN or infinite"
-    assert f"stopped: {what}" in done.stdout
-    assert f"stopped: RuntimeError: rank 1 failed, all stop: {what}" in done.stdout
-    assert_identical(broken, whole)
-
-
 def test_a_reward_that_raises_on_one_process_stops_both(tmp_path):
     done = launch((tmp_path, ON_CPU | {"reward": "breaks_on_rank_1"}))
     assert done.returncode != 0
@@ -110,15 +109,3 @@ def test_a_reward_that_raises_on_one_process_stops_both(tmp_path):
     assert "raised KeyError: 'no such verifier'" in done.stderr
     assert "RewardError: on process 1: at least" in done.stderr  # what the other process says
     assert "world size" not in done.stdout
-
-
-def test_an_error_that_all_processes_hear_of_costs_none_of_the_steps_before_it(tmp_path):
-    """Checkpoints are far apart; both processes come to the same end, so both save what they have."""
-    small = ON_CPU | RUNS["small"] | {"save_steps": 100}
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
-    resumed = small | {"resume_from_checkpoint": "true"}
-    done = launch((broken, small | {"fault": "reward@3"}), (broken, resumed), (whole, small))
-    assert done.returncode == 0, errors_of(done)
-    assert done.stdout.count("stopped: ") == 2
-    assert json.loads((broken / "run.json").read_text())["resumed_from_step"] == 3
-    assert_identical(broken, whole)

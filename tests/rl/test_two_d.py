@@ -217,6 +217,8 @@ def test_two_of_three_seeds_learn_to_reach_the_target(pretrained_weights, tmp_pa
     # 0.4 % of platforms; on one platform the outcome is always the same.
     found = []
     for seed in range(3):
+        if sum(reward >= 0.8 for reward in found) == 2:
+            break  # the third cannot change the outcome
         trainer = learn(tmp_path / str(seed), pretrained_weights, seed)
         assert trainer.state.global_step <= 80
         # Of 1000 samples, standard error .011.
