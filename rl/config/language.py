@@ -48,6 +48,9 @@ class RolloutConfig(LanguageSettings):
             self.budget_min = least_budget(self)
         if self.importance_correction is None:
             self.importance_correction = default_correction(self)
+        if self.verdict_every is None:
+            keeps = self.length_weight == "token_sum" and not self.beta and not self.entropy_coef
+            self.verdict_every = 8 if keeps else 0
         fill_in_prior(self)
         check_language(self)
         warn_of_idle(self)

@@ -902,13 +902,13 @@ class LanguageSettings(SharedSettings):
         stage=GENERATE,
         decides=ROLLOUTS,
     )
-    verdict_every: int = setting(
-        8,
+    verdict_every: int | None = setting(
+        None,
         "Tokens between two questions to the rewards whether a rollout is decided: whether it earns the "
         "same whatever follows. Such a rollout ends there, with the reward that it would have had. "
         "Needs a `decided` on every reward with a weight (docs/verdicts.md); the first step's rollouts "
-        "are finished, to check it. With length_weight token_sum the expected gradient stays the same; "
-        "the other length rules, beta and entropy_coef cover fewer tokens. 0: finish every rollout.",
+        "are finished, to check it. 0: finish every rollout. Default: 8 where that leaves the expected "
+        "gradient as it is (length_weight token_sum, no beta and no entropy_coef), else 0.",
         stage=GENERATE,
         decides=ROLLOUTS,
     )

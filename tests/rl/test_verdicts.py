@@ -249,3 +249,13 @@ def test_a_reward_with_verdicts_for_images_is_refused(tmp_path):
     bright.decided = lambda prompt, text: None
     with pytest.raises(ValueError, match="reward bright has a `decided`.*leave it out"):
         tiny_denoising.run(tmp_path, reward=bright, plan=tiny_denoising.CHAIN)
+
+
+def test_verdicts_are_on_by_default_only_where_the_expected_gradient_stays_as_it_is(tmp_path):
+    def every(**settings):
+        return tiny.config(tmp_path, trainer="grpo", allocator="uniform", **settings).verdict_every
+
+    assert every(loss="dr_grpo") == every(length_weight="token_sum") == 8
+    assert every(length_weight="row_mean") == every(loss="dapo") == every() == 0
+    assert every(loss="dr_grpo", beta=0.1) == every(loss="dr_grpo", entropy_coef=0.1) == 0
+    assert every(length_weight="row_mean", verdict_every=4) == 4
