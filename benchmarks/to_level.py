@@ -4,8 +4,8 @@
     python -m benchmarks.to_level final --task arithmetic --seeds 11 12 13 --jobs 2
     python -m benchmarks.to_level show --task arithmetic
 
-*tune* gives every family of arms the same number of runs: all shapes, numbers of updates and step sizes
-of the grid with the first seed, the best six with the second, the best three with the third. The best is
+*tune* runs all shapes, numbers of updates and step sizes of the grid with the first seed, the best six
+with the second, the best three with the third, or the cells that are named with all three. The best is
 the cell of the largest mean of its curve over generated tokens. *final* runs arms on seeds that were not
 tuned on. Every run generates the same number of tokens, has one thread, a constant learning rate, the
 same warm start, prompts, verifier and validation. Generated tokens count whatever became of them;
@@ -37,10 +37,10 @@ from benchmarks import arms, summaries
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-SHAPES = ((64, 1), (32, 2), (16, 4), (32, 8))
-"""(prompts, rollouts of each) of a step."""
+SHAPES = {"raft++": ((64, 1), (32, 2), (16, 4)), "grpo": ((32, 2), (16, 4), (32, 8))}
+"""Trainer -> (prompts, rollouts of each) of a step. GRPO's advantages of groups of one are 0."""
 UPDATES = (1, 2, 4)
-RATES = (1.5e-4, 3e-4, 5e-4)
+RATES = (0.75e-4, 1.5e-4, 3e-4, 5e-4)
 TUNING_SEEDS = (1, 2, 3)
 SURVIVORS = (6, 3)
 """Cells that are run again with the second seed, and with the third."""
@@ -71,11 +71,11 @@ TASKS = {
 GRPO = {"trainer": "grpo", "advantage": "leave_one_out"}
 RAFT = {"trainer": "raft++"}
 FLAT = {"posterior_prior": "flat"}
-VADE = {
+VADE = RAFT | {
     "selector": "vade",
-    "selection_score": "std",
+    "selection_score": "variance",
     "posterior_decay_chosen": 0.8,
-    "posterior_decay_rest": 0.999,
+    "posterior_decay_rest": 0.98,
 }
 BY_LEVEL = {"posterior_prior": "column", "posterior_prior_column": "level"}
 
@@ -84,6 +84,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "trl": {},
     "grpo": GRPO,
     "raft": RAFT,
+    "posterior": {"trainer": "grpo", "advantage": "posterior"} | {"posterior_prior": "pooled"},
+    "posterior_column": {"trainer": "grpo", "advantage": "posterior"} | BY_LEVEL,
+    "posterior_vade": VADE | {"trainer": "grpo", "advantage": "posterior"} | BY_LEVEL,
+    "vade_flat": VADE | FLAT,
+    "vade_pooled": VADE | {"posterior_prior": "pooled"},
+    "vade_column": VADE | BY_LEVEL,
+    "vade_column_8": VADE | BY_LEVEL | {"posterior_kappa": 8},
+    "vade_features": VADE | {"posterior_prior": "features"},
+    "vade_column_slow": VADE | BY_LEVEL | {"posterior_decay_rest": 0.999},
+    "vade_column_8_fast": VADE | BY_LEVEL | {"posterior_kappa": 8, "posterior_decay_rest": 0.9},
 }
 """Arms that are tuned over the grid."""
 
@@ -110,10 +120,9 @@ class Cell:
 
 
 def grid(family: str) -> list[Cell]:
-    """Every cell that a family can run: GRPO's advantages of groups of one are 0."""
-    alone = FAMILIES[family].get("trainer") == "raft++"
-    cells = itertools.product(SHAPES, UPDATES, RATES)
-    return [Cell(p, n, u, rate) for (p, n), u, rate in cells if n > 1 or alone]
+    """Every cell of a family: as many for each."""
+    shapes = SHAPES[FAMILIES[family].get("trainer", "grpo")]
+    return [Cell(p, n, u, rate) for (p, n), u, rate in itertools.product(shapes, UPDATES, RATES)]
 
 
 class Clock:
@@ -379,9 +388,17 @@ def run_one(options: argparse.Namespace, job: tuple[str, Cell, int]) -> dict[str
 
 
 def tune(options: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, Any]:
-    """The best cell of each family, and the mean of the curve of every cell that was run."""
-    task, found = TASKS[options.task], {}
+    """The best cell of each family, and the mean of the curve of every cell that was run.
+
+    With `--cells` those cells are run with every tuning seed in place of the grid; what was run before
+    counts all the same.
+    """
+    task = TASKS[options.task]
     for family in options.families:
+        if options.cells:
+            jobs = [(family, Cell.named(c), seed) for seed in TUNING_SEEDS for c in options.cells]
+            list(pool.map(lambda job: run_one(options, job), jobs))
+            continue
         cells, scores = grid(family), {}
         for seed, kept in zip(TUNING_SEEDS, (*SURVIVORS, 1), strict=True):
             jobs = [(family, cell, seed) for cell in cells]
@@ -390,13 +407,30 @@ def tune(options: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, Any
             ):
                 scores.setdefault(cell, []).append(mean_of_curve(result["curve"], task.tokens))
             cells = sorted(cells, key=lambda cell: -float(np.mean(scores[cell])))[:kept]
+    return collect(options.folder, task)
+
+
+def collect(folder: Path, task: Task) -> dict[str, Any]:
+    """Every run with a tuning seed below `folder`: its cell, and the mean of its curve.
+
+    The best cell of a family is the one of the largest mean among those with the most seeds.
+    """
+    found: dict[str, Any] = {}
+    for family in FAMILIES:
+        scores: dict[str, dict[int, float]] = {}
+        for path in sorted((folder / task.name / family).glob("*/result.json")):
+            cell, seed = path.parent.name.rsplit("-seed", 1)
+            if int(seed) in TUNING_SEEDS:
+                curve = json.loads(path.read_text())["curve"]
+                scores.setdefault(cell, {})[int(seed)] = mean_of_curve(curve, task.tokens)
+        if not scores:
+            continue
+        most = max(map(len, scores.values()))
+        ranked = sorted(scores, key=lambda cell: -float(np.mean(list(scores[cell].values()))))
         found[family] = {
-            "best": cells[0].name,
+            "best": next(cell for cell in ranked if len(scores[cell]) == most),
             "runs": sum(map(len, scores.values())),
-            "mean_of_curve": {
-                cell.name: scores[cell]
-                for cell in sorted(scores, key=lambda c: -float(np.mean(scores[c])))
-            },
+            "mean_of_curve": {c: [scores[c][s] for s in sorted(scores[c])] for c in ranked},
         }
     return found
 
@@ -490,6 +524,9 @@ def main() -> None:
     parser.add_argument("what", choices=["tune", "final", "show", "one", "quick"])
     parser.add_argument("--task", choices=list(TASKS), default="arithmetic")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument(
+        "--cells", nargs="+", default=[], help="tune: these, in place of the grid; 64x1-u4-lr0.0003"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(11, 23)))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "to_level")
@@ -514,7 +551,7 @@ def main() -> None:
     known = json.loads(tuning.read_text()) if tuning.exists() else {}
     with ThreadPoolExecutor(options.jobs) as pool:
         if options.what == "tune":
-            of_task = known.get(options.task, {}) | tune(options, pool)
+            of_task = tune(options, pool)
             summaries.write(tuning, known | {options.task: of_task})
             for family, row in of_task.items():
                 print(f"{family}: best {row['best']} of {row['runs']} runs")

@@ -1,5 +1,6 @@
 """What a level took is read from a curve, and arms are compared seed by seed."""
 
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from benchmarks.to_level import (
     FAMILIES,
     TASKS,
     Cell,
+    collect,
     end_of,
     grid,
     mean_of_curve,
@@ -73,12 +75,11 @@ def test_a_seed_that_never_reached_the_level_leaves_no_ratio():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cells_have_names_that_name_them_and_only_groups_of_one_are_left_out(family):
+def test_cells_have_names_that_name_them_and_every_family_has_as_many(family):
     cells = grid(family)
-    assert [Cell.named(cell.name) for cell in cells] == cells
+    assert [Cell.named(cell.name) for cell in cells] == cells and len(set(cells)) == 36
     alone = any(cell.rollouts == 1 for cell in cells)
     assert alone == (FAMILIES[family].get("trainer") == "raft++")
-    assert len(cells) == (36 if alone else 27)
 
 
 def test_validations_are_about_equally_far_apart_in_tokens_for_every_shape():
@@ -86,3 +87,24 @@ def test_validations_are_about_equally_far_apart_in_tokens_for_every_shape():
     for cell in grid("raft"):
         apart = steps_between_validations(task, cell) * cell.prompts * cell.rollouts
         assert apart * task.mean_length == pytest.approx(task.validate_every, rel=0.3)
+
+
+def test_runs_with_tuning_seeds_are_collected_and_the_best_cell_has_the_most_seeds(tmp_path):
+    task = TASKS["arithmetic"]
+    runs = {("32x2-u1-lr0.0003", 1): 0.4, ("32x2-u1-lr0.0003", 2): 0.6}
+    runs |= {("64x1-u1-lr0.0003", 1): 0.9, ("64x1-u1-lr0.0003", 11): 0.1}  # 11 is no tuning seed
+    for (cell, seed), rate in runs.items():
+        folder = tmp_path / "arithmetic" / "raft" / f"{cell}-seed{seed}"
+        folder.mkdir(parents=True)
+        flat = curve((0, rate), (task.tokens, rate))
+        (folder / "result.json").write_text(json.dumps({"curve": flat}))
+    assert collect(tmp_path, task) == {
+        "raft": {
+            "best": "32x2-u1-lr0.0003",
+            "runs": 3,
+            "mean_of_curve": {
+                "64x1-u1-lr0.0003": [pytest.approx(0.9)],
+                "32x2-u1-lr0.0003": [pytest.approx(0.4), pytest.approx(0.6)],
+            },
+        }
+    }
