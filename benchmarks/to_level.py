@@ -65,7 +65,7 @@ class Task:
 
 TASKS = {
     "arithmetic": Task("arithmetic", 40, 70_000, 3_500, 12.0, (0.50, 0.55, 0.60, 0.65)),
-    "maze": Task("maze", 40, 70_000, 3_500, 12.0, (0.50, 0.55, 0.60)),
+    "maze": Task("maze", 48, 70_000, 3_500, 12.0, (0.50, 0.55, 0.60)),
 }
 
 GRPO = {"trainer": "grpo", "advantage": "leave_one_out"}

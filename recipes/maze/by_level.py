@@ -14,7 +14,7 @@ from .tasks import LEVELS, goal_reached, problems
 
 
 def pass_rates(
-    folder: str, *, validation: int = 28, samples: int = 4, moves: int = 32, seed: int = 0
+    folder: str, *, validation: int = 28, samples: int = 4, moves: int = 48, seed: int = 0
 ) -> dict[str, float]:
     """Level -> share of completions at temperature 1 that reach the goal.
 

@@ -8,10 +8,10 @@ down, to d5. The last line names the goal and the start:
     d5>
     Gd5Sc6
 
-A path names the cells it goes through after the start, `c5d5`; a name of no cell that is open to the
-last one is a wall. Each passage and each cell is one word, so that a small model finds what is open
-from a cell by looking for few words: with words for rows, columns and the shapes of cells it took
-longer than a warm start may.
+A path names the cells it goes through after the start, `c5~d5`; a name of no cell that is open to the
+last one is a wall. `~` says that the next move is a guess; it moves nowhere. Each passage and each cell
+is one word, so that a small model finds what is open from a cell by looking for few words: with words
+for rows, columns and the shapes of cells it took longer than a warm start may.
 
 The names are those of 8 rows, a to h, and 8 columns, 1 to 8. Smaller mazes lie anywhere among them, so
 that small mazes teach a model the names that large ones need.
@@ -30,7 +30,7 @@ from math import isqrt
 import numpy as np
 
 ROWS, COLUMNS = "abcdefgh", "12345678"
-RIGHT, DOWN, GOAL, START, LINE = ">", "v", "G", "S", "\n"
+RIGHT, DOWN, GOAL, START, LINE, GUESS = ">", "v", "G", "S", "\n", "~"
 CELLS = tuple(row + column for row in ROWS for column in COLUMNS)
 PASSAGES = {
     **{a + c + RIGHT: (a + c, a + d) for a in ROWS for c, d in pairwise(COLUMNS)},
@@ -42,7 +42,7 @@ BESIDE = {
     for cell in CELLS
 }
 """Cell -> the cells beside it, walls or not, also of those outside a small maze."""
-WORDS = (*CELLS, *PASSAGES, GOAL, START, LINE)
+WORDS = (*CELLS, *PASSAGES, GOAL, START, LINE, GUESS)
 WORD = re.compile("[a-h][1-8][>v]?|[\\s\\S]")
 """What is one word of a text; what is neither a passage nor a cell is a character."""
 SIZES = tuple(range(5, 2 * len(ROWS) + 2, 2))
@@ -135,6 +135,8 @@ def walk(maze: Maze, path: str) -> tuple[list[str], float | None]:
     for number, word in enumerate(words, start=1):
         if number == len(words) and word in ROWS:
             break  # the name of a cell may follow
+        if word == GUESS:
+            continue
         if word not in maze.ways[cells[-1]]:
             return cells, 0.0
         cells.append(word)
@@ -172,43 +174,56 @@ def shortest_path(maze: Maze) -> str:
     return path
 
 
-def stray_path(
-    maze: Maze, wander: float, stumble: float, *, longest: int, generator: np.random.Generator
+def search_path(
+    maze: Maze, guess: float, *, longest: int, generator: np.random.Generator
 ) -> tuple[str, int, str]:
-    """A path of somebody who knows a shortest way, and does not always take it.
+    """A path of somebody who searches the maze depth first, and guesses now and then.
 
-    Each move is with probability `stumble` one into a wall, which ends the path; else with probability
-    `wander` drawn evenly from the open ways; else it leads one cell nearer to the goal. A cell without
-    a wall to a neighbour has nothing to stumble over. (Project default, not from a paper.)
+    Before each move he guesses with probability `guess`, which is the word `~` in the path: the move is
+    drawn evenly from the cells beside this one, and the path ends with it if there is a wall. Other
+    moves are the search's: of the open cells that the path has not been in, the one with the fewest
+    rows and columns to the goal (of several, the first in order of names); where there is none, back to
+    the cell from which this one was reached first. Every move of the search follows from the cells
+    beside this one and the path so far, so a small model can learn it; a shortest path it could not.
+    (Project default, not from a paper.)
 
     Args:
         maze: with a way from every cell to the goal.
-        wander: probability in [0, 1].
-        stumble: probability in [0, 1]; 0 for both gives a shortest path.
+        guess: probability in [0, 1].
         longest: moves of the path, at most.
-        generator: draws where the path strays.
+        generator: draws the guesses.
 
     Returns:
-        The path, its number of moves, and a letter for how each was chosen: n nearer, w wandering,
-        s stumbled.
+        The path, its number of moves, and a letter for how each was chosen: n new cell, b back,
+        g guessed and open, s guessed and stopped by a wall.
     """
-    for name, value in (("wander", wander), ("stumble", stumble)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {value}")
-    distance = distances(maze)
+    if not 0 <= guess <= 1:
+        raise ValueError(f"guess must lie in [0, 1], got {guess}")
+
+    def to_goal(cell: str) -> int:
+        across = COLUMNS.index(cell[1]) - COLUMNS.index(maze.goal[1])
+        return abs(ROWS.index(cell[0]) - ROWS.index(maze.goal[0])) + abs(across)
+
     path, cell, kinds = "", maze.start, ""
+    reached_from = {cell: cell}
     while cell != maze.goal and len(kinds) < longest:
         ways = maze.ways[cell]
-        walls = [other for other in BESIDE[cell] if other not in ways]
-        if stumble and walls and generator.random() < stumble:
-            return path + walls[generator.integers(len(walls))], len(kinds) + 1, kinds + "s"
-        if generator.random() < wander:
-            cell = ways[generator.integers(len(ways))]
-            kinds += "w"
-        else:
-            cell = min(ways, key=distance.__getitem__)
-            kinds += "n"
-        path += cell
+        new = [other for other in ways if other not in reached_from]
+        back = reached_from[cell]
+        if generator.random() < guess:
+            beside = BESIDE[cell]
+            reached = beside[generator.integers(len(beside))]
+            path, kinds = path + GUESS + reached, kinds + ("g" if reached in ways else "s")
+            if reached not in ways:
+                return path, len(kinds), kinds
+        elif new:
+            reached = min(new, key=to_goal)
+            path, kinds = path + reached, kinds + "n"
+        else:  # at the start, when guesses went everywhere: the first of its ways
+            reached = back if back != cell else ways[0]
+            path, kinds = path + reached, kinds + "b"
+        reached_from.setdefault(reached, cell)
+        cell = reached
     return path, len(kinds), kinds
 
 

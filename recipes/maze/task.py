@@ -18,7 +18,7 @@ from .tasks import LEVELS, Row, goal_reached, problems, warm_start_rows
 
 
 def words() -> PreTrainedTokenizerFast:
-    """Tokenizer with a token for each cell, each passage, goal, start and line, and the special ones."""
+    """Tokenizer with a token for each cell, shape and direction, four more, and the special ones."""
     return build_tokenizer(WORDS, pattern=WORD.pattern, longest=256)
 
 
@@ -29,7 +29,7 @@ TASK = warm_start.Task(
     solutions=warm_start_rows,
     build_tokenizer=words,
     rewards=[goal_reached],
-    defaults={"rows": 32_000, "steps": 1000, "learning_rate": 2e-3, "num_layers": 2},
+    defaults={"rows": 32_000, "steps": 1400, "learning_rate": 2e-3, "num_layers": 2},
 )
 
 

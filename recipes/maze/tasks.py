@@ -1,8 +1,9 @@
 """Mazes at seven levels, paths to warm-start a model on, and the reward.
 
 Levels run from nearly solved after the warm start to hopeless: the largest mazes are never in it. Its
-paths stray on purpose, so that reinforcement learning has something to find: a move is with declared
-probabilities drawn among the open ways instead of leading nearer to the goal, or one into a wall.
+paths search the maze, and on purpose guess some of their moves, so that reinforcement learning has
+something to find. Guesses are marked because what the model can see as one decision, it can unlearn as
+one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from samplers.keys import step_generator
 
-from .mazes import distances, distinct, draw, read, stray_path, walk
+from .mazes import distances, distinct, draw, read, search_path, walk
 
 Row = dict[str, Any]
 
@@ -31,10 +32,10 @@ class Level:
     """Mazes that there are, where these are few."""
     loops: float = 0.15
     """Probability that a wall is open although every cell can be reached without."""
-    wander: float = 0.5
-    """Probability that a move of the warm start's paths is drawn among the open ways."""
-    stumble: float = 0.0
-    """Probability that a move of the warm start's paths hits a wall and ends the path."""
+    careful: float = 0.35
+    """Share of the warm start's paths that guess nothing."""
+    guess: float = 0.5
+    """Probability that a move of its other paths is guessed."""
 
     @property
     def name(self) -> str:
@@ -52,7 +53,7 @@ LEVELS = (
 )
 """The shares add up to 1."""
 
-LONGEST = 20
+LONGEST = 32
 """Moves of the warm start's paths, at most."""
 
 
@@ -104,12 +105,12 @@ def warm_start_rows(
         data_seed: of the draw of mazes.
         size: rows, over all levels; each level gets its share, rounded.
         held_out: rows whose mazes must not occur, wherever they lie.
-        seed: of where the paths stray.
+        seed: of the guesses.
         copies: paths of each maze.
 
     Returns:
-        Rows with the columns `prompt`, `completion` and `level`, and `moves` and `kinds` as `stray_path`
-        returns them.
+        Rows with the columns `prompt`, `completion` and `level`, and `moves` and `kinds` as
+        `search_path` returns them.
     """
     hidden = {read(row["prompt"]).content for row in held_out}
     mazes = step_generator(data_seed, "mazes of the warm start", 0)
@@ -122,9 +123,8 @@ def warm_start_rows(
             if maze.content in hidden:
                 continue
             for _ in range(min(copies, wanted - len(rows))):
-                path, moves, kinds = stray_path(
-                    maze, level.wander, level.stumble, longest=LONGEST, generator=paths
-                )
+                guess = level.guess * (paths.random() >= level.careful)
+                path, moves, kinds = search_path(maze, guess, longest=LONGEST, generator=paths)
                 rows.append(
                     {
                         "prompt": maze.text,

@@ -16,8 +16,8 @@ from recipes.maze.mazes import (
     distinct,
     draw,
     read,
+    search_path,
     shortest_path,
-    stray_path,
     walk,
 )
 from samplers.keys import step_generator
@@ -58,7 +58,7 @@ def test_a_maze_as_words_by_hand():
     assert WALLED.size == 5
     assert WORD.findall("c5>c5v\nGd6Sd5d6") == ["c5>", "c5v", "\n", "G", "d6", "S", "d5", "d6"]
     assert PASSAGES["c5>"] == ("c5", "c6") and PASSAGES["c5v"] == ("c5", "d5")
-    assert len(WORDS) == len(set(WORDS)) == 64 + 2 * 56 + 3
+    assert len(WORDS) == len(set(WORDS)) == 64 + 2 * 56 + 4
 
 
 def test_every_maze_is_read_back_as_it_was():
@@ -134,49 +134,81 @@ def test_where_a_path_ends_by_hand():
     assert walk(WALLED, "c5d6") == (["d5", "c5"], 0.0)  # no neighbour of c5
     assert walk(WALLED, "c5c5") == (["d5", "c5"], 0.0)
     assert walk(WALLED, "c5d5c5") == (["d5", "c5", "d5", "c5"], None)  # there and back is allowed
-    assert walk(WALLED, "") == (["d5"], None)
+    assert walk(WALLED, "~c5~~c6d6") == (["d5", "c5", "c6", "d6"], 1.0)  # guesses move nowhere
+    assert walk(WALLED, "") == walk(WALLED, "~") == (["d5"], None)
     assert walk(WALLED, "c5c") == (["d5", "c5"], None)  # half a name
     for wrong in ("c5>", " c5", "S", "\n", "z", "cc"):
         assert walk(WALLED, wrong) == (["d5"], 0.0)
 
 
-def test_a_path_that_does_not_stray_is_a_shortest_one():
-    for maze in mazes(2):
-        path, moves, kinds = stray_path(maze, 0.0, 0.0, longest=99, generator=generator())
-        assert path == shortest_path(maze)
-        assert moves == len(kinds) == distances(maze)[maze.start] and set(kinds) == {"n"}
-
-
-def test_a_path_that_wanders_reaches_the_goal_and_one_that_stumbles_ends_there():
-    for maze in mazes(2):
-        path, moves, kinds = stray_path(maze, 0.5, 0.0, longest=10_000, generator=generator(1))
-        assert walk(maze, path)[1] == 1.0 and len(path) == 2 * moves == 2 * len(kinds)
-        assert stray_path(maze, 1.0, 0.0, longest=1, generator=generator(1))[1] == 1
-        path, moves, kinds = stray_path(maze, 0.0, 1.0, longest=99, generator=generator(1))
+def test_a_search_without_guesses_reaches_every_goal_and_goes_back_from_dead_ends():
+    for maze in mazes(4, loops=0.0):
+        path, moves, kinds = search_path(maze, 0.0, longest=999, generator=generator())
         cells, outcome = walk(maze, path)
-        assert (outcome == 0.0) == (kinds[-1] == "s") and "s" not in kinds[:-1]
-        if outcome == 0.0:
-            assert len(cells) == moves and path[-2:] in BESIDE[cells[-1]]
+        assert outcome == 1.0 and moves == len(kinds) == len(cells) - 1 and set(kinds) <= {*"nb"}
+        # Depth first: a move marked new leads to a cell for the first time, and no passage is taken
+        # twice the same way.
+        for number, kind in enumerate(kinds, start=1):
+            assert (cells[number] in cells[:number]) == (kind == "b")
+        assert len(set(itertools.pairwise(cells))) == moves
+    for maze in mazes(4, loops=0.5):
+        assert walk(maze, search_path(maze, 0.0, longest=999, generator=generator())[0])[1] == 1.0
+
+
+def test_the_search_goes_towards_the_goal_first_and_back_last_by_hand():
+    # b2 is the middle of a cross.
+    ways = {"a2": ("b2",), "b2": ("a2", "b1", "b3", "c2"), "b1": ("b2",), "b3": ("b2",)}
+    ways |= {"c2": ("b2",)}
+    for goal in ("a2", "b1", "b3", "c2"):
+        maze = Maze(ways=ways, start="b2", goal=goal)
+        assert search_path(maze, 0.0, longest=9, generator=generator())[0] == goal
+    # c1 is two moves from the goal a2 as the crow flies, and a dead end: out of it before a2.
+    ways = {
+        "a1": ("b1",),
+        "b1": ("a1", "b2"),
+        "b2": ("b1", "c2"),
+        "c2": ("b2", "c3"),
+        "c3": ("c2",),
+    }
+    maze = Maze(ways=ways, start="b1", goal="c3")
+    found = search_path(maze, 0.0, longest=9, generator=generator())
+    assert found == ("b2c2c3", 3, "nnn")
+    maze = Maze(ways=ways, start="b2", goal="a1")
+    assert search_path(maze, 0.0, longest=9, generator=generator())[0] == "b1a1"
+    # Towards the goal lies a dead end: into it, back, and round.
+    ways = {"a1": ("a2", "b1"), "a2": ("a1",), "b1": ("a1", "c1"), "c1": ("b1", "c2")}
+    ways |= {"c2": ("c1", "c3"), "c3": ("b3", "c2"), "b3": ("a3", "c3"), "a3": ("b3",)}
+    maze = Maze(ways=ways, start="a1", goal="a3")
+    assert search_path(maze, 0.0, longest=9, generator=generator()) == (
+        "a2a1b1c1c2c3b3a3",
+        8,
+        "nbnnnnnn",
+    )
+
+
+def test_guesses_are_as_often_as_declared_marked_and_drawn_from_the_cells_beside():
+    draws = generator(4)
+    found = [(m, *search_path(m, 0.4, longest=99, generator=draws)) for m in mazes(40)]
+    kinds = "".join(row[3] for row in found)
+    guessed = kinds.count("g") + kinds.count("s")
+    error = (0.4 * 0.6 / len(kinds)) ** 0.5
+    assert abs(guessed / len(kinds) - 0.4) < 4 * error  # false alarms: 6 in 100,000
+    for maze, path, moves, letters in found:
+        cells, outcome = walk(maze, path)
+        assert path.count("~") == letters.count("g") + letters.count("s")
+        assert moves == len(letters) and (outcome == 0.0) == letters.endswith("s")
+        assert "s" not in letters[:-1]
+        assert outcome != 0.0 or path[-2:] in BESIDE[cells[-1]]
+    # From d5 a guess is c5, the only open one of the four cells beside it.
+    first = [search_path(WALLED, 1.0, longest=1, generator=draws)[0] for _ in range(400)]
+    for cell in BESIDE["d5"]:  # false alarms: 6 in 100,000 each
+        assert abs(first.count(f"~{cell}") - 100) < 4 * (400 * 0.25 * 0.75) ** 0.5
 
 
 def test_the_cells_beside_a_cell_by_hand():
     assert set(BESIDE["a1"]) == {"a2", "b1"}
     assert set(BESIDE["c5"]) == {"b5", "d5", "c4", "c6"}
     assert sum(map(len, BESIDE.values())) == 2 * len(PASSAGES)
-
-
-def test_moves_stray_as_often_as_declared():
-    draws = generator(4)
-    paths = [stray_path(m, 0.4, 0.0, longest=99, generator=draws)[2] for m in mazes(20)]
-    moves = sum(map(len, paths))
-    share = sum(kinds.count("w") for kinds in paths) / moves
-    assert abs(share - 0.4) < 4 * (0.4 * 0.6 / moves) ** 0.5  # false alarms: 6 in 100,000
-    # Every cell of a perfect maze of size 5 within the names has a wall beside it.
-    walled = [draw(5, loops=0.0, generator=draws) for _ in range(300)]
-    paths = [stray_path(m, 0.0, 0.3, longest=99, generator=draws)[2] for m in walled]
-    moves = sum(map(len, paths))
-    share = sum(kinds.count("s") for kinds in paths) / moves
-    assert share < 0.3 + 4 * (0.3 * 0.7 / moves) ** 0.5 and share > 0.2
 
 
 def test_a_seed_draws_the_same_mazes_and_another_seed_others():
@@ -214,6 +246,6 @@ def test_settings_out_of_range_are_refused():
         draw(8, loops=0.0, generator=generator())
     with pytest.raises(ValueError, match=r"loops must lie in \[0, 1\], got 2"):
         draw(9, loops=2, generator=generator())
-    for given, wrong in (((-1, 0), "wander must lie in .* got -1"), ((0, 2), "stumble .* got 2")):
-        with pytest.raises(ValueError, match=wrong):
-            stray_path(WALLED, *given, longest=9, generator=np.random.default_rng(0))
+    for guess in (-1, 2):
+        with pytest.raises(ValueError, match=rf"guess must lie in \[0, 1\], got {guess}"):
+            search_path(WALLED, guess, longest=9, generator=np.random.default_rng(0))
