@@ -24,7 +24,7 @@ LANGUAGE = {
     "corrected": {"importance_correction": "sequence_mask", "loss": "vespo"},
     "capped": {"loss": "cispo"},
     "replayed": {"replay_share": 0.4},
-    "decided": {"reward": tiny.decided_digit},
+    "decided": {"reward": tiny.decided_digit, "verdict_every": 8},
     "retired": {"retire_above": 0.9, "greso_explore": 0.5},
     "started": {"starts": "traces", "starts_delta": 0.0, "starts_until": 1.0, "max_steps": 5},
 }
