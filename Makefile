@@ -51,6 +51,7 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/engine.py $(BENCH)
 	$(BIN)/python benchmarks/samplers.py $(BENCH)
+	$(BIN)/python benchmarks/search.py $(BENCH)
 	$(BIN)/python benchmarks/trace.py $(BENCH)
 	$(BIN)/python benchmarks/update.py --device cpu --threads 1 $(BENCH)
 	$(BIN)/python -m benchmarks.processes $(BENCH)

@@ -18,6 +18,7 @@ COMMANDS = {
     "processes": ["-m", "benchmarks.processes", "--quick", "--rounds", "1"],
     "recipe_arms": ["benchmarks/recipe_arms.py", "--quick"],
     "samplers": ["benchmarks/samplers.py", "--quick", "--rounds", "1"],
+    "search": ["benchmarks/search.py", "--quick"],
     "to_level": ["-m", "benchmarks.to_level", "quick"],
     "trace": ["benchmarks/trace.py", "--quick"],
     "update": ["benchmarks/update.py", "--quick", "--rounds", "1"],
