@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import arms, summaries
 
 BY_STD = {"advantage": "grpo", "budget_min": 1}  # as grpo.yaml, although budgets differ
-EARLY = {"stopping": "early", "stopping_wave": 4, "posterior_decay_chosen": 0.8} | BY_STD
+EARLY = {"stopping": "early", "stopping_round_size": 4, "posterior_decay_chosen": 0.8} | BY_STD
 
 ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     # name: what it is, recipe, settings that differ from it
@@ -76,7 +76,7 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
 FREE = (
     *("trainer", "selector", "selection_score", "posterior_decay_chosen", "posterior_decay_rest"),
     *("allocator", "budget_min", "rollouts_per_prompt", "rollouts_per_step"),
-    *("stopping", "stopping_wave", "stopping_needed", "stopping_threshold"),
+    *("stopping", "stopping_round_size", "stopping_needed", "stopping_threshold"),
     *("refill", "refill_max_draws", "refill_at_cap"),
     *("down_sampling", "rows_per_prompt", "weight_rows"),
     *("token_selection", "token_fraction_initial", "token_fraction_final", "token_denominator"),

@@ -154,7 +154,7 @@ class Simulation:
             run_seed=seed,
             **self.allocation.planner,
             stopping=stop.rule,
-            wave=stop.wave,
+            round_size=stop.round_size,
         )
         self.refill = (
             Refill(

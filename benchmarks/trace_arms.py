@@ -366,7 +366,7 @@ ALLOCATIONS: dict[str, Allocation] = {
 class Stop:
     what: str
     rule: stopping.Stopping | None = None
-    wave: int | None = None
+    round_size: int | None = None
     plan: int = 1
     """Rollouts planned at most, in multiples of what other arms generate per step."""
 
@@ -376,24 +376,24 @@ STOPPINGS: dict[str, Stop] = {
     "early": Stop(
         "after 4 of 8 alike, stop if a mixed group is less likely than not",
         stopping.early(threshold=0.5),
-        wave=4,
+        round_size=4,
     ),
-    "early_alike": Stop("stop after 4 of 8 alike", stopping.early(threshold=1.0), wave=4),
+    "early_alike": Stop("stop after 4 of 8 alike", stopping.early(threshold=1.0), round_size=4),
     "early_unbiased": Stop(
         "as early, but half of those go on and weigh double",
         stopping.early_unbiased(threshold=0.5, rho=0.5),
-        wave=4,
+        round_size=4,
     ),
     "ada_positive": Stop(
         "rounds of 4 until one passed, at most 4 (Reinforce-Ada)",
         stopping.positive(),
-        wave=4,
+        round_size=4,
         plan=2,
     ),
     "ada_balanced": Stop(
         "rounds of 4 until 2 passed and 2 failed, at most 4 (Reinforce-Ada)",
         stopping.balanced(keep=HALF),
-        wave=4,
+        round_size=4,
         plan=2,
     ),
 }

@@ -175,6 +175,12 @@ OTHERS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 """Of verl and OpenRLHF."""
 
+FORMER: dict[str, tuple[tuple[str, ...], str]] = {
+    "stopping_wave": (("stopping_round_size",), "stopping_round_size"),
+    "refill_wave": (("refill_min_prompts",), "refill_min_prompts"),
+}
+"""What settings of ours were called before."""
+
 
 def other_name(name: str) -> str | None:
     """What to write for a setting of another trainer, as the end of a sentence; None if unknown.
@@ -187,10 +193,11 @@ def other_name(name: str) -> str | None:
         ("TRL", TRL),
         ("transformers", TRANSFORMERS),
         ("verl or OpenRLHF", OTHERS),
+        ("", FORMER),
     ):
         if last in names:
             answer = names[last][1]
-            of = last if names is TRANSFORMERS else f"{whose}'s {last}"
+            of = last if names in (TRANSFORMERS, FORMER) else f"{whose}'s {last}"
             if answer.startswith(NOT_HERE):
                 return f"{of} {answer}"
             return f"{of} is {answer}" if answer.startswith("not ") else f"for {of} write {answer}"

@@ -2,7 +2,7 @@
 
     apportion simulate                                       # half of the prompts hopeless
     apportion simulate --pass_rates beta:0.5,0.5 --selector vade --allocator leave_one_out
-    apportion simulate --pass_rates rates.jsonl --stopping early --stopping_wave 4
+    apportion simulate --pass_rates rates.jsonl --stopping early --stopping_round_size 4
     apportion simulate --pass_rates levels --num_prompts 900 --posterior_prior column
 
 The planner is the real one. A rollout passes with its prompt's pass rate, which stays as it is: this
@@ -139,7 +139,7 @@ class Settings:
     budget_min: int | None = None
     budget_max: int | None = None
     stopping: str = "none"
-    stopping_wave: int | None = None
+    stopping_round_size: int | None = None
     stopping_needed: int | None = None
     stopping_threshold: float = 0.5
     stopping_rho: float = 0.5
@@ -279,7 +279,7 @@ def planner_of(
     )
     keys = [f"prompt-{row:06d}" for row in range(num_prompts)]
     allocator, rule = ALLOCATORS[settings.allocator], STOPPINGS[settings.stopping](settings)
-    wave = settings.stopping_wave or max(1, settings.rollouts_per_prompt // 2)
+    round_size = settings.stopping_round_size or max(1, settings.rollouts_per_prompt // 2)
     least = 1 if settings.allocator == "uniform" else max(2, allocator.minimum)
     chooses = SELECTORS[settings.selector](posterior, keys, settings.seed)
     if settings.share:
@@ -295,7 +295,7 @@ def planner_of(
         minimum=least if settings.budget_min is None else settings.budget_min,
         maximum=settings.budget_max,
         stopping=rule,
-        wave=None if rule is None else wave,
+        round_size=None if rule is None else round_size,
         run_seed=settings.seed,
     )
 
@@ -415,7 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "stopping": STOPPINGS,
         "posterior_prior": PRIORS,
     }
-    more = {"budget_min": "what the allocator needs", "stopping_wave": "half of the rollouts"}
+    more = {"budget_min": "what the allocator needs", "stopping_round_size": "half of the rollouts"}
     more["stopping_needed"] = "positive: 1, balanced: 4"
     more |= {"posterior_kappa": "estimated", "uniform_share": f"{SHARE} where a prior learns"}
     for name, default in vars(Settings()).items():

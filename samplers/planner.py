@@ -63,8 +63,8 @@ class Planner:
     Without pilots a step is one round, allocated with the posterior of earlier steps, and nothing
     needs correcting. With `pilot > 0` round 0 makes that many rollouts of every prompt and round 1,
     with the same prompts and draws and the next slots, makes the rest. With a stopping rule the
-    allocator's budget is a plan, made in rounds of `wave` per prompt; after each the rule says which
-    prompts go on, and what it saves is not spent elsewhere.
+    allocator's budget is a plan, made in rounds of `round_size` per prompt; after each the rule says
+    which prompts go on, and what it saves is not spent elsewhere.
 
     Args:
         posterior: of all D prompts; row i belongs to `keys[i]`.
@@ -89,7 +89,7 @@ class Planner:
             pilots, `plug_in_std` and `leave_one_out`, the prompts' gradients weigh .682 and .888 in
             expectation instead of 1. With the accepted mean of GVM's EM they may be pooled.
         stopping: the rule, for example one of `stopping.py`; not together with pilots.
-        wave: rollouts of one prompt in a round, after which the rule is asked.
+        round_size: rollouts of one prompt in a round, after which the rule is asked.
         run_seed: of selection and rollouts.
         success_above: a reward above it is a success. None reads rewards as fractions of full marks,
             and from the first reward outside [0, full_marks] on compares them with the mean of
@@ -122,7 +122,7 @@ class Planner:
         estimate: Literal["posterior", "pilot"] = "posterior",
         pilots: Literal["pool", "discard"] = "pool",
         stopping: Stopping | None = None,
-        wave: int | None = None,
+        round_size: int | None = None,
         run_seed: int = 0,
         success_above: float | None = None,
         full_marks: float = 1.0,
@@ -138,10 +138,12 @@ class Planner:
         check_pilots(
             pilot, estimate, pilots, num_prompts=prompts_per_step, rollouts=rollouts_per_step
         )
-        if (stopping is None) != (wave is None) or (wave is not None and wave < 1):
+        if (stopping is None) != (round_size is None) or (
+            round_size is not None and round_size < 1
+        ):
             raise ValueError(
-                f"a stopping rule needs a wave of at least 1, and a wave needs a rule; got "
-                f"stopping={stopping} and wave={wave}"
+                f"round_size must be at least 1 with a stopping rule and None without one, got "
+                f"stopping={stopping} and round_size={round_size}"
             )
         if stopping is not None and pilot:
             raise ValueError(f"a stopping rule makes its own rounds; pilot must be 0, got {pilot}")
@@ -160,7 +162,7 @@ class Planner:
         self._pooled = pilot if pilots == "pool" else 0
         self._discarded = pilot if pilots == "discard" else 0
         self._stopping = stopping
-        self._wave = wave
+        self._round_size = round_size
         self._minimum = max(minimum, self._pooled)
         self._maximum = maximum
         self._run_seed = run_seed
@@ -589,8 +591,8 @@ class Planner:
     def _budget(self, last: OpenStep) -> IntArray:
         """(P,) rollouts of the round that comes now."""
         if last.active_P is not None:
-            assert self._wave is not None
-            return np.where(last.active_P, np.minimum(last.left_P, self._wave), 0)
+            assert self._round_size is not None
+            return np.where(last.active_P, np.minimum(last.left_P, self._round_size), 0)
         if self._pilot and self._round == 0:
             return np.full(len(last.index_P), self._pilot, dtype=np.int64)
         return self._allocated(last) - self._pooled

@@ -65,7 +65,7 @@ class Refill:
 
     Groups may finish in any order, and equal rewards are accepted equally: were the first to finish
     the first to be kept, short answers would be favoured. Only what is missing is drawn, and whole
-    waves are awaited. Here a wave is a step of the planner, which has observed every group before
+    rounds are awaited. Here a round is a step of the planner, which has observed every group before
     any is left out::
 
         refill.begin(step)
@@ -79,7 +79,7 @@ class Refill:
 
     Under advantages that are 0 in a group without spread, leaving such groups out does not turn the
     gradient; it lengthens the step by one over the share kept. It does turn it if a KL term or a
-    mean over the batch's tokens is at work, or if a cap cuts waves short. So compare at equal
+    mean over the batch's tokens is at work, or if a cap cuts rounds short. So compare at equal
     *generated* rollouts. (Dynamic sampling of DAPO, arXiv:2503.14476; that surplus may be kept, and
     for how long, is a project default, not from the paper.)
 

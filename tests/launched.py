@@ -85,12 +85,12 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"generation_batch_size": 3},
     # What the trainer can be told to do at once, the reference policy and recomputed columns included.
     "methods": {"reward": "small_digit", "trainer": "grpo", "max_steps": 3, "beta": 0.1}
-    | {"selector": "vade", "stopping": "early_unbiased", "stopping_wave": 2, "loss": "dapo"}
+    | {"selector": "vade", "stopping": "early_unbiased", "stopping_round_size": 2, "loss": "dapo"}
     | {"down_sampling": "d3s", "token_selection": "d3s", "importance_correction": "token_truncate"}
     | {"micro_batch_tokens": 24, "num_iterations": 2, "allocator": "leave_one_out"}
     | {"share_prompts": "always"},
     "refill": {"reward": "small_digit", "trainer": "grpo", "max_steps": 4, "refill": "true"}
-    | {"prompts_per_step": 3, "refill_wave": 5, "refill_max_age": 2, "loss": "gspo"},
+    | {"prompts_per_step": 3, "refill_min_prompts": 5, "refill_max_age": 2, "loss": "gspo"},
     # Prompts start along what was done for them before, by whichever process.
     "starts": {"reward": "small_digit", "trainer": "grpo", "max_steps": 5, "starts": "traces"}
     | {"starts_delta": 0.0, "starts_until": 1.0, "posterior_decay_chosen": 0.9}
@@ -99,7 +99,12 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"per_device_train_batch_size": 5, "beta": 0.1, "allocator": "uniform"},
     # Rollouts end when their first character has decided, on whichever process.
     "verdicts": {"reward": "decided_digit", "trainer": "grpo", "max_steps": 3, "verdict_every": 1}
-    | {"stopping": "balanced", "stopping_wave": 2, "allocator": "uniform", "updates_per_step": 2}
+    | {
+        "stopping": "balanced",
+        "stopping_round_size": 2,
+        "allocator": "uniform",
+        "updates_per_step": 2,
+    }
     | {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": "true"},
     # Every row trains where entropies count, also those that no group tells from its others.
     "entropies": {"reward": "small_digit", "trainer": "grpo", "max_steps": 3, "beta": 0.1}

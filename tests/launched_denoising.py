@@ -38,7 +38,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "branches": {"per_device_train_batch_size": 2, "updates_per_step": 2, "ema_decay": 0.9}
     | {"save_strategy": "steps", "save_steps": 2, "images_every": 1},
     "tree": {"baseline": "leave_one_out", "noise_weight": "std", "allocator": "neyman"}
-    | {"stopping": "positive", "stopping_wave": 3, "success_above": 0.62, "num_iterations": 2},
+    | {
+        "stopping": "positive",
+        "stopping_round_size": 3,
+        "success_above": 0.62,
+        "num_iterations": 2,
+    },
     "lora": {"lora": True, "beta": 0.1, "baseline": "history", "learning_rate": 0.1},
     # Three rows, so that one process has more micro-batches than the other.
     "odd": {"prompts_per_step": 1, "rollouts_per_prompt": 3, "per_device_train_batch_size": 1},

@@ -18,7 +18,7 @@ LANGUAGE = {
     "pilots": {"trainer": "raft++", "allocator": "gvm", "pilot_rollouts": 2}
     | {"gvm_gradient_norm": "rms"},
     "kl": {"refill": True, "refill_max_age": 2, "updates_per_step": 2, "beta": 0.1},
-    "stopping": {"stopping": "early_unbiased", "stopping_wave": 2, "success_above": 0.5},
+    "stopping": {"stopping": "early_unbiased", "stopping_round_size": 2, "success_above": 0.5},
     "selected": {"selector": "band", "down_sampling": "d3s", "token_selection": "d3s"},
     "hapo": {"loss": "hapo", "advantage": "token_level", "adaptive_temperature_tau": 0.1},
     "corrected": {"importance_correction": "sequence_mask", "loss": "vespo"},

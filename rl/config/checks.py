@@ -272,7 +272,7 @@ def check_needs(config: Settings, stage: str) -> None:
 
 
 def _stopping_and_rows(config: Settings) -> None:
-    at_least(config, 1, "stopping_wave", "stopping_needed", "rows_per_prompt")
+    at_least(config, 1, "stopping_round_size", "stopping_needed", "rows_per_prompt")
     at_least(config, 0, "stopping_threshold")
     for name in ("stopping_threshold", "stopping_rho"):
         if getattr(config, name) > 1:
@@ -281,8 +281,10 @@ def _stopping_and_rows(config: Settings) -> None:
         if not 0 < getattr(config, name) <= 1:
             raise ValueError(f"{name} must lie in (0, 1], got {getattr(config, name)}")
     check_needs(config, "stopping")
-    if config.stopping != "none" and config.stopping_wave is None:  # a rule of the user's own
-        raise ValueError(f"stopping {config.stopping!r} needs stopping_wave, as every rule does")
+    if config.stopping != "none" and config.stopping_round_size is None:  # a rule of the user's own
+        raise ValueError(
+            f"stopping {config.stopping!r} needs stopping_round_size, as every rule does"
+        )
     if config.stopping == "balanced" and (config.stopping_needed or 0) < 2:
         raise ValueError(
             f"stopping 'balanced' needs stopping_needed of at least 2, got {config.stopping_needed}"

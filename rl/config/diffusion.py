@@ -117,7 +117,7 @@ class DenoisingConfig(DiffusionSettings):
 
     def _check_branches(self, budget_min: int | None) -> None:
         leaves = self.leaves_per_branch
-        for name in ("rollouts_per_prompt", "rollouts_per_step", "stopping_wave"):
+        for name in ("rollouts_per_prompt", "rollouts_per_step", "stopping_round_size"):
             value = getattr(self, name)
             if value is not None and value % leaves:
                 raise ValueError(

@@ -35,7 +35,7 @@ class DiffusionSettings(SharedSettings):
     # What stages shared with language models ask of a run, and what is always so in this one.
     advantage = "centred"  # `baseline` and `credit_scale` say more
     pilot_rollouts, pilot_estimate, pilot_use, gvm_gradient_norm = 0, "posterior", "pool", "none"
-    refill, refill_max_draws, refill_wave, refill_at_cap, refill_max_age = (
+    refill, refill_max_draws, refill_min_prompts, refill_at_cap, refill_max_age = (
         False,
         4,
         None,

@@ -62,7 +62,7 @@ def check_language(config: LanguageSettings) -> None:
     at_least(config, 0, "completions_every", "refill_max_age", "verdict_every")
     at_least(config, 1, "micro_batch_tokens", "importance_cap", "ratio_cap", "completions_rows")
     at_least(config, 1, "max_completion_length", "max_prompt_length", "refill_max_draws")
-    at_least(config, 1, "refill_wave", "replay_steps", "replay_weight_max")
+    at_least(config, 1, "refill_min_prompts", "replay_steps", "replay_weight_max")
     if not 0 <= config.replay_share <= 0.5:
         raise ValueError(
             f"replay_share must lie in [0, 0.5], as every row is replayed at most once, got "

@@ -414,9 +414,9 @@ class SharedSettings(TrainingArguments):
         stage=STOP,
         decides=ROLLOUTS,
     )
-    stopping_wave: int | None = setting(
+    stopping_round_size: int | None = setting(
         None,
-        "Rollouts of a prompt between two looks of the stopping rule.",
+        "Rollouts of a prompt in a round, after which the stopping rule looks again.",
         stage=STOP,
         decides=ROLLOUTS,
         only=on("stopping", "stopping other than none"),
@@ -815,10 +815,10 @@ class LanguageSettings(SharedSettings):
         decides=ROLLOUTS,
         only=REFILL,
     )
-    refill_wave: int | None = setting(
+    refill_min_prompts: int | None = setting(
         None,
-        "Fewest prompts drawn at once; more than are missing means fewer rounds and a "
-        "surplus. Default: as many as are missing.",
+        "Draw at least so many prompts in a round. More than are missing means fewer rounds and some "
+        "groups too many. Default: as many as are missing.",
         stage=STOP,
         decides=ROLLOUTS,
         only=REFILL,

@@ -60,7 +60,7 @@ class Sampling:
         self.success_line = SuccessLine(config.success_above)
         self.reward_weights = config.reward_weights
         self._max_failed_share = config.max_failed_share
-        self._at_least = config.refill_wave or 0
+        self._at_least = config.refill_min_prompts or 0
         self._max_steps, self._max_tokens = config.max_steps, config.max_generated_tokens
         self._wants_lengths = method_of(config, "allocator").wants_lengths
         self._discards_pilots = discards_pilots(config)

@@ -100,7 +100,7 @@ def make_planner(
         estimate=config.pilot_estimate,  # type: ignore[arg-type]
         pilots=config.pilot_use,  # type: ignore[arg-type]
         stopping=stopping,
-        wave=config.stopping_wave if stopping else None,
+        round_size=config.stopping_round_size if stopping else None,
         run_seed=config.seed,
         success_above=config.success_above,
         full_marks=full_marks,

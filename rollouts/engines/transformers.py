@@ -4,8 +4,8 @@ Three things make it faster than `model.generate`: a prompt is prefilled once an
 cache shared by its rollouts, finished rollouts leave the batch, and the cache grows in
 blocks instead of being copied for every token.
 
-Axes: P prompts, N rollouts, T tokens, V vocabulary; R rollouts of one wave (what is generated
-together), K rollouts of it still in the batch, L positions, prompt included.
+Axes: P prompts, N rollouts, T tokens, V vocabulary; R rollouts of one generation batch (what is
+generated together), K rollouts of it that still go on, L positions, prompt included.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ times one copy."""
 
 
 class TransformersEngine:
-    """Generates with a model of transformers, in waves of at most `max_batch_rows` rollouts.
+    """Generates with a model of transformers, at most `max_batch_rows` rollouts at a time.
 
     Rollouts are drawn by inverse CDF in float64 from uniforms that are a function of (seed,
     position in the completion), so a rollout is the same whatever is generated beside it, up to
@@ -177,7 +177,7 @@ class TransformersEngine:
         room_of(asked_for, params)
         self.check_model()
 
-        # Neighbours in length share a wave, so that little of its cache is padding.
+        # Neighbours in length share a batch, so that little of its cache is padding.
         size_P = torch.tensor([len(prompt.token_ids) for prompt in prompts])
         order_N = size_P[prompt_N].argsort(descending=True, stable=True)
         token_NT = torch.full(
@@ -192,11 +192,13 @@ class TransformersEngine:
             for row_R in order_N.split(self.max_batch_rows):
                 if len(row_R) == 0:
                     continue
-                wave = self._wave([prompts[p] for p in prompt_N[row_R]], seed_N[row_R], params)
-                token_NT[row_R], logprob_NT[row_R], length_N[row_R], truncated_N[row_R] = wave[:4]
-                decided_N[row_R] = wave[4]
+                made = self._generate_batch(
+                    [prompts[p] for p in prompt_N[row_R]], seed_N[row_R], params
+                )
+                token_NT[row_R], logprob_NT[row_R], length_N[row_R], truncated_N[row_R] = made[:4]
+                decided_N[row_R] = made[4]
                 if entropy_NT is not None:
-                    entropy_NT[row_R] = wave[5]
+                    entropy_NT[row_R] = made[5]
 
         num_steps = int(length_N.max()) if len(length_N) else 0
         return TokenRollouts(
@@ -212,7 +214,7 @@ class TransformersEngine:
             entropy_NT=None if entropy_NT is None else entropy_NT[:, :num_steps].clone(),
         )
 
-    def _wave(
+    def _generate_batch(
         self, prompt_R: Sequence[Prompt], seed_R: Tensor, params: SamplingParams
     ) -> tuple[Tensor, ...]:
         """Generate these together: (R, T) tokens and log-probs, (R,) lengths, truncated and decided,
@@ -372,7 +374,7 @@ class _Forward(Protocol):
 class _SharedForward:
     """Prefills each distinct prompt once, left-padded, and gives every rollout a copy of its cache.
 
-    Within a wave, that is: a prompt whose rollouts span two waves is prefilled in both.
+    Within a batch, that is: a prompt whose rollouts span two batches is prefilled in both.
     """
 
     def __init__(self, model: Any, prompt_R: Sequence[Prompt], *, padding: int = 0) -> None:

@@ -11,7 +11,7 @@ from trl import GRPOConfig, ModelConfig
 
 from recipes.arguments import RecipeArguments
 from recipes.config import ConfigError, parse, peek
-from recipes.other_names import OTHERS, TRANSFORMERS, TRL, other_name
+from recipes.other_names import FORMER, OTHERS, TRANSFORMERS, TRL, other_name
 from recipes.shown import help_text
 from rl.config.diffusion import DenoisingConfig
 from rl.config.language import RolloutConfig
@@ -150,7 +150,9 @@ def test_every_setting_of_trl_is_one_here_or_is_answered():
     assert not silent
 
 
-@pytest.mark.parametrize("names", [TRL, TRANSFORMERS, OTHERS], ids=["TRL", "older", "others"])
+@pytest.mark.parametrize(
+    "names", [TRL, TRANSFORMERS, OTHERS, FORMER], ids=["TRL", "older", "others", "former"]
+)
 def test_answers_name_settings_that_exist(names):
     for name, (ours, answer) in names.items():
         assert set(ours) <= OURS, name

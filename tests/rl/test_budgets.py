@@ -106,10 +106,10 @@ def test_a_budget_of_one_has_no_gradient_and_is_not_the_default_where_rollouts_a
 def test_budgets_of_none_and_budgets_by_outcome_are_said():
     _, told = config(trainer="raft", objective="mean", allocator="gvm", budget_min=0)
     assert "budget_min=0 lets a prompt have no rollout" in told[0]
-    waves = {"stopping_wave": 4, "advantage": "leave_one_out", "trainer": "grpo"}
-    _, told = config(**waves, stopping="positive")
+    in_rounds = {"stopping_round_size": 4, "advantage": "leave_one_out", "trainer": "grpo"}
+    _, told = config(**in_rounds, stopping="positive")
     assert "stopping 'positive' ends groups by what they have earned" in told[0]
-    assert not config(**waves, stopping="early_unbiased")[1]
+    assert not config(**in_rounds, stopping="early_unbiased")[1]
     pilots = {"pilot_rollouts": 2, "advantage": "leave_one_out"}
     assert "pilots that are pooled" in config(**UNEVEN, **pilots)[1][0]
     assert not config(**UNEVEN, **pilots, pilot_use="discard")[1]
@@ -121,7 +121,7 @@ def test_budgets_of_none_and_budgets_by_outcome_are_said():
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "gspo"])
 @pytest.mark.parametrize(
-    "uneven", [{"allocator": "gvm"}, {"stopping": "early_unbiased", "stopping_wave": 4}]
+    "uneven", [{"allocator": "gvm"}, {"stopping": "early_unbiased", "stopping_round_size": 4}]
 )
 def test_where_budgets_differ_the_default_advantage_keeps_the_objective_and_says_so(loss, uneven):
     made, told = config(trainer="grpo", loss=loss, **uneven)

@@ -20,7 +20,7 @@ METHODS = {
     "largest variance": {"down_sampling": "max_variance", "rows_per_prompt": 2},
     "early stop": {
         "stopping": "early_unbiased",
-        "stopping_wave": 3,
+        "stopping_round_size": 3,
         "rollouts_per_prompt": 9,
         "sibling_within_share": 0.5,
     },

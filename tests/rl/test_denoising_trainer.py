@@ -100,7 +100,7 @@ def test_a_prompts_samples_share_their_start_in_every_round_and_not_with_another
         shared_start_noise=True,
         prompts_per_step=3,
         stopping="positive",
-        stopping_wave=2,
+        stopping_round_size=2,
         reward=never,
     )
     starts = []
@@ -120,13 +120,13 @@ def test_a_prompts_samples_share_their_start_in_every_round_and_not_with_another
             assert torch.equal(x, y) == ((version, key) == (other, name))
 
 
-def test_waves_of_a_stopping_rule_are_whole_branches(tmp_path):
+def test_rounds_of_a_stopping_rule_are_whole_branches(tmp_path):
     """Groups whose first branch is mixed may stop, so that budgets differ."""
     made = tiny.run(
         tmp_path,
         success_above=0.62,
         stopping="positive",
-        stopping_wave=3,
+        stopping_round_size=3,
         max_steps=3,
     )
     budgets = [budget for row in lines(tmp_path) for budget in row["budgets"]]

@@ -78,7 +78,7 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path):
     settings = UNEVEN | {
         "selector": "vade",
         "stopping": "early",
-        "stopping_wave": 2,
+        "stopping_round_size": 2,
         "save_strategy": "steps",
     }
     settings |= {"save_steps": 2, "budget_min": 2, "max_steps": 4}

@@ -101,7 +101,7 @@ LOSSES = {
     "gspo": {"loss": "gspo", "num_iterations": 2},
     "hapo": {"loss": "hapo", "token_selection": "entropy"},
     "corrected": {"loss": "cispo", "importance_correction": "token_truncate"},
-    "buffer": {"refill": True, "refill_max_age": 2, "prompts_per_step": 3, "refill_wave": 5},
+    "buffer": {"refill": True, "refill_max_age": 2, "prompts_per_step": 3, "refill_min_prompts": 5},
 }
 
 

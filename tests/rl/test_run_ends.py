@@ -130,7 +130,7 @@ RUNS = {
     "refill": {
         "allocator": "uniform",
         "refill": True,
-        "refill_wave": 5,
+        "refill_min_prompts": 5,
         "refill_max_age": 1,
         "refill_at_cap": "partial",
         "prompts_per_step": 3,

@@ -102,12 +102,12 @@ def test_groups_pass_where_the_ledger_says_they_do(tmp_path, value, settings, al
 def test_every_round_carries_the_successes_the_planner_was_taught(tmp_path):
     made = tiny.trainer(tmp_path, reward=one_to_five, success_above=3.0)
     made.ledger.begin(0)
-    wave = made.sampling.visit(made.policy, version=0)
-    rollouts = wave.rounds[0].rollouts
+    visit = made.sampling.visit(made.policy, version=0)
+    rollouts = visit.rounds[0].rollouts
     assert torch.equal(rollouts.success_N, (rollouts.reward_N > 3).double())
     assert made.planner.posterior.alpha_D.sum() == rollouts.success_N.sum()
     kept = rollouts.take(torch.arange(0))
-    shares = metrics.of_rollouts([wave], kept)
+    shares = metrics.of_rollouts([visit], kept)
     assert shares["groups/all_pass_share"] + shares["groups/all_fail_share"] < 1
 
 
@@ -145,7 +145,7 @@ def test_rewards_of_any_range_train(tmp_path, name, settings):
 
 
 def test_a_step_with_fractions_under_a_stopping_rule_says_what_to_write(tmp_path):
-    settings = {"stopping": "positive", "stopping_wave": 2, "allocator": "uniform"}
+    settings = {"stopping": "positive", "stopping_round_size": 2, "allocator": "uniform"}
     with pytest.raises(ValueError, match="is 0.25 of full marks; write success_above"):
         tiny.run(tmp_path, reward=partly, **settings)
 

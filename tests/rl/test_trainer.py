@@ -744,7 +744,7 @@ def test_the_private_names_we_rely_on_are_still_there():
 
 @pytest.mark.filterwarnings("ignore:budgets change")
 def test_norms_of_discarded_pilots_act_in_their_step_and_pooled_ones_later(tmp_path):
-    def wave(folder, use):
+    def visited(folder, use):
         pilots = {"pilot_rollouts": 3, "pilot_estimate": "pilot", "pilot_use": use}
         made = tiny.trainer(
             folder, reward=tiny.small_digit, gvm_gradient_norm="mean", budget_min=0, **pilots
@@ -753,7 +753,7 @@ def test_norms_of_discarded_pilots_act_in_their_step_and_pooled_ones_later(tmp_p
         made.sampling.visit(made.policy, version=0)
         return made.planner.state_dict()["norm_D"]
 
-    discarded = wave(tmp_path / "1", "discard")
+    discarded = visited(tmp_path / "1", "discard")
     assert 0 < np.isfinite(discarded).sum() <= 6 and (discarded[np.isfinite(discarded)] > 0).all()
     with pytest.warns(UserWarning, match="counts from the next step on.*pilot_use: discard"):
-        assert np.isnan(wave(tmp_path / "2", "pool")).all()
+        assert np.isnan(visited(tmp_path / "2", "pool")).all()

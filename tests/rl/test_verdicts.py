@@ -175,7 +175,7 @@ COMBINED = {
     "starts": "traces",
     "starts_plain_share": 0.2,
     "stopping": "balanced",
-    "stopping_wave": 2,
+    "stopping_round_size": 2,
     "rollouts_per_prompt": 8,
     "logging_steps": 1,
     "completions_every": 2,

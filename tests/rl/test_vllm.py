@@ -13,7 +13,7 @@ RUN = {
     "max_steps": 3,
     "trainer": "grpo",
     "stopping": "early_unbiased",
-    "stopping_wave": 2,
+    "stopping_round_size": 2,
     "eval_strategy": "steps",
     "eval_steps": 3,
 }

@@ -181,7 +181,7 @@ def test_the_planner_logs_the_calibration_of_what_it_knew_before_the_step():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"evidence": 0.5}, {"stopping": lambda counts: counts.left_P > 0, "wave": 4}]
+    "settings", [{"evidence": 0.5}, {"stopping": lambda counts: counts.left_P > 0, "round_size": 4}]
 )
 def test_counts_that_are_not_beta_binomial_are_not_judged(settings):
     metrics = planner_of(np.full(4, 0.5), decay=1, **settings)(np.full(4, 0.5))

@@ -28,7 +28,7 @@ def lots(steps, *, seed=0):
         prompts_per_step=2,
         rollouts_per_step=12,
         stopping=stopping,
-        wave=2,
+        round_size=2,
     )
     for exclude in steps:
         at = [None]

@@ -53,8 +53,8 @@ def going_on(counts):
     return np.ones(len(counts.a_P), dtype=bool)
 
 
-WAVES = {"stopping": going_on, "wave": 2}
-ROUNDS = [{"pilot": 2}, {"pilot": 2, "pilots": "discard"}, WAVES]
+IN_ROUNDS = {"stopping": going_on, "round_size": 2}
+ROUNDS = [{"pilot": 2}, {"pilot": 2, "pilots": "discard"}, IN_ROUNDS]
 
 
 # -- decay
@@ -76,8 +76,8 @@ def test_a_prompt_is_decayed_as_chosen_in_its_first_scored_round(settings):
         proposal = planner.propose()
         planner.observe(proposal, np.ones(len(proposal.seed_N)), proposal.prompt_N)
     # Row 1 once as chosen, row 5 once as not chosen, and rollouts of all rounds are counted.
-    scored = 16 - 2 * 2 if "wave" in settings else num_passed
-    assert alpha_D[0] + beta_D[0] == 0.2 * 10 + (6 if "wave" in settings else scored)
+    scored = 16 - 2 * 2 if "round_size" in settings else num_passed
+    assert alpha_D[0] + beta_D[0] == 0.2 * 10 + (6 if "round_size" in settings else scored)
     assert alpha_D[5] == 0.999 * 10
 
 
@@ -307,7 +307,7 @@ GO = np.ones(2, dtype=bool)
     ],
 )
 def test_a_rule_that_answers_wrongly_leaves_the_planner_as_it_was(answer, message):
-    planner = make(stopping=answering(answer, GO), wave=2)
+    planner = make(stopping=answering(answer, GO), round_size=2)
     planner.posterior.add([0], [10], [10])
     proposal = planner.propose()
     before = planner.state_dict()
@@ -332,7 +332,7 @@ def test_a_rule_that_answers_wrongly_leaves_the_planner_as_it_was(answer, messag
     ],
 )
 def test_weights_below_1_survive(answers, expected):
-    planner = make(stopping=answering(*answers), wave=2)
+    planner = make(stopping=answering(*answers), round_size=2)
     while True:
         proposal = planner.propose()
         planner.observe(proposal, np.ones(len(proposal.seed_N)), proposal.prompt_N)
@@ -343,7 +343,7 @@ def test_weights_below_1_survive(answers, expected):
 
 def test_a_stopping_rule_is_given_no_fractional_passes():
     rule = stopping.early(threshold=0.5)
-    planner = make(stopping=rule, wave=2)
+    planner = make(stopping=rule, round_size=2)
     proposal = planner.propose()
     before = planner.state_dict()
     with pytest.raises(
@@ -351,7 +351,7 @@ def test_a_stopping_rule_is_given_no_fractional_passes():
     ):
         planner.observe(proposal, [1, 0, 0.5, 0.5], [0, 0, 1, 1])
     assert same(planner.state_dict(), before)
-    told = make(stopping=rule, wave=2, success_above=0.4)
+    told = make(stopping=rule, round_size=2, success_above=0.4)
     told.observe(told.propose(), [1, 0, 0.5, 0.5], [0, 0, 1, 1])
     assert told.posterior.alpha_D[:2].tolist() == [1, 2]
     plain = make()  # without a rule a half is half a pass
@@ -388,17 +388,17 @@ def test_a_state_of_another_shape_is_refused_by_name():
 
 
 def test_an_open_step_keeps_its_kind_of_rounds():
-    waves, plain = make(**WAVES), make()
-    for planner in (waves, plain):
+    in_rounds, plain = make(**IN_ROUNDS), make()
+    for planner in (in_rounds, plain):
         planner.propose()
     with pytest.raises(ValueError, match="planned under a stopping rule, this planner has none"):
-        make().load_state_dict(waves.state_dict())
+        make().load_state_dict(in_rounds.state_dict())
     with pytest.raises(ValueError, match="planned without a stopping rule, this planner has stopp"):
-        make(**WAVES).load_state_dict(plain.state_dict())
-    while waves.is_open:
-        waves.observe(waves.propose(), [], [])
+        make(**IN_ROUNDS).load_state_dict(plain.state_dict())
+    while in_rounds.is_open:
+        in_rounds.observe(in_rounds.propose(), [], [])
     closed = make()
-    closed.load_state_dict(waves.state_dict())
+    closed.load_state_dict(in_rounds.state_dict())
     assert closed.propose().step == 1
 
 

@@ -18,7 +18,7 @@ KEYS = [f"key {i % 10} of {i} {i % 10}" for i in range(40)]
 MODES = [
     {},
     {"pilot": 2, "scale": allocation.gvm},
-    {"stopping": early(threshold=0.5), "wave": 2, "success_above": 0.3},
+    {"stopping": early(threshold=0.5), "round_size": 2, "success_above": 0.3},
     {"scale": None, "allocate": allocation.knapsack_posterior, "minimum": 2},
 ]
 

@@ -17,13 +17,13 @@ from samplers.selection import ThompsonSelector, UniformSelector
 REWARDS = {"mixed": [1, 0], "all_pass": [1, 1], "all_fail": [0, 0], "lone": [1], "failed": []}
 
 
-def run(refill, waves, *, start=0, order=None):
-    """Dispatch and finish waves of outcomes; a prompt's key is its number."""
-    for wave in waves:
-        numbers = [refill.dispatch(f"key {start + at}", 0) for at in range(len(wave))]
-        start += len(wave)
-        finished = list(zip(numbers, wave, strict=True))
-        for at in order(len(wave)) if order else range(len(wave)):
+def run(refill, rounds, *, start=0, order=None):
+    """Dispatch and finish rounds of outcomes; a prompt's key is its number."""
+    for outcome_R in rounds:
+        numbers = [refill.dispatch(f"key {start + at}", 0) for at in range(len(outcome_R))]
+        start += len(outcome_R)
+        finished = list(zip(numbers, outcome_R, strict=True))
+        for at in order(len(outcome_R)) if order else range(len(outcome_R)):
             number, outcome = finished[at]
             reward_n = REWARDS[outcome]
             refill.finish(
@@ -250,12 +250,12 @@ def test_a_run_killed_anywhere_and_resumed_accepts_the_same(steps, kill):
                 refill = Refill(2, max_drawn=6, at_cap="pad", max_age=2)
                 refill.load_state_dict(state)
 
-        for step, wave in enumerate(steps):
+        for step, outcome_R in enumerate(steps):
             refill.begin(step)
             event()
-            numbers = [refill.dispatch(f"{step}, {at}", 0) for at in range(len(wave))]
+            numbers = [refill.dispatch(f"{step}, {at}", 0) for at in range(len(outcome_R))]
             event()
-            for number, outcome in zip(numbers, wave, strict=True):
+            for number, outcome in zip(numbers, outcome_R, strict=True):
                 refill.finish(number, REWARDS[outcome], tokens=len(REWARDS[outcome]))
                 event()
             made.append(refill.end(data_ended=True))
@@ -308,7 +308,7 @@ def direction(vector):
 
 
 def filtered_gradient(*, first_finished):
-    """Expected accepted gradient of one wave of two groups, of which one is wanted."""
+    """Expected accepted gradient of one outcome_R of two groups, of which one is wanted."""
     total, weight = np.zeros(2), 0.0
     for groups in itertools.product(list(outcomes()), repeat=2):
         chance = groups[0][2] * groups[1][2]

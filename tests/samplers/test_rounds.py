@@ -47,8 +47,8 @@ def at_random(counts):
 MODES = [
     {},
     {"pilot": 2},
-    {"stopping": stop_when_mixed, "wave": 2},
-    {"stopping": at_random, "wave": 1, "allocate": allocation.uniform},
+    {"stopping": stop_when_mixed, "round_size": 2},
+    {"stopping": at_random, "round_size": 1, "allocate": allocation.uniform},
 ]
 
 
@@ -147,7 +147,7 @@ def test_selection_allocation_and_stopping_read_one_posterior():
         seen.append((counts.a_P.tolist(), counts.b_P.tolist()))
         return np.zeros(len(counts.a_P), dtype=bool)
 
-    planner = make(prompts_per_step=2, rollouts_per_step=20, stopping=stopping, wave=2)
+    planner = make(prompts_per_step=2, rollouts_per_step=20, stopping=stopping, round_size=2)
     # Written to the arrays themselves: whoever kept a copy would not see it.
     planner.posterior.alpha_D[:], planner.posterior.beta_D[:] = 1e6, 0.0
     planner.posterior.alpha_D[[3, 8]], planner.posterior.beta_D[[3, 8]] = [1e6, 2], [2e6, 4]
@@ -176,13 +176,13 @@ class Chosen:
         pass
 
 
-def test_waves_by_hand():
+def test_rounds_by_hand():
     planner = make(
         selector=Chosen([0, 1, 2], [3, 4, 5]),
         prompts_per_step=3,
         rollouts_per_step=15,
         stopping=stop_when_mixed,
-        wave=2,
+        round_size=2,
         allocate=allocation.uniform,
     )
     first = planner.propose()
@@ -217,7 +217,7 @@ def test_a_step_ends_when_every_prompt_is_stopped():
         prompts_per_step=2,
         rollouts_per_step=12,
         stopping=stop_when_mixed,
-        wave=2,
+        round_size=2,
     )
     proposal = planner.propose()
     assert not proposal.is_last
@@ -235,7 +235,7 @@ def test_chance_is_one_number_per_group_and_uniform():
             seen.setdefault((planner._step, place), set()).add(chance)
         return np.ones(len(counts.a_P), dtype=bool)
 
-    planner = make(selector="uniform", stopping=stopping, wave=2)
+    planner = make(selector="uniform", stopping=stopping, round_size=2)
     advance(planner, 400)
     assert all(len(chances) == 1 for chances in seen.values())
     chances = np.array([chance for one in seen.values() for chance in one])
@@ -324,11 +324,14 @@ def test_a_selectors_own_metrics_are_reported():
     [
         (
             {"stopping": at_random},
-            "a stopping rule needs a wave of at least 1, and a wave needs a rule",
+            "round_size must be at least 1 with a stopping rule and None without",
         ),
-        ({"wave": 2}, "a stopping rule needs a wave of at least 1, and a wave needs a rule"),
-        ({"stopping": at_random, "wave": 0}, "wave=0"),
-        ({"stopping": at_random, "wave": 1, "pilot": 1}, "pilot must be 0, got 1"),
+        (
+            {"round_size": 2},
+            "round_size must be at least 1 with a stopping rule and None without",
+        ),
+        ({"stopping": at_random, "round_size": 0}, "round_size=0"),
+        ({"stopping": at_random, "round_size": 1, "pilot": 1}, "pilot must be 0, got 1"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):
@@ -338,6 +341,6 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
 
 @pytest.mark.parametrize("answer", [[True], [1, 0, 1, 0], [0.5] * 4])
 def test_a_stopping_rule_that_gives_something_else_is_refused(answer):
-    planner = make(stopping=lambda *args, **others: np.array(answer), wave=2)
+    planner = make(stopping=lambda *args, **others: np.array(answer), round_size=2)
     with pytest.raises(ValueError, match="the stopping rule must give 4 booleans"):
         planner.observe(planner.propose(), [], [])

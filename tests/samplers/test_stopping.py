@@ -316,7 +316,7 @@ def test_it_says_what_is_wrong():
 # -- rules driven by the planner
 
 
-def make(rule, *, prompts=3, plan=8, wave=4, seed=0):
+def make(rule, *, prompts=3, plan=8, round_size=4, seed=0):
     keys = [f"key {i}" for i in range(prompts)]
     return Planner(
         BetaPosterior(prompts, decay_chosen=1, decay_rest=1),
@@ -326,7 +326,7 @@ def make(rule, *, prompts=3, plan=8, wave=4, seed=0):
         prompts_per_step=prompts,
         rollouts_per_step=plan * prompts,
         stopping=rule,
-        wave=wave,
+        round_size=round_size,
         run_seed=seed,
     )
 
@@ -356,7 +356,7 @@ ROWS = [[0] * 8, [1] * 8, [1, 0, 0, 0, 0, 0, 0, 1]]
 
 def test_positive_ends_groups_by_hand():
     assert play(make(stopping.positive()), ROWS) == ([8, 4, 4], [1, 1, 1])
-    assert play(make(stopping.positive(needed=2), wave=2), ROWS)[0] == [8, 2, 8]
+    assert play(make(stopping.positive(needed=2), round_size=2), ROWS)[0] == [8, 2, 8]
 
 
 def test_balanced_ends_groups_by_hand():
@@ -376,7 +376,7 @@ def test_by_lot_a_group_goes_on_with_probability_rho():
     rule = stopping.early_unbiased(threshold=1.0, rho=0.25)
     counts = {}
     for seed in range(300):
-        used, weight = play(make(rule, wave=2, seed=seed), ROWS)
+        used, weight = play(make(rule, round_size=2, seed=seed), ROWS)
         assert (used[2], weight[2]) == (8, 1)
         for outcome in zip(used[:2], weight[:2], strict=True):
             counts[outcome] = counts.get(outcome, 0) + 1
@@ -393,8 +393,8 @@ def gradient(rewards, p):
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
-@pytest.mark.parametrize("wave", [2, 3])
-def test_by_lot_the_gradient_is_that_of_no_stopping(p, wave):
+@pytest.mark.parametrize("round_size", [2, 3])
+def test_by_lot_the_gradient_is_that_of_no_stopping(p, round_size):
     # Every outcome of 6 rollouts and both lots; the full group gives p (1 - p).
     rule = stopping.early_unbiased(threshold=0.9, rho=0.4)
     plain = stopping.early(threshold=0.9)
@@ -404,7 +404,7 @@ def test_by_lot_the_gradient_is_that_of_no_stopping(p, wave):
         chance = np.prod([p if r else 1 - p for r in rewards])
         for lot, share in [(0.1, 0.4), (0.7, 0.6), (None, 1.0)]:
             weight, used = 1.0, 6
-            for trials in range(wave, 7, wave):
+            for trials in range(round_size, 7, round_size):
                 answer = (rule if lot is not None else plain)(
                     Counts.of(a, b, [sum(rewards[:trials])], [trials], 6 - trials, lot or 0.0)
                 )
@@ -427,12 +427,12 @@ def test_by_lot_the_gradient_is_that_of_no_stopping(p, wave):
 
 def test_a_run_killed_between_rounds_keeps_its_weights():
     rule = stopping.early_unbiased(threshold=1.0, rho=0.5)
-    whole = play(make(rule, wave=2, seed=3), ROWS)
-    planner = make(rule, wave=2, seed=3)
+    whole = play(make(rule, round_size=2, seed=3), ROWS)
+    planner = make(rule, round_size=2, seed=3)
     proposal = planner.propose()
     rewards = np.array(ROWS)[proposal.index_P[proposal.prompt_N], [0, 1] * 3]
     planner.observe(proposal, rewards, proposal.prompt_N)
-    resumed = make(rule, wave=2, seed=3)
+    resumed = make(rule, round_size=2, seed=3)
     resumed.load_state_dict(planner.state_dict())
     used, weight = play(resumed, ROWS)
     assert ([count + 2 for count in used], weight) == whole
@@ -449,5 +449,5 @@ def test_a_group_that_went_on_by_lot_keeps_its_weight_when_it_turns_out_mixed():
     late = [[0, 0, 1, 0, 0, 0, 0, 0]] * 3  # alike in the first round, mixed from the second on
     found = set()
     for seed in range(20):
-        found |= set(zip(*play(make(rule, wave=2, seed=seed), late), strict=True))
+        found |= set(zip(*play(make(rule, round_size=2, seed=seed), late), strict=True))
     assert found == {(2, 0.0), (8, 2.0)}

@@ -207,7 +207,7 @@ def test_what_observe_returns_is_what_the_posterior_is_taught():
 
 
 def test_a_refused_round_leaves_the_line_as_it_was():
-    made = planner(stopping=positive(), wave=4, scale=gvm)
+    made = planner(stopping=positive(), round_size=4, scale=gvm)
     proposal = made.propose()
     before = made.state_dict()["success"]
     with pytest.raises(ValueError, match="is 0.5 of full marks"):

@@ -586,7 +586,7 @@ def test_steps_that_generate_nothing_have_a_place_in_the_report(tmp_path):
         trainer="grpo",
         allocator="uniform",
         refill=True,
-        refill_wave=5,
+        refill_min_prompts=5,
         refill_max_age=3,
         prompts_per_step=3,
         max_steps=8,

@@ -225,8 +225,8 @@ def test_a_plan_that_fails_at_a_later_step_is_refused_at_once():
         ({"rollouts_per_prompt": 4}, "rollouts_per_prompt=4 must be a multiple of the 3 leaves"),
         ({"rollouts_multiple_of": 5}, "rollouts_per_step=10 must be a multiple of the 3 leaves"),
         (
-            {"stopping": "positive", "stopping_wave": 2},
-            "stopping_wave=2 must be a multiple of the 3 leaves of a branch",
+            {"stopping": "positive", "stopping_round_size": 2},
+            "stopping_round_size=2 must be a multiple of the 3 leaves of a branch",
         ),
     ],
 )

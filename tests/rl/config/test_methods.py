@@ -37,7 +37,7 @@ METHODS: dict[str, dict] = (
     | {f"allocate {n}": {"allocator": n} for n in ALLOCATORS}
     | {f"scale {n}": {"allocator": "neyman", "allocation_scale": n} for n in ("thompson_std",)}
     | {
-        f"stop {n}": {"stopping": n, "stopping_wave": 2} | STOPS.get(n, {})
+        f"stop {n}": {"stopping": n, "stopping_round_size": 2} | STOPS.get(n, {})
         for n in STOPPINGS
         if n != "none"
     }
@@ -71,11 +71,11 @@ METHODS: dict[str, dict] = (
             "starts_memory_tokens": 20,
             "refill": True,
             "prompts_per_step": 3,
-            "refill_wave": 5,
+            "refill_min_prompts": 5,
             "refill_max_age": 1,
             "stopping": "early",
             "stopping_threshold": 0.3,
-            "stopping_wave": 2,
+            "stopping_round_size": 2,
             "advantage": "leave_one_out",
             "trainer": "grpo",
         }
@@ -84,14 +84,14 @@ METHODS: dict[str, dict] = (
         "refill with a buffer": {
             "refill": True,
             "prompts_per_step": 3,
-            "refill_wave": 5,
+            "refill_min_prompts": 5,
             "refill_max_age": 1,
         },
         "refill and stop": {
             "refill": True,
             "prompts_per_step": 3,
             "stopping": "positive",
-            "stopping_wave": 2,
+            "stopping_round_size": 2,
             "selector": "posterior_mean",
         },
         "hapo": {
@@ -107,7 +107,7 @@ METHODS: dict[str, dict] = (
             "selector": "posterior_mean",
             "allocator": "leave_one_out",
             "stopping": "early_unbiased",
-            "stopping_wave": 3,
+            "stopping_round_size": 3,
             "advantage": "leave_one_out",
             "down_sampling": "d3s",
             "updates_per_step": 2,
@@ -234,7 +234,7 @@ def test_what_waits_in_the_buffer_trains_first_and_too_old_it_is_dropped(tmp_pat
 
 def test_groups_keep_their_prompt_pass_rate_and_weight_through_the_buffer(tmp_path):
     settings = settings_of("refill with a buffer") | {"trainer": "grpo"}
-    stop = {"stopping": "early_unbiased", "stopping_wave": 2, "stopping_threshold": 1.0}
+    stop = {"stopping": "early_unbiased", "stopping_round_size": 2, "stopping_threshold": 1.0}
     made = tiny.trainer(tmp_path, **(settings | stop | {"refill_max_age": 9}))
     known, seen = {}, []
     for step in range(6):
@@ -447,7 +447,7 @@ def test_several_rewards_can_be_compared_by_themselves_and_wait_with_their_group
     def large(completions, **_):
         return [100.0 * (len(text) > 3) for text in completions]
 
-    settings = {"trainer": "grpo", "refill": True, "refill_wave": 9, "refill_max_age": 3}
+    settings = {"trainer": "grpo", "refill": True, "refill_min_prompts": 9, "refill_max_age": 3}
     settings |= {"prompts_per_step": 3, "allocator": "uniform", "reward_weights": [1.0, 0.5]}
     settings |= {"multi_objective_aggregation": "normalize_then_sum", "success_above": 10.0}
     made = tiny.trainer(tmp_path, reward=[tiny.small_digit, large], **settings)

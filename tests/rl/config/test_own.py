@@ -30,7 +30,7 @@ GOOD = {
     "    return np.flatnonzero(np.arange(len(reward_N)) % 2 == 0)\n",
     "token_selection": "def f(mask_NT, entropy_NT, fraction):\n    return mask_NT & (entropy_NT >= 0)\n",
 }
-MORE = {"stopping": {"stopping_wave": 2}}
+MORE = {"stopping": {"stopping_round_size": 2}}
 
 
 def written(tmp_path, text, name="own.py"):

@@ -40,9 +40,9 @@ def made(tmp_path, features=None, **settings):
     [
         ({"selector": "vade"}, "pooled", 0.03),
         ({"allocator": "neyman"}, "pooled", 0.0),
-        ({"stopping": "early", "stopping_wave": 2}, "pooled", 0.0),
+        ({"stopping": "early", "stopping_round_size": 2}, "pooled", 0.0),
         ({}, "flat", 0.0),
-        ({"stopping": "balanced", "stopping_wave": 2}, "flat", 0.0),
+        ({"stopping": "balanced", "stopping_round_size": 2}, "flat", 0.0),
         ({"allocator": "knapsack_released"}, "flat", 0.0),
         ({"allocator": "knapsack_released", "posterior_prior": "pooled"}, "pooled", 0.0),
         ({"selector": "vade", "posterior_prior": "flat"}, "flat", 0.0),

@@ -147,13 +147,13 @@ def test_losses_get_their_clip_ranges():
         ),
         ({"rollouts_multiple_of": 300}, "no positive multiple of multiple=300 fits into total=256"),
         ({"stopping": "erly"}, "stopping must be one of .*'erly'.*'early'"),
-        ({"stopping": "early"}, "'early' needs stopping_wave"),
+        ({"stopping": "early"}, "'early' needs stopping_round_size"),
         (
-            {"stopping": "early", "stopping_wave": 4, "pilot_rollouts": 2},
+            {"stopping": "early", "stopping_round_size": 4, "pilot_rollouts": 2},
             "has rounds of its own: write pilot_rollouts: 0",
         ),
         (
-            {"stopping": "balanced", "stopping_wave": 4, "stopping_needed": 1},
+            {"stopping": "balanced", "stopping_round_size": 4, "stopping_needed": 1},
             "needs stopping_needed of at least 2, got 1",
         ),
         ({"stopping_threshold": 1.5}, "stopping_threshold must be at most 1, got 1.5"),

@@ -297,7 +297,12 @@ def test_a_temperature_that_adapts_is_no_mismatch(tmp_path):
 
 def test_groups_that_waited_are_not_compared_with_the_policy_at_hand(tmp_path):
     # Learning this fast, older rows differ by far more than a rounding error.
-    settings = {"refill": True, "refill_max_age": 2, "refill_wave": 12, "learning_rate": 0.05}
+    settings = {
+        "refill": True,
+        "refill_max_age": 2,
+        "refill_min_prompts": 12,
+        "learning_rate": 0.05,
+    }
     tiny.run(tmp_path, **(GRPO | settings | {"max_steps": 4, "prompts_per_step": 3}))
     logs = tiny.step_logs(tmp_path)
     assert all(row.get("mismatch", 0.0) < 1e-5 for row in logs)

@@ -183,7 +183,7 @@ def test_greedy_decoding_is_not_changed(engine):
 
 
 def test_a_rollout_does_not_depend_on_its_company():
-    # Ends that differ, so that rollouts leave the batch; waves that split a prompt's rollouts.
+    # Ends that differ, so that rollouts leave the batch; batches that split a prompt's rollouts.
     model = decided_model()
     model.generation_config.eos_token_id = [1, 5, 12, 17, 20]
     params = replace(PLAIN, record_entropy=True)
@@ -191,12 +191,12 @@ def test_a_rollout_does_not_depend_on_its_company():
     whole = TransformersEngine(model, tiny_tokenizer()).generate(
         prompts, [4, 4, 4], seeds_N=seed_N, params=params
     )
-    waves = TransformersEngine(model, tiny_tokenizer(), max_batch_rows=5).generate(
+    batches = TransformersEngine(model, tiny_tokenizer(), max_batch_rows=5).generate(
         prompts, [4, 4, 4], seeds_N=seed_N, params=params
     )
     assert whole.length_N.unique().numel() > 2
-    assert torch.equal(whole.token_NT, waves.token_NT)
-    torch.testing.assert_close(whole.entropy_NT, waves.entropy_NT, atol=1e-5, rtol=0)
+    assert torch.equal(whole.token_NT, batches.token_NT)
+    torch.testing.assert_close(whole.entropy_NT, batches.entropy_NT, atol=1e-5, rtol=0)
     assert not whole.entropy_NT[~whole.mask_NT].any()
     assert (whole.entropy_NT[whole.mask_NT] > 0).all()
 

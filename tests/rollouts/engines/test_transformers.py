@@ -98,7 +98,7 @@ def completions(rollouts):
 def test_logprobs_are_those_of_a_plain_forward_pass(architecture, tokenizer):
     model = with_frequent_ends(tiny_model(architecture))
     # Prompts longer and shorter than the sliding window of 6, one of a single token, one unused;
-    # waves that split a prompt's rollouts.
+    # batches that split a prompt's rollouts.
     prompts = tiny_prompts(3, 11, 1, 7, 9)
     engine = TransformersEngine(model, tokenizer, max_batch_rows=5)
     rollouts = engine.generate(prompts, [4, 2, 3, 0, 5], seeds_N=seeds(14), params=PLAIN)
@@ -246,7 +246,7 @@ def test_each_prompt_is_prefilled_once_and_finished_rollouts_are_not_computed(
     assert len({rows for rows, _ in shapes[1:]}) > 3
 
 
-def test_prompts_of_similar_length_share_a_wave(qwen3, tokenizer):
+def test_prompts_of_similar_length_share_a_batch(qwen3, tokenizer):
     engine = TransformersEngine(qwen3, tokenizer, max_batch_rows=2)
     engine.check_model()
     shapes = []

@@ -48,9 +48,9 @@ def test_questions_are_a_fixed_number_of_tokens_apart_and_then_an_eighth_of_the_
         SamplingParams(max_completion_length=4, verdict_every=0)
 
 
-@pytest.mark.parametrize("waves", [256, 7])
-def test_a_decided_rollout_ends_there_and_the_others_are_as_without_verdicts(waves):
-    made, prompts = engine(max_batch_rows=waves), tiny_prompts(3, 5, 4)
+@pytest.mark.parametrize("rows", [256, 7])
+def test_a_decided_rollout_ends_there_and_the_others_are_as_without_verdicts(rows):
+    made, prompts = engine(max_batch_rows=rows), tiny_prompts(3, 5, 4)
     assert isinstance(made, TakesVerdicts) and made.takes_verdicts
     asked = {"budget_P": [8, 0, 8], "seeds_N": list(range(16))}
     whole = made.generate(prompts, **asked, params=PARAMS)
@@ -120,7 +120,7 @@ def test_what_ends_with_a_question_is_not_asked_about():
 
 
 @pytest.mark.slow
-def test_the_contract_test_passes_it_with_filters_and_in_waves():
+def test_the_contract_test_passes_it_with_filters_and_in_batches():
     made, prompts = engine(max_batch_rows=5), tiny_prompts(3, 5, 4)
     check_engine(made, prompts, SamplingParams(max_completion_length=9))
     check_engine(made, prompts, SamplingParams(max_completion_length=9, top_k=6, temperature=0.8))
