@@ -372,6 +372,8 @@ class RolloutTrainer(Trainer):
         if self.steps_since_log and "learning_rate" in logs:
             logs |= metrics.mean_metrics(self.steps_since_log) | logs
             logs |= self.planner.metrics() | self.ledger.metrics()
+            if self.sampling.buffer is not None:
+                logs |= self.sampling.buffer.metrics()
             self.steps_since_log = []
         super().log(logs, start_time)
 

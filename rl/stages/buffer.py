@@ -120,6 +120,17 @@ class GroupBuffer:
             elif decision is not None:
                 ledger.account("filtered", *rollouts.size, reason=decision.reason)
 
+    def metrics(self) -> dict[str, float]:
+        """The last step's counts of groups, and means of rewards and lengths by what became of them.
+
+        Rollouts and tokens are counted by the ledger.
+        """
+        groups = [f"refill/groups_{name}" for name in ("drawn", "accepted", "filtered", "padded")]
+        means = [f"refill/reward_mean_{name}" for name in ("unfiltered", "accepted")]
+        means += [f"refill/length_mean_{name}" for name in ("accepted", "filtered")]
+        found = self.refill.metrics()
+        return {name: found[name] for name in (*groups, *means) if name in found}
+
     def state_dict(self) -> dict[str, Any]:
         """The bookkeeping, and the rollouts of every group that waits, column by column."""
         return {
