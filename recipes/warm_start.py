@@ -21,7 +21,7 @@ import torch
 import transformers
 import trl
 from transformers import PreTrainedTokenizerFast
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from rl.run.checkpoint import TornCheckpointError, seal, verify
 from rl.run.tracking import no_progress_bars
@@ -151,7 +151,7 @@ def warm_start(task: Task, folder: str | Path, settings: WarmStart, *, quiet: bo
 
     def say(text: str) -> None:
         if not quiet:
-            print(f"warm start: {text}", file=sys.stderr, flush=True)
+            _say(text)
 
     if folder.exists() and any(folder.iterdir()):
         if not (folder / SETTINGS_FILE).is_file():
@@ -197,6 +197,18 @@ def _difference(folder: Path, wanted: dict[str, Any]) -> str:
     old, new = found.get("settings", {}), wanted["settings"]
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in changed)
+
+
+def _say(text: str) -> None:
+    print(f"warm start: {text}", file=sys.stderr, flush=True)
+
+
+class _Tenths(TrainerCallback):
+    """Says after every tenth of the steps how far it is, where no progress bar does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % max(1, state.max_steps // 10) == 0:
+            _say(f"step {state.global_step} of {state.max_steps}")
 
 
 def _train(task: Task, scratch: Path, folder: Path, settings: WarmStart, *, quiet: bool) -> None:
@@ -246,6 +258,8 @@ def _train(task: Task, scratch: Path, folder: Path, settings: WarmStart, *, quie
             processing_class=tokenizer,
         )
     trainer.remove_callback(PrinterCallback)
+    if not quiet and not sys.stderr.isatty():
+        trainer.add_callback(_Tenths())
     trainer.train()
     with no_progress_bars():
         trainer.save_model(str(folder))

@@ -33,6 +33,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from rl.policies.loading import no_progress_bars
 from rl.run.checkpoint import TornCheckpointError, seal, verify
 from rollouts.prompts import Prompt
 
@@ -175,9 +176,10 @@ def build_pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
 
 def load(folder: str | Path) -> StableDiffusionPipeline:
     """The pipeline that `pretrain` put into a folder, in float32, on the CPU."""
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        Path(folder), **ABSENT, use_safetensors=True, local_files_only=True
-    )
+    with no_progress_bars():
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            Path(folder), **ABSENT, use_safetensors=True, local_files_only=True
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -271,10 +272,10 @@ def warn_of_success(config: RolloutConfig, num_rewards: int) -> None:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Switch the progress bars of transformers and datasets off, and back as they were."""
+    """Switch the progress bars of transformers, datasets and diffusers off, and back as they were."""
     import datasets
 
-    bars = (
+    bars = [
         (
             logging.is_progress_bar_enabled(),
             logging.disable_progress_bar,
@@ -285,7 +286,17 @@ def no_progress_bars() -> Iterator[None]:
             datasets.disable_progress_bars,
             datasets.enable_progress_bars,
         ),
-    )
+    ]
+    if "diffusers" in sys.modules:  # a run of a language model does without it
+        from diffusers.utils import logging as of_diffusers
+
+        bars.append(
+            (
+                of_diffusers.is_progress_bar_enabled(),
+                of_diffusers.disable_progress_bar,
+                of_diffusers.enable_progress_bar,
+            )
+        )
     shown = [(switch_off, switch_on) for enabled, switch_off, switch_on in bars if enabled]
     for switch_off, _ in shown:
         switch_off()

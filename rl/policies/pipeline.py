@@ -6,10 +6,13 @@ import copy
 import inspect
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from rl.policies.loading import no_progress_bars
 from rollouts.diffusion.sde import VARIANCE_PRESERVING
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -79,9 +82,10 @@ def read_pipeline(
             f"rewarded",
             file=sys.stderr,
         )
-    pipeline = DiffusionPipeline.from_pretrained(
-        name, revision=revision, torch_dtype=dtype, use_safetensors=True, **absent
-    )
+    with no_progress_bars() if Path(name).is_dir() else nullcontext():
+        pipeline = DiffusionPipeline.from_pretrained(
+            name, revision=revision, torch_dtype=dtype, use_safetensors=True, **absent
+        )
     set_scheduler(pipeline, rule)
     return pipeline.to(device)
 
