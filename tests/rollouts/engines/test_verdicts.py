@@ -48,9 +48,9 @@ def test_questions_are_a_fixed_number_of_tokens_apart_and_then_an_eighth_of_the_
         SamplingParams(max_completion_length=4, verdict_every=0)
 
 
-@pytest.mark.parametrize("rows", [256, 7])
-def test_a_decided_rollout_ends_there_and_the_others_are_as_without_verdicts(rows):
-    made, prompts = engine(max_batch_rows=rows), tiny_prompts(3, 5, 4)
+@pytest.mark.parametrize("most", [256, 7])
+def test_a_decided_rollout_ends_there_and_the_others_are_as_without_verdicts(most):
+    made, prompts = engine(max_batch_rows=most), tiny_prompts(3, 5, 4)
     assert isinstance(made, TakesVerdicts) and made.takes_verdicts
     asked = {"budget_P": [8, 0, 8], "seeds_N": list(range(16))}
     whole = made.generate(prompts, **asked, params=PARAMS)
